@@ -1,0 +1,246 @@
+"""The networks against the reference (tests/goldens/README.md), and what training and tools ask of them."""
+import copy
+import json
+import math
+import pickle
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sortkd.models import Features, create_model, list_models
+
+GOLDENS = Path(__file__).parent / "goldens"
+SHAPES = json.loads((GOLDENS / "state_dict_shapes.json").read_text())
+LOGITS = np.load(GOLDENS / "model_logits.npz")
+IMAGES = torch.tensor(np.random.RandomState(0).standard_normal((4, 3, 32, 32)), dtype=torch.float32)
+ONE_PER_FAMILY = ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+
+every_network = pytest.mark.parametrize("name", list_models())
+every_family = pytest.mark.parametrize("name", ONE_PER_FAMILY)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "Batches of two to eight are slower on several threads, by far so on a busy machine."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def golden_state_dict(shapes):
+    state_dict = {}
+    for key, shape in shapes.items():
+        random = np.random.RandomState(zlib.crc32(key.encode()))
+        if key.endswith("num_batches_tracked"):
+            values = np.zeros(shape, dtype=np.int64)
+        elif key.endswith("running_var"):
+            values = random.uniform(0.5, 1.5, shape)
+        elif key.endswith(("running_mean", "bias")):
+            values = 0.1 * random.standard_normal(shape)
+        elif len(shape) == 1:
+            values = random.uniform(0.5, 1.5, shape)
+        else:
+            values = random.standard_normal(shape) * math.sqrt(0.5 / math.prod(shape[1:]))
+        state_dict[key] = torch.as_tensor(values)
+    return state_dict
+
+
+def test_list_is_the_reference_list():
+    assert sorted(list_models()) == sorted(name for name in SHAPES if not name.startswith("imagenet/"))
+    list_models().clear()
+    assert list_models(), "list_models() must hand out a list of its own"
+
+
+@every_network
+def test_keys_order_and_shapes(name):
+    with torch.device("meta"):
+        state_dict = create_model(name).state_dict()
+    assert [(key, list(value.shape)) for key, value in state_dict.items()] == list(SHAPES[name].items())
+
+
+@every_network
+def test_golden_logits(name):
+    network = create_model(name).eval()
+    network.load_state_dict(golden_state_dict(SHAPES[name]))
+    with torch.no_grad():
+        logits = network(IMAGES)
+    error = np.linalg.norm(logits.numpy() - LOGITS[name]) / np.linalg.norm(LOGITS[name])
+    assert error < 1e-5
+
+
+@every_network
+def test_features(name):
+    network = create_model(name, num_classes=7).eval()
+    with torch.no_grad():
+        logits = network(IMAGES)
+        again, features = network(IMAGES, return_features=True)
+        assert isinstance(features, Features)
+        assert torch.equal(logits, again) and logits.shape == (4, 7)
+        assert torch.equal(network.classifier_layer(features.pooled), logits)
+    sizes = [maps.shape[-1] for maps in features.maps]
+    assert len(sizes) in (4, 5) and sizes == sorted(sizes, reverse=True)
+    assert all(maps.ndim == 4 and len(maps) == 4 for maps in features.maps)
+    assert features.pooled.shape == (4, network.classifier_layer.in_features)
+
+
+@every_network
+@pytest.mark.parametrize("size", [(16, 16), (64, 64), (32, 48)], ids=str)
+def test_other_image_sizes(name, size):
+    network = create_model(name).eval()
+    with torch.no_grad():
+        logits = network(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 100) and logits.isfinite().all()
+
+
+def test_vgg_pools_four_times_only_from_64_pixels():
+    network = create_model("vgg8").eval()
+    heights = {size: network(torch.zeros(1, 3, size, size), return_features=True)[1].maps[-1].shape[-1]
+               for size in (16, 32, 64, 128)}
+    assert heights == {16: 2, 32: 4, 64: 4, 128: 8}
+
+
+@every_network
+@pytest.mark.parametrize(("size", "batch_size"), [(32, 2), (16, 8)])
+def test_training_step(name, size, batch_size):
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=10).train()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    loss = F.cross_entropy(network(torch.randn(batch_size, 3, size, size)), torch.arange(batch_size))
+    loss.backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None, f"{key} takes no part"
+        assert parameter.grad.isfinite().all(), f"{key} has a gradient that is not finite"
+    optimizer.step()
+    assert any(not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True))
+
+
+@every_family
+def test_number_of_classes(name):
+    network = create_model(name, num_classes=10)
+    assert network.classifier_layer.out_features == 10
+    assert network.eval()(IMAGES).shape == (4, 10)
+
+
+@every_family
+def test_initialisation_repeats_under_a_seed(name):
+    torch.manual_seed(1)
+    first = create_model(name).state_dict()
+    torch.manual_seed(1)
+    second = create_model(name).state_dict()
+    third = create_model(name).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], third[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["resnet8x4", "ResNet18", "wrn_16_2", "vgg8", "MobileNetV2"])
+def test_convolutions_start_from_he_fan_out(name):
+    torch.manual_seed(0)
+    for key, module in create_model(name).named_modules():
+        if isinstance(module, torch.nn.Conv2d) and module.weight.numel() > 10_000:
+            expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05), key
+        elif isinstance(module, torch.nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all(), key
+
+
+@every_family
+def test_copies_and_pickles(name):
+    network = create_model(name).eval()
+    logits = network(IMAGES)
+    assert torch.equal(copy.deepcopy(network)(IMAGES), logits)
+    assert torch.equal(pickle.loads(pickle.dumps(network))(IMAGES), logits)
+
+
+@every_family
+def test_no_module_is_registered_twice(name):
+    keys = [key for key, _ in create_model(name).named_modules(remove_duplicate=False)]
+    assert len(keys) == len([key for key, _ in create_model(name).named_modules()])
+
+
+@every_family
+def test_channels_last(name):
+    network = create_model(name).eval()
+    expected = network(IMAGES)
+    network = network.to(memory_format=torch.channels_last)
+    logits, features = network(IMAGES.to(memory_format=torch.channels_last), return_features=True)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in features.maps)
+
+
+@every_family
+def test_bfloat16_autocast_trains(name):
+    torch.manual_seed(0)
+    network = create_model(name).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(IMAGES)
+    assert logits.dtype == torch.float32  # the classifier stays out of autocast
+    F.cross_entropy(logits.float(), torch.arange(4)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("name", "return_features"), [*((name, False) for name in ONE_PER_FAMILY), ("wrn_16_1", True)])
+def test_compiles_as_one_graph(name, return_features):
+    torch._dynamo.reset()
+    network = create_model(name).eval()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")  # Capture is what depends on our code.
+    with torch.no_grad():
+        if return_features:
+            logits, features = compiled(IMAGES, return_features=True)
+            assert isinstance(features, Features)
+        else:
+            logits = compiled(IMAGES)
+        torch.testing.assert_close(logits, network(IMAGES))
+
+
+@pytest.mark.parametrize("name", ["resnet8", "ShuffleV2"])
+def test_compiled_training_gives_the_same_gradients(name):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = create_model(name).train()
+    reference = copy.deepcopy(network)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    compiled(IMAGES).square().mean().backward()
+    reference(IMAGES).square().mean().backward()
+    for ours, plain in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_unknown_name_is_named_with_close_matches():
+    with pytest.raises(ValueError) as error:
+        create_model("ResNet56")
+    message = str(error.value)
+    assert "'ResNet56'" in message and "Did you mean resnet56" in message and "list_models()" in message
+    assert "ShuffleV2" in message
+    with pytest.raises(ValueError, match="'nothing like it'") as error:
+        create_model("nothing like it")
+    assert "Did you mean" not in str(error.value)
+    with pytest.raises(ValueError, match="no network None"):
+        create_model(None)
+
+
+@pytest.mark.parametrize("num_classes", [10.0, "10", True, None])
+def test_number_of_classes_of_another_type(num_classes):
+    with pytest.raises(TypeError, match="num_classes must be an integer"):
+        create_model("resnet8", num_classes)
+
+
+@pytest.mark.parametrize("num_classes", [1, 0, -5])
+def test_too_few_classes(num_classes):
+    with pytest.raises(ValueError, match=f"it is {num_classes};"):
+        create_model("resnet8", num_classes)
+
+
+def test_numpy_number_of_classes():
+    assert create_model("resnet8", np.int64(5)).classifier_layer.out_features == 5
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 32, 32, 3)])
+def test_images_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"images must have the shape \(N, 3, height, width\)"):
+        create_model("resnet8")(torch.zeros(shape))
