@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DKD_WARMUP_SHARE', 'DATA_TITLES
            'Experiment', 'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/06_experiments.ipynb #9747a166
+# %% ../nbs/06_experiments.ipynb #bd9b18ae
 import difflib
 import fcntl
 import json
@@ -31,7 +31,7 @@ from .sorting import sort_logits
 from .teachers import Teacher, get_teacher, load_teacher, save_atomically, save_teacher, weights_checksum
 from .training import Evaluation, Outcome, Recipe, create_fabric, evaluate, fingerprint, native_precision, precision_of, train
 
-# %% ../nbs/06_experiments.ipynb #7aa48f26
+# %% ../nbs/06_experiments.ipynb #d668cc1d
 @dataclass(frozen=True)
 class Pair:
     "A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers use for them on CIFAR-100."
@@ -56,7 +56,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/06_experiments.ipynb #a3c12fc8
+# %% ../nbs/06_experiments.ipynb #0c633241
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -77,7 +77,7 @@ PRESETS = {
 }
 DKD_WARMUP_SHARE = 20 / 240  # of a run; kept when the run is shortened
 
-# %% ../nbs/06_experiments.ipynb #aa0985b7
+# %% ../nbs/06_experiments.ipynb #c489d218
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
@@ -125,7 +125,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/06_experiments.ipynb #e8d7d839
+# %% ../nbs/06_experiments.ipynb #40e1b09b
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -156,7 +156,7 @@ def _seeds(value) -> tuple[int, ...]:
         raise ValueError(f"seeds is {value!r}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'.")
     return tuple(map(int, parts))
 
-# %% ../nbs/06_experiments.ipynb #d325c8c7
+# %% ../nbs/06_experiments.ipynb #33cbdb1a
 def plan_experiment(pair: str = "r32x4_r8x4", methods: str = "kd,kd+sort", seeds: str = "0", preset: str = "auto", dataset: str = "auto", epochs: int = 0,
                     train_size: int = 0, test_size: int = 0, teacher: str = "auto", teachers_dir: str = "teachers", results_dir: str = "results",
                     device: str = "auto", precision: str = "auto") -> Experiment:
@@ -205,7 +205,7 @@ def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
         changes["warmup_epochs"] = max(1, warmup_epochs)
     return create_method(name, **changes)
 
-# %% ../nbs/06_experiments.ipynb #3a8e2bd7
+# %% ../nbs/06_experiments.ipynb #d1a6670e
 SCHEMA_VERSION = 1
 
 
@@ -232,11 +232,11 @@ def read_records(path: str | Path) -> list[dict]:
             except json.JSONDecodeError: warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/06_experiments.ipynb #83ede0b0
+# %% ../nbs/06_experiments.ipynb #c738e9fb
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
-    packages = ("sortkd", "torch", "torchvision", "lightning-fabric", "numpy")
-    versions = {"python": platform.python_version()}
+    packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with the build's tag, which the metadata lack
     for name in packages:
         try: versions[name] = version(name)
         except PackageNotFoundError: versions[name] = None
@@ -261,7 +261,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/06_experiments.ipynb #b30dc0f4
+# %% ../nbs/06_experiments.ipynb #2f77b10d
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -270,8 +270,7 @@ def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
 
 def _teacher_training(architecture: str, data: ImageData, recipe: Recipe, seed: int) -> dict:
     "The plain values that identify how a teacher is trained."
-    return json.loads(json.dumps({"recipe": asdict(recipe), "epochs": recipe.epochs, "train_images": len(data.train_targets),
-                                  "data_checksum": data.checksum, "seed": seed}))
+    return {"recipe": asdict(recipe), "epochs": recipe.epochs, "train_images": len(data.train_targets), "data_checksum": data.checksum, "seed": seed}
 
 
 def train_teacher(architecture: str, data: ImageData, recipe: Recipe, *, seed: int = 0, device: str = "auto", precision: str = "auto",
@@ -306,7 +305,7 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
     return get_teacher(pair.teacher, experiment.data, experiment.teachers_dir, _teacher_training(pair.teacher, data, preset.teacher_recipe, seed=0), train_it,
                        min_epochs=preset.teacher_min_epochs, fetch=preset.fetch_teacher)
 
-# %% ../nbs/06_experiments.ipynb #fd4db39f
+# %% ../nbs/06_experiments.ipynb #18f4d88b
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
@@ -377,7 +376,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         contiguous = {key: value.contiguous() for key, value in weights.items()}
         save_atomically(folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
 
-# %% ../nbs/06_experiments.ipynb #7ada3654
+# %% ../nbs/06_experiments.ipynb #4abf22de
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
@@ -400,7 +399,7 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/06_experiments.ipynb #c788778d
+# %% ../nbs/06_experiments.ipynb #8916fb1c
 def plot_curves(records: Sequence[dict]):
     "Training loss and test top-1 over the epochs: the mean over seeds of each method, and the range of the seeds as a band."
     import matplotlib.pyplot as plt
@@ -422,7 +421,7 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/06_experiments.ipynb #dd0974ea
+# %% ../nbs/06_experiments.ipynb #9bea7156
 def plot_mistakes(results: Results, count: int = 4):
     "Training images that the teacher gets wrong, with its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt

@@ -6,7 +6,7 @@
 __all__ = ['REPAIRS', 'OBJECTIVES', 'kd_loss', 'dkd_loss', 'standardize', 'keep_logits', 'Objective', 'Method', 'list_methods',
            'create_method']
 
-# %% ../nbs/01_losses.ipynb #b70b183c
+# %% ../nbs/01_losses.ipynb #19e49c79
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .sorting import sort_logits, swap_logits
+from .sorting import _check_range, sort_logits, swap_logits
 
-# %% ../nbs/01_losses.ipynb #0f4448c9
+# %% ../nbs/01_losses.ipynb #51149220
 def _check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None):
     if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
         raise ValueError("student_logits and teacher_logits need one shape (N, C) or (..., C), but they have "
@@ -27,13 +27,15 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor
     if target is not None and target.shape != student_logits.shape[:-1]:
         raise ValueError(f"logits of shape {tuple(student_logits.shape)} need a target of shape {tuple(student_logits.shape[:-1])}, "
                          f"but it has {tuple(target.shape)}.")
+    if target is not None:
+        _check_range(target, student_logits, -1)
 
 
 def _check_temperature(temperature: float | Tensor):
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, but it is {temperature!r}.")
 
-# %% ../nbs/01_losses.ipynb #fd2a1ad8
+# %% ../nbs/01_losses.ipynb #d15328d1
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """Knowledge distillation: T² · KL(teacher ‖ student) of the distributions softened by `temperature`, averaged over rows.
 
@@ -47,7 +49,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)
     return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True) * temperature**2
 
-# %% ../nbs/01_losses.ipynb #1369792d
+# %% ../nbs/01_losses.ipynb #7944ca34
 def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     "Log-probabilities of (target, all others), `(N, 2)`, and of the others among themselves, `(N, C)` with 0 at the target."
     others = logits.masked_fill(is_target, -torch.inf).logsumexp(-1, keepdim=True)
@@ -56,7 +58,7 @@ def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     binary = torch.cat([on_target, others], dim=-1) - everything
     return binary, (logits - others).masked_fill(is_target, 0)
 
-# %% ../nbs/01_losses.ipynb #66d7ac02
+# %% ../nbs/01_losses.ipynb #c82d1b39
 def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
              alpha: float = 1.0, beta: float = 8.0, temperature: float | Tensor = 4.0) -> Tensor:
     """Decoupled knowledge distillation: T² · (alpha · TCKD + beta · NCKD), averaged over rows.
@@ -77,7 +79,7 @@ def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
     rows = target.numel()
     return (alpha * target_term.sum() + beta * other_term.sum()) * (temperature**2 / rows)
 
-# %% ../nbs/01_losses.ipynb #97034add
+# %% ../nbs/01_losses.ipynb #5cd0c2f3
 def standardize(logits: Tensor) -> Tensor:
     """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1; a row of equal values becomes 0.
 
@@ -88,7 +90,7 @@ def standardize(logits: Tensor) -> Tensor:
     centred = logits - logits.mean(-1, keepdim=True)
     return centred / (1e-7 + logits.std(-1, keepdim=True))
 
-# %% ../nbs/01_losses.ipynb #15d60d61
+# %% ../nbs/01_losses.ipynb #81451ece
 def keep_logits(teacher_logits: Tensor, target: Tensor) -> Tensor:
     "The repair called `none`: the teacher's logits as they are."
     return teacher_logits
@@ -96,7 +98,7 @@ def keep_logits(teacher_logits: Tensor, target: Tensor) -> Tensor:
 
 REPAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"none": keep_logits, "swap": swap_logits, "sort": sort_logits}
 
-# %% ../nbs/01_losses.ipynb #f894006d
+# %% ../nbs/01_losses.ipynb #6ccdf507
 @dataclass(frozen=True)
 class Objective:
     "A distillation term with the weights, warm-up and settings it is trained with on CIFAR-100."
@@ -118,7 +120,7 @@ OBJECTIVES: dict[str, Objective] = {
                      settings={"alpha": 1.0, "beta": 8.0, "temperature": 4.0}),
 }
 
-# %% ../nbs/01_losses.ipynb #93e1dbce
+# %% ../nbs/01_losses.ipynb #8220471b
 @dataclass(frozen=True)
 class Method:
     "What a student is trained with: a repair of the teacher's logits, an objective, and its numbers. Made by `create_method`."
@@ -147,7 +149,7 @@ class Method:
             loss = loss + self.kd_weight * ramp * term
         return loss
 
-# %% ../nbs/01_losses.ipynb #feb13675
+# %% ../nbs/01_losses.ipynb #2aedb01c
 def list_methods() -> list[str]:
     "The names that `create_method` knows: every objective with every repair that makes sense for it."
     return [name for objective, entry in OBJECTIVES.items() for name in

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sort_logits', 'swap_logits']
 
-# %% ../nbs/00_sorting.ipynb #0409d73c
+# %% ../nbs/00_sorting.ipynb #3584fe7f
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_sorting.ipynb #0533e2d4
+# %% ../nbs/00_sorting.ipynb #fe18e34c
 def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
     "Refuse what has no meaning; return `dim` counted from the front."
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
@@ -31,20 +31,26 @@ def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
 def _describe(value) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.60}"
 
-# %% ../nbs/00_sorting.ipynb #f42c3fc8
+# %% ../nbs/00_sorting.ipynb #924c25f9
+def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
+    "Refuse class indices that the logits do not have; not while tracing, and not on a GPU, where looking at values would stall it and `gather` asserts."
+    if torch.compiler.is_compiling() or logits.is_cuda:
+        return
+    outside = (index < 0) | (index >= logits.shape[dim])
+    if outside.any():
+        raise ValueError(f"target holds {index[outside][0].item()}, but logits of shape {tuple(logits.shape)} have the classes "
+                         f"0 to {logits.shape[dim] - 1} along dim={dim}; correct it, or give sort_logits and swap_logits its value as ignore_index.")
+
+
 def _find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     "The target with ignored places set to 0, the target's value, and where something ranks above it; each of the target's shape."
     counted = target != ignore_index
     index = torch.where(counted, target, 0).long()
-    if not torch.compiler.is_compiling() and not logits.is_cuda:  # On a GPU looking at the values would stall it; gather asserts there.
-        outside = (index < 0) | (index >= logits.shape[dim])
-        if outside.any():
-            raise ValueError(f"target holds {index[outside][0].item()}, but logits of shape {tuple(logits.shape)} have the classes 0 to {logits.shape[dim] - 1} "
-                             f"along dim={dim}; a place that does not count is marked ignore_index={ignore_index}.")
+    _check_range(index, logits, dim)
     value = logits.gather(dim, index.unsqueeze(dim)).squeeze(dim)
     return index, value, (logits.amax(dim) > value) & counted
 
-# %% ../nbs/00_sorting.ipynb #96814dce
+# %% ../nbs/00_sorting.ipynb #bd835224
 def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` by touching only the rows and classes that move."
     if logits.ndim == 1:  # a single row
@@ -69,7 +75,7 @@ def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index:
     classes_last[(*place, index)] = ranked[first]
     return repaired
 
-# %% ../nbs/00_sorting.ipynb #b14465db
+# %% ../nbs/00_sorting.ipynb #ca493bfa
 def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` with shapes that do not depend on the data: for GPUs and for tracing."
     index, value, wrong = (each.unsqueeze(dim) for each in _find_wrong_rows(logits, target, dim, ignore_index))
@@ -82,7 +88,7 @@ def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: in
     top = torch.where(wrong, ranked.narrow(dim, 0, 1), value)
     return logits.scatter(dim, order, handed_out).scatter(dim, index, top)
 
-# %% ../nbs/00_sorting.ipynb #aecd4009
+# %% ../nbs/00_sorting.ipynb #88c2a320
 def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Move the target to the top of the ranking and hand the sorted values out again.
 
@@ -102,7 +108,7 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     fixed_shape = logits.is_cuda or torch.compiler.is_compiling()
     return (_sort_fixed_shape if fixed_shape else _sort_moving_classes)(logits, target, dim, ignore_index)
 
-# %% ../nbs/00_sorting.ipynb #a339e1fc
+# %% ../nbs/00_sorting.ipynb #ecd03b76
 def swap_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Exchange the target's value and the largest one; arguments, ties, errors and result as for `sort_logits`.
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_checkpoint', 'load_weights', 'save_atomically',
-           'save_teacher', 'Teacher', 'load_teacher', 'network_timeout', 'fetch_published', 'find_teacher',
-           'get_teacher']
+           'save_teacher', 'Teacher', 'load_teacher', 'fetch_published', 'find_teacher', 'get_teacher']
 
-# %% ../nbs/04_teachers.ipynb #bb9bc146
+# %% ../nbs/04_teachers.ipynb #15b53abb
 import hashlib
 import json
 import os
@@ -20,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .data import ImageData
+from .data import ImageData, network_timeout
 from .models import create_model
 
-# %% ../nbs/04_teachers.ipynb #da86ad66
+# %% ../nbs/04_teachers.ipynb #3770f9c3
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     "SHA-256 over the names, shapes and float32 (or integer) values of a state dict, in the order of the names."
     digest = hashlib.sha256()
@@ -34,7 +33,7 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/04_teachers.ipynb #c5450457
+# %% ../nbs/04_teachers.ipynb #1630a1a9
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a `.safetensors` file or a PyTorch checkpoint, and what the file says of itself (empty for PyTorch's).
 
@@ -51,14 +50,15 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
                 return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("sortkd", "{}"))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0]}). "
+        reason = (str(error).splitlines() or ["the file is empty"])[0]
+        raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}: {reason}). "
                          "It is damaged, of another format, or would need to run code.") from error
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'.")
     return {name.removeprefix("module."): value for name, value in weights.items()}, {}
 
-# %% ../nbs/04_teachers.ipynb #f0c8c15b
+# %% ../nbs/04_teachers.ipynb #71544eca
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
     "Load `weights` into `model` and return it; `ValueError` with the first differences if they are another network's or have other classes."
     expected = model.state_dict()
@@ -72,7 +72,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = 
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/04_teachers.ipynb #0957efaf
+# %% ../nbs/04_teachers.ipynb #134140e9
 def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     "Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all of the new content or still the old."
     path = Path(path)
@@ -86,7 +86,7 @@ def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/04_teachers.ipynb #1db0d0d4
+# %% ../nbs/04_teachers.ipynb #313b46a6
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
     "Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all. Weights become float16; buffers of batch normalisation stay."
     from safetensors.torch import save_file
@@ -96,7 +96,7 @@ def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapp
     save_atomically(path, lambda temporary: save_file(stored, temporary, metadata={"sortkd": json.dumps(dict(training))}))
     return Path(path)
 
-# %% ../nbs/04_teachers.ipynb #2dc0295c
+# %% ../nbs/04_teachers.ipynb #7c67891e
 @dataclass(frozen=True)
 class Teacher:
     "A teacher's network with its weights, and plain values that tell a record what it is."
@@ -117,16 +117,7 @@ def load_teacher(path: str | Path, architecture: str, num_classes: int, source: 
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
     return Teacher(model.eval().requires_grad_(False), architecture, source, Path(path).name, training)
 
-# %% ../nbs/04_teachers.ipynb #f747ce22
-from contextlib import contextmanager
-import socket
-@contextmanager
-def network_timeout(seconds: float = 20.0):
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try: yield
-    finally: socket.setdefaulttimeout(before)
-
+# %% ../nbs/04_teachers.ipynb #54e77346
 PUBLISHED_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 PUBLISHED_TOP1 = {"resnet56": 72.34, "resnet110": 74.31, "resnet32x4": 79.42, "wrn_40_2": 75.61, "vgg13": 74.64, "ResNet50": 79.34}
 
@@ -152,7 +143,7 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
                 if content is not None:
                     save_atomically(folder / name, lambda temporary: temporary.write_bytes(content.read()))
 
-# %% ../nbs/04_teachers.ipynb #585e2299
+# %% ../nbs/04_teachers.ipynb #86c723a7
 def find_teacher(architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping) -> Teacher | None:
     """The best teacher under `folder` that serves, or None.
 
@@ -183,6 +174,7 @@ def get_teacher(architecture: str, data: ImageData, folder: str | Path, training
 
     `training`: plain values that identify how the run would train it. `train()` returns the weights and further plain values, such as `top1`, to keep with them.
     """
+    training = json.loads(json.dumps(training))  # as it reads in a file: tuples are lists
     teacher = find_teacher(architecture, data, folder, min_epochs, training)
     if teacher is None and fetch and data.name == "cifar100" and architecture in PUBLISHED_TOP1:
         try:

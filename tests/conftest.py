@@ -1,0 +1,15 @@
+"What all tests share: where the data is, and one thread, so that small networks do not wait for each other."
+import os
+
+import pytest
+import torch
+
+from sortkd.data import has_cifar100
+
+torch.set_num_threads(1)
+
+# Tests change the folder they run in; the data stays where it is.
+if "SORTKD_DATA" in os.environ:
+    os.environ["SORTKD_DATA"] = os.path.abspath(os.environ["SORTKD_DATA"])
+
+needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not under SORTKD_DATA")

@@ -1,0 +1,580 @@
+"The data chapter: what is loaded, what is refused, and that a batch holds exactly the pixels that it should."
+
+import functools
+import hashlib
+import http.server
+import pickle
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+import torchvision
+import torchvision.transforms.v2.functional as vision
+from torchvision.datasets import CIFAR100
+
+from sortkd.data import (
+    Batches, ImageData, Views, batch_bounds, crop, draw_views, has_cifar100, load_cifar100, load_data, load_digits,
+    normalize, number_of_views, pad_images, seeded_generator, view_id, views_of,
+)
+
+CIFAR_FILES = ("train", "test", "meta")
+DIGITS_CHECKSUM = "3834cdec9b345647258856fb597d86d80bbd6e4afaf705ce84b73050b6b6b772"
+CIFAR_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not on disk")
+
+
+def random_images(count, size, key="images"):
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=seeded_generator(key, count, size))
+
+
+def toy_data(train=40, test=12, size=8, classes=4, **changes):
+    fields = dict(
+        name="toy", train_images=random_images(train, size), train_targets=torch.arange(train) % classes,
+        test_images=random_images(test, size, "test"), test_targets=torch.arange(test) % classes,
+        class_names=tuple(f"class {number}" for number in range(classes)),
+        mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), pad=2, flip=True,
+    )
+    return ImageData(**fields | changes)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits()
+
+
+@pytest.fixture(scope="module")
+def cifar100():
+    return load_cifar100(download=False)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    "A network on which every request fails; the list that it returns collects the requests."
+    requests = []
+
+    def refuse(request, *args, **kwargs):
+        requests.append(getattr(request, "full_url", request))
+        raise urllib.error.URLError("the network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    return requests
+
+
+# The data sets
+
+
+def test_import_needs_only_torch():
+    code = ("import sys, sortkd.data; "
+            "print([name for name in ('torchvision', 'sklearn', 'matplotlib', 'pandas') if name in sys.modules])")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                            cwd=Path(__file__).parents[1])
+    assert result.stdout.strip() == "[]"
+
+
+def test_digits(digits):
+    assert digits.checksum == DIGITS_CHECKSUM
+    assert (digits.train_images.shape, digits.test_images.shape) == ((1437, 16, 16, 3), (360, 16, 16, 3))
+    assert (digits.num_classes, digits.image_size, digits.pad, digits.flip) == (10, 16, 2, False)
+    assert digits.train_images.max() == 255 and digits.train_images.min() == 0
+    assert 35 <= torch.bincount(digits.test_targets).min() <= torch.bincount(digits.test_targets).max() <= 37
+    pixels = normalize(digits.train_images, digits.mean, digits.std)
+    assert abs(pixels.mean()) < 1e-3 and abs(pixels.std() - 1) < 1e-3
+    assert load_data("digits").checksum == digits.checksum
+
+
+def test_digits_are_those_of_scikit_learn(digits):
+    from sklearn.datasets import load_digits as read_digits
+
+    scaled = torch.from_numpy(read_digits().images * 255 / 16).round().to(torch.uint8)
+    source = sorted(image.numpy().tobytes() for image in scaled)
+    plain = load_digits(8)
+    ours = sorted(image[..., 0].numpy().tobytes() for image in torch.cat([plain.train_images, plain.test_images]))
+    assert ours == source, "no image is lost, doubled or shared between the splits"
+
+
+def test_digits_sizes():
+    assert load_digits(32).image_size == 32
+    with pytest.raises(ValueError, match="image_size must be at least 8, but is 4"):
+        load_digits(4)
+    with pytest.raises(TypeError, match="image_size must be an integer, but is 16.0"):
+        load_digits(16.0)
+
+
+@needs_cifar100
+def test_cifar100(cifar100):
+    assert cifar100.checksum == CIFAR_CHECKSUM
+    assert (cifar100.train_images.shape, cifar100.test_images.shape) == ((50000, 32, 32, 3), (10000, 32, 32, 3))
+    assert torch.bincount(cifar100.train_targets).tolist() == [500] * 100
+    assert torch.bincount(cifar100.test_targets).tolist() == [100] * 100
+    assert cifar100.class_names[0] == "apple" and cifar100.class_names[99] == "worm"
+    assert cifar100.train_images.is_contiguous()
+    assert number_of_views(cifar100.pad, cifar100.flip) == 162
+    subset = cifar100.subset(train_size=250, test_size=100)
+    assert set(torch.bincount(subset.train_targets, minlength=100).tolist()) == {2, 3}
+    assert torch.bincount(subset.test_targets, minlength=100).tolist() == [1] * 100
+    assert subset.checksum != cifar100.checksum
+
+
+@pytest.mark.parametrize("name", ["cifar10", "CIFAR100", "", None])
+def test_unknown_data(name):
+    with pytest.raises(ValueError, match=f"unknown data set {name!r}: choose 'cifar100', 'digits' or 'auto'"):
+        load_data(name)
+
+
+def test_auto_never_downloads(tmp_path, offline):
+    assert load_data(root=tmp_path).name == "digits"
+    assert not offline and not list(tmp_path.iterdir())
+
+
+def test_root_comes_from_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "cifar-100-python").mkdir()
+    monkeypatch.setenv("SORTKD_DATA", str(tmp_path))
+    assert has_cifar100() and not has_cifar100(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SORTKD_DATA", "")
+    assert not has_cifar100()
+    shutil.move("cifar-100-python", (tmp_path / "data").mkdir() or tmp_path / "data")
+    monkeypatch.delenv("SORTKD_DATA")
+    assert has_cifar100()
+
+
+# Files that are absent or damaged
+
+
+def test_absent_without_download(tmp_path, offline):
+    with pytest.raises(FileNotFoundError, match="SORTKD_DATA") as error:
+        load_cifar100(tmp_path / "nowhere", download=False)
+    assert str(tmp_path / "nowhere") in str(error.value) and not offline
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_absent_without_network(tmp_path, offline):
+    with pytest.raises(FileNotFoundError, match="the network is unreachable.*SORTKD_DATA.*digits") as error:
+        load_cifar100(tmp_path / "new")
+    assert str(tmp_path / "new") in str(error.value)
+    assert offline and not list((tmp_path / "new").iterdir()), "a failed download leaves nothing behind"
+
+
+def test_root_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "cifar-100-python").write_text("")
+    for root in (tmp_path / "file", tmp_path):
+        with pytest.raises(NotADirectoryError, match="is a file, but must be a folder"):
+            load_cifar100(root)
+        assert not has_cifar100(root)
+
+
+class LeaveMark:
+    "Unpickling an instance makes a file."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_foreign_pickles_are_not_opened(tmp_path, offline):
+    folder, mark = tmp_path / "cifar-100-python", tmp_path / "mark"
+    folder.mkdir()
+    for name in CIFAR_FILES:
+        (folder / name).write_bytes(pickle.dumps(LeaveMark(mark)))
+    planted = (folder / "train").read_bytes()
+    for load in (load_cifar100, load_data):
+        with pytest.raises(ValueError, match="train is damaged: its MD5 is not the published .*Delete the folder"):
+            load(root=tmp_path)
+    assert not mark.exists(), "a file was unpickled before its checksum was compared"
+    assert (folder / "train").read_bytes() == planted and not offline, "the user's file is left alone"
+    pickle.loads(planted)
+    assert mark.exists(), "the planted pickle does nothing, so this test shows nothing"
+
+
+def fake_cifar100(folder, monkeypatch):
+    "Four images in CIFAR-100's format at `folder`, and torchvision told that they are the published ones."
+    folder.mkdir(parents=True)
+    pixels = numpy.arange(4 * 3072, dtype=numpy.uint8).reshape(4, 3072)
+    contents = {"train": {"data": pixels, "fine_labels": [0, 1, 2, 3]}, "test": {"data": pixels, "fine_labels": [3, 2, 1, 0]},
+                "meta": {"fine_label_names": list("abcd")}}
+    md5 = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5["meta"]})
+    return pixels
+
+
+@pytest.mark.parametrize("broken", CIFAR_FILES)
+@pytest.mark.parametrize("how", ["byte", "truncated", "missing"])
+def test_damaged_files_are_refused(tmp_path, monkeypatch, offline, broken, how):
+    folder = tmp_path / "cifar-100-python"
+    fake_cifar100(folder, monkeypatch)
+    content = bytearray((folder / broken).read_bytes())
+    if how == "missing":
+        (folder / broken).unlink()
+    else:
+        content[-5] ^= 1
+        (folder / broken).write_bytes(content if how == "byte" else content[:-5])
+    with pytest.raises(ValueError, match=f"{broken} is {'missing' if how == 'missing' else 'damaged'}.*Delete the folder"):
+        load_cifar100(tmp_path)
+    assert not offline
+
+
+@needs_cifar100
+def test_one_wrong_byte_in_the_real_files(tmp_path, cifar100):
+    from sortkd.data import _cifar100_folder
+
+    source, folder = _cifar100_folder(None).resolve(), tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "meta"):
+        (folder / name).symlink_to(source / name)
+    content = bytearray((source / "test").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "test").write_bytes(content)
+    with pytest.raises(ValueError, match="test is damaged"):
+        load_data("cifar100", root=tmp_path)
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    "A folder and the address at which a server on this machine offers its files."
+    folder = tmp_path / "web"
+    folder.mkdir()
+    monkeypatch.setenv("no_proxy", "*")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_download(tmp_path, monkeypatch, web):
+    "The whole way, from an archive behind an address to tensors."
+    folder, address = web
+    pixels = fake_cifar100(tmp_path / "source" / "cifar-100-python", monkeypatch)
+    archive = folder / "cifar-100-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "source" / "cifar-100-python", "cifar-100-python")
+    monkeypatch.setattr(CIFAR100, "url", f"{address}/{archive.name}")
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    root = tmp_path / "new" / "root"
+    data = load_cifar100(root)
+    assert [path.name for path in root.iterdir()] == ["cifar-100-python"], "nothing but the data is left"
+    assert torch.equal(data.train_images, torch.from_numpy(pixels).view(4, 3, 32, 32).permute(0, 2, 3, 1))
+    assert (data.train_targets.tolist(), data.test_targets.tolist()) == ([0, 1, 2, 3], [3, 2, 1, 0])
+    archive.unlink()
+    assert load_cifar100(root).checksum == data.checksum, "the second call reads what the first one left"
+
+
+def test_download_of_something_else(tmp_path, monkeypatch, web):
+    folder, address = web
+    (folder / "page.tar.gz").write_bytes(b"please log in to this network")
+    monkeypatch.setattr(CIFAR100, "url", f"{address}/page.tar.gz")
+    with pytest.raises(FileNotFoundError, match="could not be downloaded.*corrupted"):
+        load_cifar100(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_download_has_a_time_limit(tmp_path, monkeypatch):
+    limits = []
+
+    def stall(*args, **kwargs):
+        limits.append(socket.getdefaulttimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(urllib.request, "urlopen", stall)
+    before = socket.getdefaulttimeout()
+    with pytest.raises(FileNotFoundError, match="timed out"):
+        load_cifar100(tmp_path)
+    assert 0 < limits[0] <= 60 and socket.getdefaulttimeout() == before
+
+
+# ImageData
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    (dict(train_targets=torch.arange(40)), ValueError, r"train_targets must lie in 0\.\.3, but holds 4"),
+    (dict(test_targets=torch.tensor([-1] + [0] * 11)), ValueError, r"test_targets must lie in 0\.\.3, but holds -1"),
+    (dict(train_targets=torch.zeros(39, dtype=torch.int64)), ValueError, r"train_targets must have shape \(40,\).*\(39,\)"),
+    (dict(train_targets=torch.zeros(40, dtype=torch.int32)), TypeError, "train_targets must be a torch.int64.*torch.int32"),
+    (dict(train_images=torch.zeros(40, 8, 8, 3)), TypeError, "train_images must be a torch.uint8.*torch.float32"),
+    (dict(train_images=[1, 2]), TypeError, "train_images must be a torch.uint8 tensor, but is list"),
+    (dict(train_images=torch.zeros(40, 3, 8, 8, dtype=torch.uint8)), ValueError, r"train_images must have shape.*\(40, 3, 8, 8\)"),
+    (dict(train_images=torch.zeros(0, 8, 8, 3, dtype=torch.uint8)), ValueError, r"train_images must have.*\(0, 8, 8, 3\)"),
+    (dict(test_images=torch.zeros(12, 9, 9, 3, dtype=torch.uint8)), ValueError, r"test images are \(9, 9, 3\)"),
+    (dict(mean=(0.5,)), ValueError, r"mean must be three numbers.*\(0\.5,\)"),
+    (dict(std=(0.2, 0.0, 0.2)), ValueError, "std must be three numbers"),
+    (dict(pad=-1), ValueError, "pad must be at least 0, but is -1"),
+    (dict(pad=1.5), TypeError, "pad must be an integer, but is 1.5"),
+    (dict(class_names=("one",)), ValueError, "class_names must hold at least two classes"),
+])
+def test_what_does_not_fit_is_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        toy_data(**changes)
+
+
+def test_checksum_names_the_data():
+    data = toy_data()
+    assert len(data.checksum) == 64 and data.checksum == toy_data(name="other").checksum
+    changed = {name: getattr(data, name).clone() for name in ("train_images", "train_targets", "test_images", "test_targets")}
+    for name, tensor in changed.items():
+        tensor.view(-1)[5] = (tensor.view(-1)[5] + 1) % 4
+        assert toy_data(**{name: tensor}).checksum != data.checksum, name
+    assert "train_images" not in repr(data) and data.checksum[:12] in repr(data)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_to_device(device):
+    data = toy_data().to(device)
+    assert data.train_images.device.type == data.test_targets.device.type == device
+    assert data.checksum == toy_data().checksum
+    assert data.subset(train_size=9, seed=1).checksum == toy_data().subset(train_size=9, seed=1).checksum
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 20, 40])
+def test_subset_is_balanced_deterministic_and_nested(size):
+    data = toy_data()
+    subset = data.subset(train_size=size, seed=3)
+    counts = torch.bincount(subset.train_targets, minlength=4)
+    assert counts.sum() == size and counts.max() - counts.min() <= 1
+    assert len(subset.test_images) == len(data.test_images)
+    assert subset.checksum == data.subset(train_size=size, seed=3).checksum
+    position = {image.numpy().tobytes(): number for number, image in enumerate(data.train_images)}
+    chosen = [position[image.numpy().tobytes()] for image in subset.train_images]
+    assert chosen == sorted(set(chosen)), "in the order of the whole set, each once"
+    assert torch.equal(subset.train_targets, data.train_targets[chosen]), "images keep their targets"
+    if size < 40:
+        larger = data.subset(train_size=size + 1, seed=3)
+        assert set(chosen) < {position[image.numpy().tobytes()] for image in larger.train_images}
+        assert subset.checksum != data.subset(train_size=size, seed=4).checksum
+
+
+def test_subset_of_everything_is_everything():
+    assert toy_data().subset().checksum == toy_data().subset(40, 12).checksum == toy_data().checksum
+
+
+@pytest.mark.parametrize("sizes, error, message", [
+    (dict(train_size=41), ValueError, "train_size is 41, but toy has 40 train images"),
+    (dict(test_size=13), ValueError, "test_size is 13, but toy has 12 test images"),
+    (dict(train_size=-1), ValueError, "train_size must be at least 0, but is -1"),
+    (dict(test_size=0.5), TypeError, "test_size must be an integer, but is 0.5"),
+    (dict(train_size=True), TypeError, "train_size must be an integer, but is True"),
+    (dict(train_size="10"), TypeError, "train_size must be an integer, but is '10'"),
+    (dict(train_size=4, seed=-1), ValueError, "seed must be at least 0, but is -1"),
+])
+def test_subset_sizes_are_checked(sizes, error, message):
+    with pytest.raises(error, match=message):
+        toy_data().subset(**sizes)
+
+
+# Views
+
+
+@pytest.mark.parametrize("pad, flip, count", [(4, True, 162), (4, False, 81), (2, False, 25), (0, False, 1), (0, True, 2)])
+def test_view_ids_are_reversible(pad, flip, count):
+    assert number_of_views(pad, flip) == count
+    views = views_of(torch.full((count,), 7), torch.arange(count), pad, flip)
+    assert torch.equal(view_id(views, pad, flip), torch.arange(count))
+    assert view_id(views, pad, flip).dtype == views.top.dtype == torch.int64 and views.flip.dtype == torch.bool
+    assert len(set(zip(*(tensor.tolist() for tensor in views)))) == count
+    assert (views.index == 7).all() and views.top.max() == views.left.max() == 2 * pad
+    one_for_all = views_of(torch.arange(3), count - 1, pad, flip)
+    assert view_id(one_for_all, pad, flip).tolist() == [count - 1] * 3
+
+
+def test_view_ids_out_of_range():
+    for wrong in (-1, 162):
+        with pytest.raises(ValueError, match=rf"view ids must lie in 0\.\.161, but reach from .*{wrong}"):
+            views_of(torch.arange(2), torch.tensor([5, wrong]), 4, True)
+
+
+def test_draws_depend_on_seed_and_epoch_alone():
+    torch.manual_seed(0)
+    first = draw_views(300, 4, True, seed=0, epoch=1)
+    torch.rand(10)
+    draw_views(300, 4, True, seed=0, epoch=2)
+    assert all(map(torch.equal, first, draw_views(300, 4, True, seed=0, epoch=1)))
+    draws = {draw_views(300, 4, True, seed, epoch).index.numpy().tobytes() for seed in range(12) for epoch in range(12)}
+    assert len(draws) == 144, "(0, 1), (1, 0) and all others differ"
+    assert all(map(torch.equal, first, draw_views(300, 4, True, numpy.int64(0), numpy.int64(1))))
+
+
+def test_draws_are_these():
+    "Records are repeatable only as long as the draw is the same in every version."
+    views = draw_views(6, 4, True, seed=0, epoch=0)
+    assert views.index.tolist() == [0, 5, 4, 2, 3, 1]
+    assert view_id(views, 4, True).tolist() == [56, 128, 135, 62, 59, 149]
+
+
+def test_draws_leave_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    draw_views(10, 4, True, 0, 0)
+    toy_data().subset(train_size=4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_epoch_is_a_permutation_and_views_are_uniform():
+    ids = []
+    for epoch in range(4):
+        views = draw_views(50_000, 4, True, seed=1, epoch=epoch)
+        assert torch.equal(views.index.sort().values, torch.arange(50_000))
+        ids.append(view_id(views, 4, True))
+    counts = torch.bincount(torch.cat(ids), minlength=162).double()
+    assert len(counts) == 162 and counts.min() > 0
+    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert abs(chi_square - 161) < 5 * (2 * 161) ** 0.5
+    assert not draw_views(100, 2, False, 0, 0).flip.any()
+
+
+@pytest.mark.parametrize("arguments, error", [
+    ((0, 4, True, 0, 0), ValueError), ((10, -1, True, 0, 0), ValueError), ((10, 4, True, -1, 0), ValueError),
+    ((10, 4, True, 0, -1), ValueError), ((10, 4, True, 0.5, 0), TypeError), ((10, 4, True, 0, None), TypeError),
+])
+def test_draws_check_their_arguments(arguments, error):
+    with pytest.raises(error, match="must be"):
+        draw_views(*arguments)
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("size, pad, flip", [(32, 4, True), (16, 2, False), (8, 0, True)])
+def test_crop_is_that_of_torchvision(device, size, pad, flip):
+    images = random_images(50, size)
+    views = draw_views(50, pad, flip, seed=2, epoch=5)
+    cropped = crop(pad_images(images.to(device), pad), views, size).cpu()
+    assert cropped.dtype == torch.uint8 and cropped.is_contiguous()
+    for position, (index, top, left, mirrored) in enumerate(zip(*(tensor.tolist() for tensor in views))):
+        expected = vision.crop(vision.pad(images[index].permute(2, 0, 1), [pad] * 4), top, left, size, size)
+        expected = vision.horizontal_flip(expected) if mirrored else expected
+        assert torch.equal(cropped[position].permute(2, 0, 1), expected)
+
+
+def test_crop_is_that_of_pillow():
+    "The path of the field's code: an image file library, RandomCrop's padding and a mirror."
+    image = random_images(1, 32)
+    picture = vision.to_pil_image(image[0].permute(2, 0, 1))
+    for number in range(0, 162, 5):
+        views = views_of(torch.zeros(1, dtype=torch.int64), number, 4, True)
+        expected = vision.crop(vision.pad(picture, [4] * 4), views.top.item(), views.left.item(), 32, 32)
+        expected = vision.horizontal_flip(expected) if views.flip.item() else expected
+        assert torch.equal(crop(pad_images(image, 4), views, 32)[0], torch.from_numpy(numpy.array(expected)))
+
+
+def test_all_162_views_are_different_and_one_is_the_image():
+    image = random_images(1, 32)
+    views = views_of(torch.zeros(162, dtype=torch.int64), torch.arange(162), 4, True)
+    cropped = crop(pad_images(image, 4), views, 32)
+    assert len(cropped.flatten(1).unique(dim=0)) == 162
+    same = (cropped == image).flatten(1).all(1).nonzero().flatten().tolist()
+    assert same == [view_id(Views(*map(torch.tensor, (0, 4, 4, False))), 4, True).item()]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_normalize(device):
+    images = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1).expand(256, 2, 2, 3).contiguous()
+    mean, std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    normalized = normalize(images.to(device), mean, std)
+    expected = (images.permute(0, 3, 1, 2).double() / 255 - torch.tensor(mean).double().view(3, 1, 1))
+    expected = expected / torch.tensor(std).double().view(3, 1, 1)
+    assert (normalized.cpu().double() - expected).abs().max() < 1e-6
+    assert normalized.dtype == torch.float32 and normalized.shape == (256, 3, 2, 2)
+    assert normalized.is_contiguous(memory_format=torch.channels_last)
+    half = normalize(images.to(device), mean, std, torch.bfloat16)
+    assert torch.equal(half, normalized.to(torch.bfloat16)), "computed in float32, rounded once"
+    assert half.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_constants_made_in_inference_mode_serve_training():
+    mean, std = (0.123, 0.4, 0.5), (0.2, 0.2, 0.2)  # used nowhere else, so they are made here
+    with torch.inference_mode():
+        normalize(random_images(2, 8), mean, std)
+    weight = torch.ones(1, requires_grad=True)
+    (normalize(random_images(2, 8), mean, std) * weight).sum().backward()
+    assert weight.grad.isfinite().all()
+
+
+# Batches
+
+
+@pytest.mark.parametrize("num_images, batch_size, sizes", [
+    (10, 5, [5, 5]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 1, [1, 1, 1]), (1, 8, [1]), (9, 8, [9]), (5, 100, [5]), (3, 2, [3]),
+])
+def test_batch_bounds(num_images, batch_size, sizes):
+    bounds = batch_bounds(num_images, batch_size)
+    assert [stop - start for start, stop in bounds] == sizes
+    assert [index for start, stop in bounds for index in range(start, stop)] == list(range(num_images))
+
+
+def test_batch_bounds_of_the_recipe():
+    assert len(batch_bounds(50_000, 64)) == 782 and batch_bounds(50_000, 64)[-1] == (49_984, 50_000)
+    for arguments, error in (((10, 0), ValueError), ((0, 10), ValueError), ((10, 2.5), TypeError)):
+        with pytest.raises(error, match="must be"):
+            batch_bounds(*arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_batches(device):
+    data = toy_data(train=41)
+    batches = Batches(data, device)
+    seen = list(batches.train(8, seed=5, epoch=2))
+    assert [len(targets) for _, targets, _ in seen] == [8, 8, 8, 8, 9]
+    drawn = draw_views(41, data.pad, data.flip, seed=5, epoch=2)
+    for part, tensor in enumerate(drawn):
+        assert torch.equal(torch.cat([views[part] for _, _, views in seen]).cpu(), tensor)
+    expected = normalize(crop(pad_images(data.train_images, data.pad), drawn, data.image_size), data.mean, data.std)
+    torch.testing.assert_close(torch.cat([images for images, _, _ in seen]).cpu(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(torch.cat([targets for _, targets, _ in seen]).cpu(), data.train_targets[drawn.index])
+    for images, targets, views in seen:
+        assert images.device.type == targets.device.type == views.index.device.type == device
+        assert images.is_contiguous(memory_format=torch.channels_last) and targets.dtype == torch.int64
+
+
+def test_epochs_can_be_started_anywhere():
+    batches = Batches(toy_data())
+    straight = [list(batches.train(16, seed=0, epoch=epoch)) for epoch in range(3)][2]
+    resumed = list(Batches(toy_data()).train(16, seed=0, epoch=2))
+    for (images, targets, _), (other_images, other_targets, _) in zip(straight, resumed, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_test_batches_are_plain(device, digits):
+    batches = Batches(digits, device, torch.float64)
+    images, targets = (torch.cat(parts).cpu() for parts in zip(*batches.test(batch_size=100)))
+    expected = torchvision.transforms.v2.functional.normalize(
+        digits.test_images.permute(0, 3, 1, 2).double() / 255, digits.mean, digits.std)
+    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
+    assert images.dtype == torch.float64 and torch.equal(targets, digits.test_targets)
+
+
+def test_batches_of_a_wrong_dtype():
+    for wrong in (torch.uint8, "float32"):
+        with pytest.raises(TypeError, match="dtype must be a floating point"):
+            Batches(toy_data(), dtype=wrong)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_batch_does_not_make_the_host_wait():
+    batches = Batches(toy_data(), "cuda")
+    views = draw_views(40, 2, True, 0, 0).to("cuda")
+    batches.gather(views)  # makes the constants
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batches.gather(views.part(0, 16))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,147 @@
+"Whole experiments, small: the notebook through papermill, every pair, interruption, refusals, records."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_cifar100
+
+import sortkd
+from sortkd.data import Batches, load_digits
+from sortkd.experiments import PAIRS, append_record, plan_experiment, read_records, run_experiment, summarize
+from sortkd.losses import create_method
+from sortkd.models import create_model
+from sortkd.training import Recipe, create_fabric, train
+
+NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
+SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 200, "test_size": 100}
+
+
+def small_experiment(folder, **changes):
+    return plan_experiment(**(SMALL | {"teachers_dir": f"{folder}/teachers", "results_dir": f"{folder}/results"} | changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Shared, so that the teacher is trained once."
+    return tmp_path_factory.mktemp("experiments")
+
+
+def test_import_needs_torch_and_nothing_else():
+    code = "import sys, torch; before = set(sys.modules); import sortkd; print({name.split('.')[0] for name in set(sys.modules) - before})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "{'sortkd'}"
+
+
+def test_version_is_that_of_the_settings():
+    settings = (NOTEBOOK.parents[1] / "settings.ini").read_text()
+    assert f"\nversion = {sortkd.__version__}\n" in settings
+
+
+def test_the_notebook_through_papermill(folder):
+    import papermill
+    results = folder / "papermill"
+    parameters = SMALL | {"methods": "kd,kd+sort,dkd+swap", "seeds": "0,1", "results_dir": str(results), "teachers_dir": str(folder / "teachers"), "progress": False}
+    notebook = papermill.execute_notebook(NOTEBOOK, folder / "out.ipynb", parameters, progress_bar=False)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    texts = "".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
+    assert "This is a quick run" in texts and "not evidence" in texts
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert "top-1 last" in outputs[-1]["data"]["text/html"]
+    records = read_records(results / "quick.jsonl")
+    assert [(record["method"]["name"], record["seed"]) for record in records] == [(name, seed) for seed in (0, 1) for name in ("kd", "kd+sort", "dkd+swap")]
+
+
+def test_a_record_says_everything(folder):
+    record, = run_experiment(small_experiment(folder, methods="dkd+sort"), progress=False).records
+    assert record["method"]["settings"] == {"alpha": 1.0, "beta": 2.0, "temperature": 4.0} and record["method"]["warmup_epochs"] == 1
+    assert record["recipe"]["lr"] == 0.05 and record["preset"] == "quick" and record["full_recipe"] is False
+    assert len(record["data"]["checksum"]) == len(record["about_teacher"]["weights_sha256"]) == 64
+    assert record["versions"]["torch"] == torch.__version__ and record["machine"]["cores"] == os.cpu_count()
+    assert len(record["curve"]["test_top1"]) == 2 and record["result"]["last_top1"] == record["curve"]["test_top1"][-1]
+    assert record["result"]["changed_rows"] == record["result"]["teacher_wrong_rows"] > 0
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_pair_takes_a_step(pair):
+    data = load_digits().subset(train_size=40, test_size=20)
+    teacher, student = create_model(PAIRS[pair].teacher, 10), create_model(PAIRS[pair].student, 10)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    outcome = train(student, Batches(data), create_method("dkd+sort", beta=PAIRS[pair].beta), Recipe(lr=PAIRS[pair].lr, batch_size=40).shortened(1),
+                    create_fabric("cpu"), teacher=teacher)
+    assert all(value.isfinite().all() for value in outcome.last_weights.values())
+    assert all(not torch.equal(before[name], outcome.last_weights[name]) for name, _ in student.named_parameters() if name.endswith("weight"))
+
+
+def test_killed_and_started_again(folder, tmp_path):
+    "A process killed between two epochs; the second one ends with the same record as one that was never killed."
+    script = ("import os, signal, sys, torch; torch.set_num_threads(1)\n"
+              "import sortkd.experiments as experiments, sortkd.training as training\n"
+              "train = experiments.train\n"
+              "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+              "experiments.train = lambda *a, **k: train(*a, **k, checkpoint_seconds=0, callbacks=[stop])\n"
+              f"e = experiments.plan_experiment('r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=200, test_size=100, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
+              "experiments.run_experiment(e, progress=False)\n")
+    small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
+    run_experiment(small_teacher, progress=False)
+    def run(results, mode): return subprocess.run([sys.executable, "-c", script, str(tmp_path / results), mode], capture_output=True, text=True)
+    assert run("broken", "kill").returncode == -9 and not (tmp_path / "broken" / "quick.jsonl").exists()
+    assert len(list((tmp_path / "broken").rglob("checkpoint.pt"))) == 1
+    for results in ("broken", "whole"):
+        finished = run(results, "finish")
+        assert finished.returncode == 0, finished.stderr
+    (broken,), (whole,) = (read_records(tmp_path / results / "quick.jsonl") for results in ("broken", "whole"))
+    assert broken["result"]["student_sha256"] == whole["result"]["student_sha256"]
+    assert all(broken["curve"][key] == whole["curve"][key] for key in whole["curve"] if key != "seconds")
+    assert not list(tmp_path.rglob("checkpoint.pt"))
+
+
+@pytest.mark.parametrize("changes,words", [
+    ({"pair": "r56_r21"}, "r56_r20"), ({"pair": 5}, "pair is 5"), ({"methods": "kd,sort"}, "kd\\+sort"), ({"methods": "kd,,dkd"}, "methods"), ({"methods": "kd,kd"}, "different"),
+    ({"seeds": "-1"}, "seeds"), ({"seeds": "1.5"}, "seeds"), ({"seeds": ""}, "seeds"), ({"seeds": "0,0"}, "seeds"), ({"seeds": "²"}, "seeds"),
+    ({"preset": "slow"}, "quick"), ({"dataset": "imagenet"}, "cifar100"), ({"preset": "paper"}, "digits"), ({"epochs": -3}, "epochs is -3"), ({"epochs": "3"}, "epochs"), ({"epochs": True}, "epochs"),
+    ({"train_size": 2000}, "1437"), ({"train_size": 1.5}, "train_size"), ({"test_size": -1}, "test_size"), ({"device": "gpu"}, "cuda"), ({"precision": "float16"}, "bfloat16"),
+    ({"results_dir": str(NOTEBOOK)}, "folder"), ({"teachers_dir": ""}, "folder"), ({"teacher": str(NOTEBOOK)}, "cannot be read"),
+])
+def test_bad_parameters_are_named(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        plan_experiment(**(SMALL | {"results_dir": str(tmp_path / "results")} | changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_networks_checkpoint_is_refused(tmp_path):
+    torch.save({"model": create_model("resnet20", 10).state_dict()}, tmp_path / "resnet20.pth")
+    with pytest.raises(ValueError, match="resnet20.pth is not a checkpoint"):
+        small_experiment(tmp_path, teacher=str(tmp_path / "resnet20.pth"))
+
+
+def test_records_of_different_settings_share_no_table(folder):
+    one = run_experiment(small_experiment(folder, methods="kd"), progress=False).records
+    two = run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False).records
+    with pytest.raises(ValueError, match="2 different settings"):
+        summarize(one + two)
+
+
+def test_many_writers_share_a_file(tmp_path):
+    code = "import sys; from sortkd.experiments import append_record\nfor i in range(50): append_record(sys.argv[1], {'writer': sys.argv[2], 'number': i, 'filling': 'x' * 5000})"
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "records.jsonl"), str(number)]) for number in range(3)]
+    assert all(writer.wait() == 0 for writer in writers)
+    records = read_records(tmp_path / "records.jsonl")
+    assert len(records) == 150 and len({(record["writer"], record["number"]) for record in records}) == 150
+
+
+def test_nothing_but_numbers_enters_a_record(tmp_path):
+    with pytest.raises(ValueError):
+        append_record(tmp_path / "records.jsonl", {"top1": float("inf")})
+    assert not (tmp_path / "records.jsonl").exists() or not json.loads("[" + (tmp_path / "records.jsonl").read_text() + "]")
+
+
+@needs_cifar100
+def test_real_cifar100(tmp_path):
+    "The twin of the documented CIFAR-100 command, a tenth of its size."
+    experiment = plan_experiment("r56_r20", preset="quick", dataset="cifar100", epochs=1, train_size=500, test_size=500, teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    records = run_experiment(experiment, progress=False).records
+    assert records[0]["data"]["full_checksum"] == experiment.full_data.checksum and records[0]["data"]["train_images"] == 500
+    assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0

@@ -1,0 +1,81 @@
+"Checkpoints of other networks, other formats and bad intent; which teacher a run finds."
+import pickle
+
+import pytest
+import torch
+
+from sortkd.data import load_digits
+from sortkd.models import create_model
+from sortkd.teachers import find_teacher, get_teacher, load_teacher, load_weights, read_checkpoint, save_teacher, weights_checksum
+
+
+@pytest.fixture(scope="module")
+def weights():
+    torch.manual_seed(0)
+    return create_model("resnet8", 10).state_dict()
+
+
+def test_round_trip_names_the_same_weights(tmp_path, weights):
+    path = save_teacher(tmp_path / "t.safetensors", weights, {"top1": 1.0})
+    one, two = load_teacher(path, "resnet8", 10), load_teacher(path, "resnet8", 10)
+    assert weights_checksum(one.model.state_dict()) == weights_checksum(two.model.state_dict()) == one.as_record()["weights_sha256"]
+    assert not any(parameter.requires_grad for parameter in one.model.parameters()) and not one.model.training
+    again = save_teacher(tmp_path / "again.safetensors", one.model.state_dict(), {})
+    assert load_teacher(again, "resnet8", 10).as_record()["weights_sha256"] == one.as_record()["weights_sha256"]
+
+
+def test_the_published_format(tmp_path, weights):
+    torch.save({"epoch": 240, "model": weights, "optimizer": {}, "best_acc": 72.34}, tmp_path / "ckpt_epoch_240.pth")
+    assert load_teacher(tmp_path / "ckpt_epoch_240.pth", "resnet8", 10).file == "ckpt_epoch_240.pth"
+
+
+def test_refusals_name_what_is_wrong(tmp_path, weights):
+    with pytest.raises(ValueError, match=r"not a checkpoint of this.*missing"):
+        load_weights(create_model("resnet14", 10), weights)
+    with pytest.raises(ValueError, match=r"fc.weight is \(10, 64\) and should be \(100, 64\)"):
+        load_weights(create_model("resnet8", 100), weights)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    for name, content in (("empty.pth", b""), ("text.pth", b"hello"), ("text.safetensors", b"hello"), ("empty.safetensors", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            read_checkpoint(tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="no state dict"):
+        read_checkpoint(tmp_path / "list.pth")
+
+
+def test_no_code_in_a_checkpoint_runs(tmp_path):
+    class CreatesFile:
+        def __reduce__(self): return open, (str(tmp_path / "executed"), "w")
+    torch.save({"model": CreatesFile()}, tmp_path / "new.pth")
+    (tmp_path / "old.pth").write_bytes(pickle.dumps(CreatesFile()))
+    for name in ("new.pth", "old.pth"):
+        with pytest.raises(ValueError, match="run code"):
+            read_checkpoint(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_which_teacher_serves(tmp_path, weights):
+    digits = load_digits()
+    def keep(name, **text): save_teacher(tmp_path / f"{name}.safetensors", weights, {"architecture": "resnet8", "dataset": "digits"} | text)
+    find = lambda min_epochs=240, **training: find_teacher("resnet8", digits, tmp_path, min_epochs, training)
+    keep("other_data", dataset="cifar100", complete=True, epochs=240, top1=99.0)
+    keep("other_network", architecture="resnet14", complete=True, epochs=240, top1=99.0)
+    assert find(seed=0) is None
+    keep("part", complete=False, epochs=500, seed=1, top1=98.0)
+    assert find(seed=0) is None and find(seed=1).file == "part.safetensors"
+    keep("short", complete=True, epochs=10, seed=5, top1=60.0)
+    assert find(seed=0) is None and find(min_epochs=1, seed=0).file == "short.safetensors"
+    keep("full", complete=True, epochs=240, seed=5, top1=70.0)
+    assert find(seed=0).file == "full.safetensors"
+
+
+def test_trained_once_and_kept(tmp_path, weights):
+    calls = []
+    def train():
+        calls.append(1)
+        return weights, {"top1": 50.0}
+    digits = load_digits()
+    sources = [get_teacher("resnet8", digits, tmp_path, {"recipe": {"milestones": (1, 2)}}, train).source for _ in range(2)]
+    assert sources == ["trained", "found"] and len(calls) == 1
