@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DKD_WARMUP_SHARE', 'DATA_TITLES
            'Experiment', 'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/06_experiments.ipynb #bd9b18ae
+# %% ../nbs/06_experiments.ipynb #b81bb1e9
 import difflib
 import fcntl
 import json
@@ -29,12 +29,25 @@ from .losses import Method, create_method
 from .models import create_model
 from .sorting import sort_logits
 from .teachers import Teacher, get_teacher, load_teacher, save_atomically, save_teacher, weights_checksum
-from .training import Evaluation, Outcome, Recipe, create_fabric, evaluate, fingerprint, native_precision, precision_of, train
+from sortkd.training import (
+    Evaluation,
+    Outcome,
+    Recipe,
+    create_fabric,
+    evaluate,
+    fingerprint,
+    native_precision,
+    precision_of,
+    train,
+)
 
-# %% ../nbs/06_experiments.ipynb #d668cc1d
+# %% ../nbs/06_experiments.ipynb #754e7ba5
 @dataclass(frozen=True)
 class Pair:
-    "A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers use for them on CIFAR-100."
+    """A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers
+    use for them on CIFAR-100.
+    """
+
     teacher: str
     student: str
     beta: float
@@ -56,7 +69,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/06_experiments.ipynb #0c633241
+# %% ../nbs/06_experiments.ipynb #96cab7f9
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -77,10 +90,11 @@ PRESETS = {
 }
 DKD_WARMUP_SHARE = 20 / 240  # of a run; kept when the run is shortened
 
-# %% ../nbs/06_experiments.ipynb #c489d218
+# %% ../nbs/06_experiments.ipynb #e7bf8d66
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
+
     pair_name: str
     pair: Pair
     methods: tuple[Method, ...]
@@ -108,14 +122,23 @@ class Experiment:
     def describe(self) -> str:
         "In two sentences what this run is and what it is not."
         data, recipe = self.data, self.recipe
-        images = f"{len(data.train_targets):,} training and {len(data.test_targets):,} test images of {data.image_size}×{data.image_size}"
-        what = (f"{self.pair.teacher} teaches {self.pair.student} on {DATA_TITLES[data.name]} ({images}), {recipe.epochs} "
-                f"epoch{'s' * (recipe.epochs > 1)}, by {_listed([method.name for method in self.methods])}, "
-                f"with {'seeds' if len(self.seeds) > 1 else 'seed'} {_listed(self.seeds)}, on {'a GPU' if self.device == 'cuda' else 'the CPU'} in {self.precision}.")
+        size = f"{data.image_size}×{data.image_size}"
+        images = f"{len(data.train_targets):,} training and {len(data.test_targets):,} test images of {size}"
+        device = "a GPU" if self.device == "cuda" else "the CPU"
+        what = (
+            f"{self.pair.teacher} teaches {self.pair.student} on {DATA_TITLES[data.name]} ({images}), {recipe.epochs} "
+            f"epoch{'s' * (recipe.epochs > 1)}, by {_listed([method.name for method in self.methods])}, "
+            f"with {'seeds' if len(self.seeds) > 1 else 'seed'} {_listed(self.seeds)}, on {device} in {self.precision}."
+        )
         if self.is_full_recipe:
-            return f"This is a full run of the published recipe: {what} Its last-epoch numbers can be compared with published ones, best epochs beside best epochs."
-        return (f"This is a {'quick' if self.preset_name == 'quick' else 'shortened'} run: {what} It shows how everything works; its numbers are not evidence about the methods, "
-                "which takes preset='paper' on CIFAR-100, an accelerator, and several seeds.")
+            return (
+                f"This is a full run of the published recipe: {what} "
+                "Its numbers can be compared with published ones, last epoch with last and best with best."
+            )
+        return (
+            f"This is a {'quick' if self.preset_name == 'quick' else 'shortened'} run: {what} "
+            "It shows how everything works; its numbers are not evidence about the methods, which takes preset='paper' on CIFAR-100, an accelerator, and several seeds."
+        )
 
 
 DATA_TITLES = {"cifar100": "CIFAR-100", "digits": "scikit-learn's digits"}
@@ -125,7 +148,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/06_experiments.ipynb #40e1b09b
+# %% ../nbs/06_experiments.ipynb #558fa2c9
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -153,17 +176,31 @@ def _split(name: str, value) -> list[str]:
 def _seeds(value) -> tuple[int, ...]:
     parts = _split("seeds", value)
     if not all(part.isascii() and part.isdigit() and int(part) < 2**31 for part in parts):
-        raise ValueError(f"seeds is {value!r}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'.")
+        raise ValueError(
+            f"seeds is {value!r}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'."
+        )
     return tuple(map(int, parts))
 
-# %% ../nbs/06_experiments.ipynb #33cbdb1a
-def plan_experiment(pair: str = "r32x4_r8x4", methods: str = "kd,kd+sort", seeds: str = "0", preset: str = "auto", dataset: str = "auto", epochs: int = 0,
-                    train_size: int = 0, test_size: int = 0, teacher: str = "auto", teachers_dir: str = "teachers", results_dir: str = "results",
-                    device: str = "auto", precision: str = "auto") -> Experiment:
+# %% ../nbs/06_experiments.ipynb #b321c672
+def plan_experiment(
+    pair: str = "r32x4_r8x4",
+    methods: str = "kd,kd+sort",
+    seeds: str = "0",
+    preset: str = "auto",
+    dataset: str = "auto",
+    epochs: int = 0,
+    train_size: int = 0,
+    test_size: int = 0,
+    teacher: str = "auto",
+    teachers_dir: str = "teachers",
+    results_dir: str = "results",
+    device: str = "auto",
+    precision: str = "auto",
+) -> Experiment:
     """Check the parameters of an experiment, load its data, and say what will run. Nothing is trained or written.
 
-    The parameters are those of `run_experiment.ipynb`, which explains each. Raises `ValueError` for a value that is not allowed, and what `load_data` and `load_teacher` raise
-    for data or a teacher that cannot be used.
+    The parameters are those of `run_experiment.ipynb`, which explains each. Raises `ValueError` for a value that is
+    not allowed, and what `load_data` and `load_teacher` raise for data or a teacher that cannot be used.
     """
     chosen = PAIRS[_choice("pair", pair, list(PAIRS))]
     names, seed_values = _split("methods", methods), _seeds(seeds)
@@ -178,10 +215,17 @@ def plan_experiment(pair: str = "r32x4_r8x4", methods: str = "kd,kd+sort", seeds
     if preset == "auto":
         preset = "paper" if device == "cuda" else "quick"
     if preset == "paper" and dataset == "digits":
-        raise ValueError("preset 'paper' is the recipe for CIFAR-100, but dataset is 'digits'; use preset='quick' or dataset='cifar100'.")
+        raise ValueError(
+            "preset 'paper' is the recipe for CIFAR-100, but dataset is 'digits'; "
+            "use preset='quick' or dataset='cifar100'."
+        )
     fabric = create_fabric(device, precision)
     for name, folder in (("teachers_dir", teachers_dir), ("results_dir", results_dir)):
-        if not isinstance(folder, str | Path) or not str(folder) or (Path(folder).exists() and not Path(folder).is_dir()):
+        if (
+            not isinstance(folder, str | Path)
+            or not str(folder)
+            or (Path(folder).exists() and not Path(folder).is_dir())
+        ):
             raise ValueError(f"{name} is {folder!r}; give the path of a folder, which is made if it does not exist.")
 
     full_data = load_data("cifar100" if preset == "paper" else dataset)
@@ -194,8 +238,22 @@ def plan_experiment(pair: str = "r32x4_r8x4", methods: str = "kd,kd+sort", seeds
     if teacher != "auto":
         load_teacher(teacher, chosen.teacher, data.num_classes)  # refused now rather than later
     warmup = round(DKD_WARMUP_SHARE * recipe.epochs)
-    return Experiment(pair, chosen, tuple(_method_for(name, chosen, warmup) for name in names), seed_values, preset, chosen_preset, recipe, data, full_data,
-                      device, precision_of(fabric), None if teacher == "auto" else Path(teacher), Path(teachers_dir), Path(results_dir))
+    return Experiment(
+        pair,
+        chosen,
+        tuple(_method_for(name, chosen, warmup) for name in names),
+        seed_values,
+        preset,
+        chosen_preset,
+        recipe,
+        data,
+        full_data,
+        device,
+        precision_of(fabric),
+        None if teacher == "auto" else Path(teacher),
+        Path(teachers_dir),
+        Path(results_dir),
+    )
 
 
 def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
@@ -205,19 +263,24 @@ def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
         changes["warmup_epochs"] = max(1, warmup_epochs)
     return create_method(name, **changes)
 
-# %% ../nbs/06_experiments.ipynb #d1a6670e
+# %% ../nbs/06_experiments.ipynb #cfeeefab
 SCHEMA_VERSION = 1
 
 
 def append_record(path: str | Path, record: dict) -> None:
-    "Append `record` as one line of JSON to `path`; safe with several writers. `ValueError` if it holds NaN or an infinity."
+    """Append `record` as one line of JSON to `path`; safe with several writers.
+
+    `ValueError` if it holds NaN or an infinity.
+    """
     line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if file.seek(0, os.SEEK_END) > 0:
             file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line  # an earlier writer lost power in the middle of a line
+            line = (
+                line if file.read(1) == b"\n" else "\n" + line
+            )  # an earlier writer lost power in the middle of a line
         file.write(line.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -228,23 +291,39 @@ def read_records(path: str | Path) -> list[dict]:
     records = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
-            try: records.append(json.loads(line))
-            except json.JSONDecodeError: warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/06_experiments.ipynb #c738e9fb
+# %% ../nbs/06_experiments.ipynb #b8dd323f
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # with the build's tag, which the metadata lack
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }  # with the build's tag, which the metadata lack
     for name in packages:
-        try: versions[name] = version(name)
-        except PackageNotFoundError: versions[name] = None
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
-    machine = {"system": f"{platform.system()} {platform.machine()}", "processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
     if device == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {"machine": machine, "versions": versions, "commit": _commit()}
@@ -252,16 +331,26 @@ def describe_machine(device: str) -> dict:
 
 def _commit() -> str | None:
     "The commit of the project's working tree, with `+` if it was changed since; None for an installed package."
+
     def git(*arguments):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+
     try:
         if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[1]:
             return None
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", "sortkd", "nbs", "settings.ini") else "")
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no", "--", "sortkd", "nbs", "settings.ini") else ""
+        )
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/06_experiments.ipynb #2f77b10d
+# %% ../nbs/06_experiments.ipynb #a83d7333
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -270,23 +359,54 @@ def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
 
 def _teacher_training(architecture: str, data: ImageData, recipe: Recipe, seed: int) -> dict:
     "The plain values that identify how a teacher is trained."
-    return {"recipe": asdict(recipe), "epochs": recipe.epochs, "train_images": len(data.train_targets), "data_checksum": data.checksum, "seed": seed}
+    return {
+        "recipe": asdict(recipe),
+        "epochs": recipe.epochs,
+        "train_images": len(data.train_targets),
+        "data_checksum": data.checksum,
+        "seed": seed,
+    }
 
 
-def train_teacher(architecture: str, data: ImageData, recipe: Recipe, *, seed: int = 0, device: str = "auto", precision: str = "auto",
-                  runs_dir: str | Path = "results/runs", progress: bool = True) -> tuple[dict, dict]:
-    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; return its last weights and plain values about it.
+def train_teacher(
+    architecture: str,
+    data: ImageData,
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    runs_dir: str | Path = "results/runs",
+    progress: bool = True,
+) -> tuple[dict, dict]:
+    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`.
 
-    `save_teacher` keeps them: `save_teacher(path, weights, {"architecture": architecture, "dataset": data.name, **values})`.
+    Returns the last weights and plain values about them. `save_teacher` keeps both:
+    `save_teacher(path, weights, {"architecture": architecture, "dataset": data.name, **values})`.
     """
     fabric = create_fabric(device, precision)
     training = _teacher_training(architecture, data, recipe, seed)
     checkpoint = Path(runs_dir) / f"teacher-{architecture}-{fingerprint(architecture, training)}.pt"
     batches = Batches(data, fabric.device)
-    outcome = train(_initial_model(architecture, data.num_classes, seed), batches, create_method("ce"), recipe, fabric, seed=seed,
-                    checkpoint=checkpoint, progress=f"teacher {architecture}" if progress else False)
-    values = {**training, "top1": outcome.last["test_top1"], "test_images": len(data.test_targets), "train_top1": outcome.last["train_top1"],
-              "seconds": round(outcome.seconds, 1), "precision": precision_of(fabric), **describe_machine(fabric.device.type)}
+    outcome = train(
+        _initial_model(architecture, data.num_classes, seed),
+        batches,
+        create_method("ce"),
+        recipe,
+        fabric,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=f"teacher {architecture}" if progress else False,
+    )
+    values = {
+        **training,
+        "top1": outcome.last["test_top1"],
+        "test_images": len(data.test_targets),
+        "train_top1": outcome.last["train_top1"],
+        "seconds": round(outcome.seconds, 1),
+        "precision": precision_of(fabric),
+        **describe_machine(fabric.device.type),
+    }
     checkpoint.unlink(missing_ok=True)
     return outcome.last_weights, values
 
@@ -295,20 +415,39 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
     pair, preset = experiment.pair, experiment.preset
     if experiment.teacher_file is not None:
         return load_teacher(experiment.teacher_file, pair.teacher, experiment.data.num_classes)
-    data = experiment.full_data.subset(train_size=preset.teacher_train_size) if preset.teacher_train_size else experiment.data
+    data = (
+        experiment.full_data.subset(train_size=preset.teacher_train_size)
+        if preset.teacher_train_size
+        else experiment.data
+    )
 
     def train_it():
-        weights, values = train_teacher(pair.teacher, data, preset.teacher_recipe, device=experiment.device, precision=experiment.precision,
-                                        runs_dir=experiment.results_dir / "runs", progress=progress)
+        weights, values = train_teacher(
+            pair.teacher,
+            data,
+            preset.teacher_recipe,
+            device=experiment.device,
+            precision=experiment.precision,
+            runs_dir=experiment.results_dir / "runs",
+            progress=progress,
+        )
         return weights, values | {"complete": data is experiment.full_data}
 
-    return get_teacher(pair.teacher, experiment.data, experiment.teachers_dir, _teacher_training(pair.teacher, data, preset.teacher_recipe, seed=0), train_it,
-                       min_epochs=preset.teacher_min_epochs, fetch=preset.fetch_teacher)
+    return get_teacher(
+        pair.teacher,
+        experiment.data,
+        experiment.teachers_dir,
+        _teacher_training(pair.teacher, data, preset.teacher_recipe, seed=0),
+        train_it,
+        min_epochs=preset.teacher_min_epochs,
+        fetch=preset.fetch_teacher,
+    )
 
-# %% ../nbs/06_experiments.ipynb #18f4d88b
+# %% ../nbs/06_experiments.ipynb #cede9ded
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
+
     experiment: Experiment
     records: list[dict]
     teacher: Teacher
@@ -316,33 +455,79 @@ class Results:
 
 
 def run_experiment(experiment: Experiment, progress: bool = True) -> Results:
-    "Find or make the teacher, train a student for every seed and method, and append a record of each to `experiment.records_file`."
+    """Find or make the teacher, train a student for every seed and method, and append a record of each to
+    `experiment.records_file`.
+    """
     fabric = create_fabric(experiment.device, experiment.precision)
     teacher = _teacher_of(experiment, progress)
     batches = Batches(experiment.data, fabric.device)
     teacher.model.to(fabric.device, memory_format=torch.channels_last)
     about_teacher = teacher.as_record() | {"top1": evaluate(teacher.model, batches, fabric).top1}
-    records = [_run_one(experiment, method, seed, teacher, about_teacher, batches, fabric, progress)
-               for seed in experiment.seeds for method in experiment.methods]
+    records = [
+        _run_one(experiment, method, seed, teacher, about_teacher, batches, fabric, progress)
+        for seed in experiment.seeds
+        for method in experiment.methods
+    ]
     return Results(experiment, records, teacher, batches)
 
 
 def _run_one(experiment, method, seed, teacher, about_teacher, batches, fabric, progress) -> dict:
     data, recipe = experiment.data, experiment.recipe
-    settings = {"pair": experiment.pair_name, "teacher": experiment.pair.teacher, "student": experiment.pair.student, "method": asdict(method), "seed": seed,
-                "preset": experiment.preset_name, "full_recipe": experiment.is_full_recipe, "recipe": asdict(recipe),
-                "device": fabric.device.type, "precision": precision_of(fabric), "channels_last": True}
-    about_data = {"name": data.name, "checksum": data.checksum, "full_checksum": experiment.full_data.checksum, "train_images": len(data.train_targets),
-                  "test_images": len(data.test_targets), "image_size": data.image_size, "classes": data.num_classes}
-    folder = experiment.results_dir / "runs" / f"{experiment.pair_name}-{method.name}-seed{seed}-{fingerprint(settings, about_data, about_teacher['weights_sha256'])}"
+    settings = {
+        "pair": experiment.pair_name,
+        "teacher": experiment.pair.teacher,
+        "student": experiment.pair.student,
+        "method": asdict(method),
+        "seed": seed,
+        "preset": experiment.preset_name,
+        "full_recipe": experiment.is_full_recipe,
+        "recipe": asdict(recipe),
+        "device": fabric.device.type,
+        "precision": precision_of(fabric),
+        "channels_last": True,
+    }
+    about_data = {
+        "name": data.name,
+        "checksum": data.checksum,
+        "full_checksum": experiment.full_data.checksum,
+        "train_images": len(data.train_targets),
+        "test_images": len(data.test_targets),
+        "image_size": data.image_size,
+        "classes": data.num_classes,
+    }
+    key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
+    folder = experiment.results_dir / "runs" / f"{experiment.pair_name}-{method.name}-seed{seed}-{key}"
     started = _started(folder)
-    outcome = train(_initial_model(experiment.pair.student, data.num_classes, seed), batches, method, recipe, fabric, teacher=teacher.model, seed=seed,
-                    checkpoint=folder / "checkpoint.pt", run=about_teacher["weights_sha256"], progress=f"{method.name}, seed {seed}" if progress else False)
-    record = {"schema": SCHEMA_VERSION, "run_id": f"{folder.name}-{started}", "started": started, "finished": _now(), **settings, "data": about_data,
-              "about_teacher": about_teacher, **describe_machine(fabric.device.type), "curve": {key: [row[key] for row in outcome.curve] for key in outcome.last},
-              "result": _result(outcome, len(data.train_targets) * recipe.epochs)}
+    outcome = train(
+        _initial_model(experiment.pair.student, data.num_classes, seed),
+        batches,
+        method,
+        recipe,
+        fabric,
+        teacher=teacher.model,
+        seed=seed,
+        checkpoint=folder / "checkpoint.pt",
+        run=about_teacher["weights_sha256"],
+        progress=f"{method.name}, seed {seed}" if progress else False,
+    )
+    record = {
+        "schema": SCHEMA_VERSION,
+        "run_id": f"{folder.name}-{started}",
+        "started": started,
+        "finished": _now(),
+        **settings,
+        "data": about_data,
+        "about_teacher": about_teacher,
+        **describe_machine(fabric.device.type),
+        "curve": {key: [row[key] for row in outcome.curve] for key in outcome.last},
+        "result": _result(outcome, len(data.train_targets) * recipe.epochs),
+    }
     _keep_weights(folder / started, outcome)
-    done = {each.get("run_id") for each in read_records(experiment.records_file)} if experiment.records_file.exists() else set()
+    done = (
+        {each.get("run_id") for each in read_records(experiment.records_file)}
+        if experiment.records_file.exists()
+        else set()
+    )
     if record["run_id"] not in done:  # it was recorded, but stopped before its checkpoint was removed
         append_record(experiment.records_file, record)
     for name in ("checkpoint.pt", "started"):
@@ -362,8 +547,15 @@ def _started(folder: Path) -> str:
 
 
 def _result(outcome: Outcome, rows: int) -> dict:
-    result = {"last_top1": outcome.last["test_top1"], "best_top1": outcome.best["test_top1"], "best_epoch": outcome.best["epoch"], "last_test_loss": outcome.last["test_loss"],
-              "seconds": round(outcome.seconds, 3), "student_sha256": weights_checksum(outcome.last_weights), "training_rows": rows}
+    result = {
+        "last_top1": outcome.last["test_top1"],
+        "best_top1": outcome.best["test_top1"],
+        "best_epoch": outcome.best["epoch"],
+        "last_test_loss": outcome.last["test_loss"],
+        "seconds": round(outcome.seconds, 3),
+        "student_sha256": weights_checksum(outcome.last_weights),
+        "training_rows": rows,
+    }
     for name in ("teacher_wrong_rows", "changed_rows"):
         if name in outcome.last:
             result[name] = sum(row[name] for row in outcome.curve)
@@ -372,17 +564,25 @@ def _result(outcome: Outcome, rows: int) -> dict:
 
 def _keep_weights(folder: Path, outcome: Outcome) -> None:
     from safetensors.torch import save_file
+
     for name, weights in (("last", outcome.last_weights), ("best", outcome.best_weights)):
         contiguous = {key: value.contiguous() for key, value in weights.items()}
         save_atomically(folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
 
-# %% ../nbs/06_experiments.ipynb #4abf22de
+# %% ../nbs/06_experiments.ipynb #58ea11b7
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
-    settings = {(record["pair"], record["preset"], record["data"]["checksum"], record["recipe"]["epochs"]) for record in records}
+
+    settings = {
+        (record["pair"], record["preset"], record["data"]["checksum"], record["recipe"]["epochs"])
+        for record in records
+    }
     if len(settings) != 1:
-        raise ValueError(f"records of {len(settings)} different settings cannot share a table; choose one pair, preset, data set and number of epochs.")
+        raise ValueError(
+            f"records of {len(settings)} different settings cannot share a table; "
+            "choose one pair, preset, data set and number of epochs."
+        )
     rows = []
     for name in dict.fromkeys(record["method"]["name"] for record in records):
         results = pd.DataFrame([record["result"] for record in records if record["method"]["name"] == name])
@@ -399,15 +599,21 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/06_experiments.ipynb #8916fb1c
+# %% ../nbs/06_experiments.ipynb #0f4921a3
 def plot_curves(records: Sequence[dict]):
-    "Training loss and test top-1 over the epochs: the mean over seeds of each method, and the range of the seeds as a band."
+    "Training loss and test top-1 over the epochs: each method's mean over seeds, their range as a band."
     import matplotlib.pyplot as plt
     import numpy as np
+
     figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     names = list(dict.fromkeys(record["method"]["name"] for record in records))
     for number, name in enumerate(names):
-        style = {"linestyle": ("-", "--", ":", "-.")[number % 4], "color": plt.cm.viridis(0.85 * number / max(1, len(names) - 1)), "marker": "os^D"[number % 4], "markersize": 3.5}
+        style = {
+            "linestyle": ("-", "--", ":", "-.")[number % 4],
+            "color": plt.cm.viridis(0.85 * number / max(1, len(names) - 1)),
+            "marker": "os^D"[number % 4],
+            "markersize": 3.5,
+        }
         for axis, key in zip(axes, ("train_loss", "test_top1")):
             curves = np.array([record["curve"][key] for record in records if record["method"]["name"] == name])
             epochs = np.arange(1, curves.shape[1] + 1)
@@ -421,19 +627,24 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/06_experiments.ipynb #9bea7156
+# %% ../nbs/06_experiments.ipynb #9ec2dfd2
 def plot_mistakes(results: Results, count: int = 4):
     "Training images that the teacher gets wrong, with its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt
+
     data, fabric = results.experiment.data, create_fabric(results.experiment.device, "float32")
     with torch.inference_mode():
         images = data.train_images[:500]
         logits = results.teacher.model(normalize(images.to(fabric.device), data.mean, data.std)).float().cpu()
     target = data.train_targets[:500]
     wrong = (logits.argmax(1) != target).nonzero()[:, 0][:count].tolist()
-    figure, axes = plt.subplots(len(wrong), 3, figsize=(8, 1.9 * len(wrong)), width_ratios=[0.6, 1, 1], layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(wrong), 3, figsize=(8, 1.9 * len(wrong)), width_ratios=[0.6, 1, 1], layout="constrained", squeeze=False
+    )
     for (picture, *panels), number in zip(axes, wrong):
-        shown = logits[number].argsort(descending=True)[:max(6, int((logits[number] >= logits[number, target[number]]).sum()))][:10]
+        shown = logits[number].argsort(descending=True)[
+            : max(6, int((logits[number] >= logits[number, target[number]]).sum()))
+        ][:10]
         picture.imshow(images[number])
         picture.set_axis_off()
         picture.set_title(data.class_names[target[number]].replace("_", " "), fontsize=9)
@@ -441,8 +652,13 @@ def plot_mistakes(results: Results, count: int = 4):
         for axis, title, row in zip(panels, ("teacher", "sorted"), (logits[number], repaired)):
             colours = ["black" if each == target[number] else "0.75" for each in shown]
             axis.bar(range(len(shown)), (row / 4).softmax(0)[shown], color=colours, edgecolor="black", linewidth=0.5)
-            axis.set_xticks(range(len(shown)), [data.class_names[each].replace("_", " ") for each in shown], fontsize=8,
-                            rotation=45 if data.num_classes > 10 else 0, ha="right" if data.num_classes > 10 else "center")
+            axis.set_xticks(
+                range(len(shown)),
+                [data.class_names[each].replace("_", " ") for each in shown],
+                fontsize=8,
+                rotation=45 if data.num_classes > 10 else 0,
+                ha="right" if data.num_classes > 10 else "center",
+            )
             axis.spines[["top", "right"]].set_visible(False)
             axis.set_title(title, fontsize=9)
             axis.sharey(panels[0])

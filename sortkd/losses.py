@@ -6,7 +6,7 @@
 __all__ = ['REPAIRS', 'OBJECTIVES', 'kd_loss', 'dkd_loss', 'standardize', 'keep_logits', 'Objective', 'Method', 'list_methods',
            'create_method']
 
-# %% ../nbs/01_losses.ipynb #19e49c79
+# %% ../nbs/01_losses.ipynb #b9c986ea
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,16 +17,22 @@ from torch import Tensor
 
 from .sorting import _check_range, sort_logits, swap_logits
 
-# %% ../nbs/01_losses.ipynb #51149220
+# %% ../nbs/01_losses.ipynb #154d54ea
 def _check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None):
     if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
-        raise ValueError("student_logits and teacher_logits need one shape (N, C) or (..., C), but they have "
-                         f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}.")
+        raise ValueError(
+            "student_logits and teacher_logits need one shape (N, C) or (..., C), but they have "
+            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
+        )
     if student_logits.shape[-1] < 2:
-        raise ValueError(f"a distillation loss needs at least two classes, but logits have shape {tuple(student_logits.shape)}.")
+        raise ValueError(
+            f"a distillation loss needs at least two classes, but logits have shape {tuple(student_logits.shape)}."
+        )
     if target is not None and target.shape != student_logits.shape[:-1]:
-        raise ValueError(f"logits of shape {tuple(student_logits.shape)} need a target of shape {tuple(student_logits.shape[:-1])}, "
-                         f"but it has {tuple(target.shape)}.")
+        raise ValueError(
+            f"logits of shape {tuple(student_logits.shape)} need a target of shape {tuple(student_logits.shape[:-1])}, "
+            f"but it has {tuple(target.shape)}."
+        )
     if target is not None:
         _check_range(target, student_logits, -1)
 
@@ -35,9 +41,10 @@ def _check_temperature(temperature: float | Tensor):
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, but it is {temperature!r}.")
 
-# %% ../nbs/01_losses.ipynb #d15328d1
+# %% ../nbs/01_losses.ipynb #7b8ba016
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
-    """Knowledge distillation: T² · KL(teacher ‖ student) of the distributions softened by `temperature`, averaged over rows.
+    """Knowledge distillation: T² · KL(teacher ‖ student) of the distributions softened by `temperature`, averaged
+    over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar, in nats.
     Raises `ValueError` for shapes that differ or a temperature that is not positive.
@@ -49,21 +56,30 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)
     return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True) * temperature**2
 
-# %% ../nbs/01_losses.ipynb #7944ca34
+# %% ../nbs/01_losses.ipynb #f8678e7b
 def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    "Log-probabilities of (target, all others), `(N, 2)`, and of the others among themselves, `(N, C)` with 0 at the target."
+    """Log-probabilities of (target, all others), `(N, 2)`, and of the others among themselves, `(N, C)` with 0 at the
+    target.
+    """
     others = logits.masked_fill(is_target, -torch.inf).logsumexp(-1, keepdim=True)
     everything = logits.logsumexp(-1, keepdim=True)
     on_target = (logits * is_target).sum(-1, keepdim=True)
     binary = torch.cat([on_target, others], dim=-1) - everything
     return binary, (logits - others).masked_fill(is_target, 0)
 
-# %% ../nbs/01_losses.ipynb #c82d1b39
-def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
-             alpha: float = 1.0, beta: float = 8.0, temperature: float | Tensor = 4.0) -> Tensor:
+# %% ../nbs/01_losses.ipynb #01fa3580
+def dkd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float | Tensor = 4.0,
+) -> Tensor:
     """Decoupled knowledge distillation: T² · (alpha · TCKD + beta · NCKD), averaged over rows.
 
-    `student_logits`, `teacher_logits`: one shape `(..., C)`; `target`: `(...)`, class indices from 0 to C - 1. Returns a scalar, in nats.
+    `student_logits`, `teacher_logits`: one shape `(..., C)`; `target`: `(...)`, class indices from 0 to C - 1.
+    Returns a scalar, in nats.
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679), equation 7.
     """
@@ -75,22 +91,26 @@ def dkd_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor,
     teacher_binary, teacher_others = _split_target(teacher_logits / temperature, is_target)
 
     target_term = teacher_binary.exp() * (teacher_binary - student_binary)
-    other_term = teacher_others.exp() * (teacher_others - student_others)  # 0 at the target, where both logarithms are 0
+    other_term = teacher_others.exp() * (
+        teacher_others - student_others
+    )  # 0 at the target, where both logarithms are 0
     rows = target.numel()
     return (alpha * target_term.sum() + beta * other_term.sum()) * (temperature**2 / rows)
 
-# %% ../nbs/01_losses.ipynb #5cd0c2f3
+# %% ../nbs/01_losses.ipynb #7e51d293
 def standardize(logits: Tensor) -> Tensor:
     """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1; a row of equal values becomes 0.
 
     Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), algorithm 1.
     """
     if logits.ndim < 1 or logits.shape[-1] < 2:
-        raise ValueError(f"standardize needs logits (..., C) with at least two classes, but they have shape {tuple(logits.shape)}.")
+        raise ValueError(
+            f"standardize needs logits (..., C) with at least two classes, but they have shape {tuple(logits.shape)}."
+        )
     centred = logits - logits.mean(-1, keepdim=True)
     return centred / (1e-7 + logits.std(-1, keepdim=True))
 
-# %% ../nbs/01_losses.ipynb #81451ece
+# %% ../nbs/01_losses.ipynb #cbeeff5b
 def keep_logits(teacher_logits: Tensor, target: Tensor) -> Tensor:
     "The repair called `none`: the teacher's logits as they are."
     return teacher_logits
@@ -98,11 +118,14 @@ def keep_logits(teacher_logits: Tensor, target: Tensor) -> Tensor:
 
 REPAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"none": keep_logits, "swap": swap_logits, "sort": sort_logits}
 
-# %% ../nbs/01_losses.ipynb #6ccdf507
+# %% ../nbs/01_losses.ipynb #99ddadbe
 @dataclass(frozen=True)
 class Objective:
     "A distillation term with the weights, warm-up and settings it is trained with on CIFAR-100."
-    term: Callable[..., Tensor] | None  # term(student_logits, teacher_logits, target, **settings); None: cross-entropy alone
+
+    term: (
+        Callable[..., Tensor] | None
+    )  # term(student_logits, teacher_logits, target, **settings); None: cross-entropy alone
     ce_weight: float
     kd_weight: float
     warmup_epochs: int = 0  # the term grows linearly over these epochs, counted from 1
@@ -116,14 +139,20 @@ def _kd_term(student_logits, teacher_logits, target, temperature):
 OBJECTIVES: dict[str, Objective] = {
     "ce": Objective(None, ce_weight=1.0, kd_weight=0.0),
     "kd": Objective(_kd_term, ce_weight=0.1, kd_weight=0.9, settings={"temperature": 4.0}),
-    "dkd": Objective(dkd_loss, ce_weight=1.0, kd_weight=1.0, warmup_epochs=20,
-                     settings={"alpha": 1.0, "beta": 8.0, "temperature": 4.0}),
+    "dkd": Objective(
+        dkd_loss,
+        ce_weight=1.0,
+        kd_weight=1.0,
+        warmup_epochs=20,
+        settings={"alpha": 1.0, "beta": 8.0, "temperature": 4.0},
+    ),
 }
 
-# %% ../nbs/01_losses.ipynb #8220471b
+# %% ../nbs/01_losses.ipynb #2994ff71
 @dataclass(frozen=True)
 class Method:
-    "What a student is trained with: a repair of the teacher's logits, an objective, and its numbers. Made by `create_method`."
+    "What a student is trained with: a repair, an objective and its numbers. Made by `create_method`."
+
     name: str
     repair: str
     objective: str
@@ -141,7 +170,10 @@ class Method:
         return REPAIRS[self.repair](teacher_logits, target)
 
     def loss(self, student_logits: Tensor, repaired_logits: Tensor | None, target: Tensor, epoch: int) -> Tensor:
-        "The scalar training loss in `epoch`, counted from 1; `repaired_logits` is what `repair_logits` returned, or None for `ce`."
+        """The scalar training loss in `epoch`, counted from 1.
+
+        `repaired_logits` is what `repair_logits` returned, or None for `ce`.
+        """
         loss = self.ce_weight * F.cross_entropy(student_logits, target)
         if self.uses_teacher:
             ramp = min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
@@ -149,17 +181,22 @@ class Method:
             loss = loss + self.kd_weight * ramp * term
         return loss
 
-# %% ../nbs/01_losses.ipynb #2aedb01c
+# %% ../nbs/01_losses.ipynb #044fdd05
 def list_methods() -> list[str]:
     "The names that `create_method` knows: every objective with every repair that makes sense for it."
-    return [name for objective, entry in OBJECTIVES.items() for name in
-            ([objective] if entry.term is None else [_method_name(objective, repair) for repair in REPAIRS])]
+    return [
+        name
+        for objective, entry in OBJECTIVES.items()
+        for name in ([objective] if entry.term is None else [_method_name(objective, repair) for repair in REPAIRS])
+    ]
 
 
 def create_method(name: str, **changes: float) -> Method:
-    """The method called `name`: an objective, or an objective and a repair joined by `+`, such as `kd`, `kd+swap` or `dkd+sort`.
+    """The method called `name`: an objective, or an objective and a repair joined by `+`, such as `kd`, `kd+swap` or
+    `dkd+sort`.
 
-    `changes` replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`, `alpha`, `beta`).
+    `changes` replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
+    `alpha`, `beta`).
     Raises `ValueError` for a name or a change that does not exist.
     """
     if name not in list_methods():
@@ -171,7 +208,10 @@ def create_method(name: str, **changes: float) -> Method:
     numbers = {"ce_weight": entry.ce_weight, "kd_weight": entry.kd_weight, "warmup_epochs": entry.warmup_epochs}
     unknown = changes.keys() - numbers.keys() - entry.settings.keys()
     if unknown:
-        raise ValueError(f"method {name!r} has no setting {', '.join(sorted(unknown))}; it has {', '.join([*numbers, *entry.settings])}.")
+        raise ValueError(
+            f"method {name!r} has no setting {', '.join(sorted(unknown))}; "
+            f"it has {', '.join([*numbers, *entry.settings])}."
+        )
     numbers |= {key: value for key, value in changes.items() if key in numbers}
     settings = {key: changes.get(key, default) for key, default in entry.settings.items()}
     return Method(name, repair or "none", objective, **numbers, settings=settings)

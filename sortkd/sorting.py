@@ -5,24 +5,35 @@
 # %% auto #0
 __all__ = ['sort_logits', 'swap_logits']
 
-# %% ../nbs/00_sorting.ipynb #3584fe7f
+# %% ../nbs/00_sorting.ipynb #bfebf833
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_sorting.ipynb #fe18e34c
+# %% ../nbs/00_sorting.ipynb #e27d9adb
 def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
     "Refuse what has no meaning; return `dim` counted from the front."
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"logits must be a floating-point tensor, but they are {_describe(logits)}.")
-    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    if (
+        not isinstance(target, Tensor)
+        or target.is_floating_point()
+        or target.is_complex()
+        or target.dtype == torch.bool
+    ):
         raise TypeError(f"target must be a tensor of class indices (int64), but it is {_describe(target)}.")
     if not -logits.ndim <= dim < logits.ndim:
-        raise ValueError(f"dim={dim} is not a dimension of logits of shape {tuple(logits.shape)}; name the one that holds the classes.")
+        raise ValueError(
+            f"dim={dim} is not a dimension of logits of shape {tuple(logits.shape)}; "
+            "name the one that holds the classes."
+        )
     dim = dim % logits.ndim
-    expected = logits.shape[:dim] + logits.shape[dim + 1:]
+    expected = logits.shape[:dim] + logits.shape[dim + 1 :]
     if target.shape != expected:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} with classes along dim={dim} need a target of shape {tuple(expected)}, "
-                         f"but it has {tuple(target.shape)}.")
+        raise ValueError(
+            f"logits of shape {tuple(logits.shape)} with classes along dim={dim} need a target of shape "
+            f"{tuple(expected)}, "
+            f"but it has {tuple(target.shape)}."
+        )
     if logits.shape[dim] == 0:
         raise ValueError(f"logits of shape {tuple(logits.shape)} have no classes along dim={dim}.")
     return dim
@@ -31,26 +42,32 @@ def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
 def _describe(value) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.60}"
 
-# %% ../nbs/00_sorting.ipynb #924c25f9
+# %% ../nbs/00_sorting.ipynb #478b4ea3
 def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
-    "Refuse class indices that the logits do not have; not while tracing, and not on a GPU, where looking at values would stall it and `gather` asserts."
+    """Refuse class indices that the logits do not have.
+
+    Not while tracing, and not on a GPU, where looking at values would stall it and `gather` asserts.
+    """
     if torch.compiler.is_compiling() or logits.is_cuda:
         return
     outside = (index < 0) | (index >= logits.shape[dim])
     if outside.any():
-        raise ValueError(f"target holds {index[outside][0].item()}, but logits of shape {tuple(logits.shape)} have the classes "
-                         f"0 to {logits.shape[dim] - 1} along dim={dim}; correct it, or give sort_logits and swap_logits its value as ignore_index.")
+        raise ValueError(
+            f"target holds {index[outside][0].item()}, but logits of shape {tuple(logits.shape)} have the classes "
+            f"0 to {logits.shape[dim] - 1} along dim={dim}; correct it, or, in sort_logits and swap_logits, "
+            "name it as ignore_index."
+        )
 
 
 def _find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    "The target with ignored places set to 0, the target's value, and where something ranks above it; each of the target's shape."
+    "The target (0 where ignored), its value, and whether something ranks above it; each of the target's shape."
     counted = target != ignore_index
     index = torch.where(counted, target, 0).long()
     _check_range(index, logits, dim)
     value = logits.gather(dim, index.unsqueeze(dim)).squeeze(dim)
     return index, value, (logits.amax(dim) > value) & counted
 
-# %% ../nbs/00_sorting.ipynb #bd835224
+# %% ../nbs/00_sorting.ipynb #036d28ee
 def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` by touching only the rows and classes that move."
     if logits.ndim == 1:  # a single row
@@ -75,32 +92,38 @@ def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index:
     classes_last[(*place, index)] = ranked[first]
     return repaired
 
-# %% ../nbs/00_sorting.ipynb #ca493bfa
+# %% ../nbs/00_sorting.ipynb #74cd1602
 def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` with shapes that do not depend on the data: for GPUs and for tracing."
     index, value, wrong = (each.unsqueeze(dim) for each in _find_wrong_rows(logits, target, dim, ignore_index))
     above = (logits > value) & wrong
     ranked, order = torch.where(above, logits, -torch.inf).sort(dim=dim, descending=True, stable=True)
     moving = above.sum(dim, keepdim=True)
-    rank = torch.arange(logits.shape[dim], device=logits.device).view([-1 if axis == dim else 1 for axis in range(logits.ndim)])
+    rank = torch.arange(logits.shape[dim], device=logits.device).view(
+        [-1 if axis == dim else 1 for axis in range(logits.ndim)]
+    )
     one_place_below = torch.where(rank == moving - 1, value, ranked.roll(-1, dim))
     handed_out = torch.where(rank < moving, one_place_below, logits.gather(dim, order))
     top = torch.where(wrong, ranked.narrow(dim, 0, 1), value)
     return logits.scatter(dim, order, handed_out).scatter(dim, index, top)
 
-# %% ../nbs/00_sorting.ipynb #88c2a320
+# %% ../nbs/00_sorting.ipynb #b2cafb64
 def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Move the target to the top of the ranking and hand the sorted values out again.
 
-    `logits`: floating point, any shape with the classes along `dim`, such as `(N, C)`, `(B, T, V)`, or `(N, C, H, W)` with `dim=1`.
-    `target`: class indices, the shape of `logits` without `dim`; where it equals `ignore_index` the row comes back as it is.
-    Returns a new tensor of the shape, dtype and device of `logits`, differentiable with respect to them as any permutation is.
+    `logits`: floating point, any shape with the classes along `dim`, such as `(N, C)`, `(B, T, V)`, or `(N, C, H, W)`
+    with `dim=1`.
+    `target`: class indices, the shape of `logits` without `dim`; where it equals `ignore_index` the row comes back as
+    it is.
+    Returns a new tensor of the shape, dtype and device of `logits`, differentiable with respect to them as any
+    permutation is.
 
-    The target receives the largest value of its row, each class that ranked above it the value of the class one place below,
-    and all others keep theirs. Ties rank by class index. A row whose largest value is the target's, or that holds a NaN, comes back bit for bit.
+    The target receives the largest value of its row, each class that ranked above it the value of the class one place
+    below, and all others keep theirs. Ties rank by class index. A row whose largest value is the target's, or that
+    holds a NaN, comes back bit for bit.
 
-    Raises `TypeError` for logits that are not floating point or a target that is not integer, `ValueError` for shapes that do not fit
-    or a target out of range (on a GPU the latter is the device's own assertion, since checking would stall it).
+    Raises `TypeError` for logits that are not floating point or a target that is not integer, `ValueError` for shapes
+    that do not fit or a target out of range (on a GPU the latter is the device's own assertion, since checking would stall it).
 
     Source: Limantoro, Parameter-Free Logit Distillation via Sorting Mechanism, IEEE SPL 2025 (arXiv 2508.16544).
     """
@@ -108,7 +131,7 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     fixed_shape = logits.is_cuda or torch.compiler.is_compiling()
     return (_sort_fixed_shape if fixed_shape else _sort_moving_classes)(logits, target, dim, ignore_index)
 
-# %% ../nbs/00_sorting.ipynb #ecd03b76
+# %% ../nbs/00_sorting.ipynb #3b588d34
 def swap_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Exchange the target's value and the largest one; arguments, ties, errors and result as for `sort_logits`.
 

@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'Recipe', 'native_precision', 'create_fabric', 'precision_of', 'Evaluation', 'evaluate', 'Outcome',
            'fingerprint', 'train']
 
-# %% ../nbs/05_training.ipynb #fec711b6
+# %% ../nbs/05_training.ipynb #ee1bd3b0
 import hashlib
 import json
 import math
@@ -29,16 +29,21 @@ from .teachers import save_atomically
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# %% ../nbs/05_training.ipynb #bfbda9d3
+# %% ../nbs/05_training.ipynb #31fee88a
 @dataclass(frozen=True)
 class Recipe:
     "How long and with which optimiser a network is trained. The defaults are the field's recipe for CIFAR-100."
+
     epochs: int = 240
     batch_size: int = 64
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    milestones: tuple[int, ...] = (150, 180, 210)  # the learning rate is multiplied by lr_decay after each of these epochs
+    milestones: tuple[int, ...] = (
+        150,
+        180,
+        210,
+    )  # the learning rate is multiplied by lr_decay after each of these epochs
     lr_decay: float = 0.1
 
     def __post_init__(self):
@@ -57,14 +62,18 @@ class Recipe:
 
     def shortened(self, epochs: int) -> "Recipe":
         "The same recipe in fewer (or more) epochs, its milestones at the same fractions of the run."
-        return replace(self, epochs=epochs, milestones=tuple(round(each * epochs / self.epochs) for each in self.milestones))
+        return replace(
+            self, epochs=epochs, milestones=tuple(round(each * epochs / self.epochs) for each in self.milestones)
+        )
 
-# %% ../nbs/05_training.ipynb #9f84c1a5
+# %% ../nbs/05_training.ipynb #52100f0d
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
 def native_precision(device: str) -> str:
-    "The name of the precision that pays on `device`, `cpu` or `cuda`: `bfloat16` where the hardware computes in it, else `float32`."
+    """The name of the precision that pays on `device`, `cpu` or `cuda`: `bfloat16` where the hardware computes in it,
+    else `float32`.
+    """
     if device == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -74,10 +83,14 @@ def native_precision(device: str) -> str:
 def create_fabric(device: str = "auto", precision: str = "auto") -> "Fabric":
     """The library object that places models and tensors and runs the backward pass.
 
-    `device`: `cpu`, `cuda` or `auto` (a GPU if there is one); `precision`: `float32`, `bfloat16` or `auto` (see `native_precision`).
+    `device`: `cpu`, `cuda` or `auto` (a GPU if there is one); `precision`: `float32`, `bfloat16` or `auto` (see
+    `native_precision`).
     Raises `ValueError` for other names and for a GPU that is not there.
     """
-    for name, value, allowed in (("device", device, ("auto", "cpu", "cuda")), ("precision", precision, ("auto", *PRECISIONS))):
+    for name, value, allowed in (
+        ("device", device, ("auto", "cpu", "cuda")),
+        ("precision", precision, ("auto", *PRECISIONS)),
+    ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; choose {', '.join(allowed)}.")
     if device == "cuda" and not torch.cuda.is_available():
@@ -85,7 +98,10 @@ def create_fabric(device: str = "auto", precision: str = "auto") -> "Fabric":
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     from lightning_fabric import Fabric
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision, which our record states
+
+    logging.getLogger("lightning_fabric").setLevel(
+        logging.WARNING
+    )  # it announces the precision, which our record states
     precision = native_precision(device) if precision == "auto" else precision
     return Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
 
@@ -94,7 +110,7 @@ def precision_of(fabric: "Fabric") -> str:
     "The name of the precision that `fabric` computes in."
     return next(name for name, spelling in PRECISIONS.items() if spelling == str(fabric._precision.precision))
 
-# %% ../nbs/05_training.ipynb #003d1a2f
+# %% ../nbs/05_training.ipynb #b5891602
 @dataclass(frozen=True)
 class Evaluation:
     "`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images."
@@ -119,9 +135,17 @@ def evaluate(model: nn.Module, batches: Batches, fabric: "Fabric") -> Evaluation
     count = len(batches.test_targets)
     return Evaluation(100 * correct / count, loss / count, count)
 
-# %% ../nbs/05_training.ipynb #704403e8
-def _train_epoch(student: nn.Module, teacher: nn.Module | None, optimizer, batches: Iterable, method: Method, epoch: int, fabric: "Fabric",
-                 after_step: Callable[[], None]) -> dict[str, float]:
+# %% ../nbs/05_training.ipynb #9bbef578
+def _train_epoch(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    optimizer,
+    batches: Iterable,
+    method: Method,
+    epoch: int,
+    fabric: "Fabric",
+    after_step: Callable[[], None],
+) -> dict[str, float]:
     totals, count = torch.zeros(4, dtype=torch.float64, device=fabric.device), 0
     student.train()
     for images, target, _ in batches:
@@ -147,10 +171,13 @@ def _train_epoch(student: nn.Module, teacher: nn.Module | None, optimizer, batch
     row = {"train_loss": loss / count, "train_top1": 100 * hits / count}
     return row if teacher is None else row | {"teacher_wrong_rows": int(wrong), "changed_rows": int(changed)}
 
-# %% ../nbs/05_training.ipynb #789ec08c
+# %% ../nbs/05_training.ipynb #3f90e5cf
 @dataclass
 class Outcome:
-    "What a run leaves: one row an epoch, the weights of the last and of the best test epoch, and the seconds it took, interruptions left out."
+    """What a run leaves: one row an epoch, the weights of the last and of the best test epoch, and the seconds it
+    took, interruptions left out.
+    """
+
     curve: list[dict[str, float]] = field(default_factory=list)
     last_weights: dict[str, Tensor] = field(default_factory=dict)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -165,7 +192,7 @@ class Outcome:
         "The first of the epochs with the highest test accuracy."
         return max(self.curve, key=lambda row: row["test_top1"])
 
-# %% ../nbs/05_training.ipynb #a8c48dcc
+# %% ../nbs/05_training.ipynb #6f67f97a
 def fingerprint(*parts) -> str:
     "A short checksum of values that `json` can write; what a checkpoint uses to know its run."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -179,34 +206,56 @@ def _load_checkpoint(path: Path, run: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"the checkpoint {path} cannot be read ({type(error).__name__}); delete it to start the run again.") from error
+        raise ValueError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}); delete it to start the run again."
+        ) from error
     if not isinstance(state, dict) or state.get("run") != run:
-        raise ValueError(f"the checkpoint {path} belongs to a run with other settings, data, teacher or seed; name another file or delete it.")
+        raise ValueError(
+            f"the checkpoint {path} belongs to a run with other settings, data, teacher or seed; "
+            "name another file or delete it."
+        )
     return state
 
-# %% ../nbs/05_training.ipynb #77a00571
-def train(model: nn.Module, batches: Batches, method: Method, recipe: Recipe, fabric: "Fabric", *, teacher: nn.Module | None = None,
-          seed: int = 0, checkpoint: str | Path | None = None, checkpoint_seconds: float = 30.0, run: str = "",
-          callbacks: Sequence[Callable[[dict], None]] = (), progress: bool | str = False) -> Outcome:
+# %% ../nbs/05_training.ipynb #6e02ff57
+def train(
+    model: nn.Module,
+    batches: Batches,
+    method: Method,
+    recipe: Recipe,
+    fabric: "Fabric",
+    *,
+    teacher: nn.Module | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    run: str = "",
+    callbacks: Sequence[Callable[[dict], None]] = (),
+    progress: bool | str = False,
+) -> Outcome:
     """Train `model` on `batches` with `method`, for the epochs of `recipe`, and return the curve and the weights.
 
     `teacher`: gives the logits; needed unless the method is `ce`. It is put into evaluation mode and never changed.
     `seed`: of order, views and dropout. The initial weights are those that `model` has.
     `checkpoint`: a file to go on from if it exists, and to write at most every `checkpoint_seconds` and at the end.
     `run`: what the checkpoint must additionally agree in, such as the checksum of the teacher's weights.
-    `callbacks`: each is called with the row of every epoch: epoch, lr, train_loss, train_top1, test_loss, test_top1 (percent), seconds,
-    and with a teacher teacher_wrong_rows and changed_rows.
+    `callbacks`: each is called with the row of every epoch: epoch, lr, train_loss, train_top1, test_loss, test_top1
+    (percent), seconds, and with a teacher teacher_wrong_rows and changed_rows.
     `progress`: show a bar with loss, top-1 and remaining time; a string names it.
 
-    Raises `ValueError` for a missing teacher or another run's checkpoint, and `FloatingPointError` when the loss is no longer finite.
+    Raises `ValueError` for a missing teacher or another run's checkpoint, and `FloatingPointError` when the loss is
+    no longer finite.
     """
     if method.uses_teacher and teacher is None:
         raise ValueError(f"method {method.name!r} distils from a teacher, but teacher is None.")
     teacher = teacher if method.uses_teacher else None
-    identity = fingerprint(asdict(recipe), asdict(method), batches.data.checksum, seed, type(model).__name__, precision_of(fabric), run)
+    identity = fingerprint(
+        asdict(recipe), asdict(method), batches.data.checksum, seed, type(model).__name__, precision_of(fabric), run
+    )
 
     student = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(student.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
     student, optimizer = fabric.setup(student, optimizer)
     if teacher is not None:
         teacher = teacher.to(fabric.device, memory_format=torch.channels_last).eval()
@@ -220,34 +269,60 @@ def train(model: nn.Module, batches: Batches, method: Method, recipe: Recipe, fa
         first_epoch = len(outcome.curve) + 1
 
     def save():
-        state = {"run": identity, "model": _weights_on_cpu(student), "optimizer": optimizer.state_dict(), "curve": outcome.curve,
-                 "best_weights": outcome.best_weights, "seconds": outcome.seconds}
+        state = {
+            "run": identity,
+            "model": _weights_on_cpu(student),
+            "optimizer": optimizer.state_dict(),
+            "curve": outcome.curve,
+            "best_weights": outcome.best_weights,
+            "seconds": outcome.seconds,
+        }
         save_atomically(checkpoint, lambda path: torch.save(state, path))
 
     steps = len(batch_bounds(len(batches.train_targets), recipe.batch_size))
     last_save = time.monotonic()
     random_devices = [fabric.device] if fabric.device.type == "cuda" else []
-    with _progress_bar(progress, method.name, steps * recipe.epochs, steps * (first_epoch - 1)) as bar, torch.random.fork_rng(random_devices):
+    with (
+        _progress_bar(progress, method.name, steps * recipe.epochs, steps * (first_epoch - 1)) as bar,
+        torch.random.fork_rng(random_devices),
+    ):
         for epoch in range(first_epoch, recipe.epochs + 1):
             start = time.monotonic()
-            torch.manual_seed(int(fingerprint(seed, epoch), 16) % 2**63)  # for dropout; the views have a generator of their own
+            torch.manual_seed(
+                int(fingerprint(seed, epoch), 16) % 2**63
+            )  # for dropout; the views have a generator of their own
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_in(epoch)
             row = {"epoch": epoch, "lr": recipe.lr_in(epoch)}
-            row |= _train_epoch(student, teacher, optimizer, batches.train(recipe.batch_size, seed, epoch), method, epoch, fabric, bar.update)
+            row |= _train_epoch(
+                student,
+                teacher,
+                optimizer,
+                batches.train(recipe.batch_size, seed, epoch),
+                method,
+                epoch,
+                fabric,
+                bar.update,
+            )
             if not math.isfinite(row["train_loss"]):
-                raise FloatingPointError(f"the training loss of {method.name} is {row['train_loss']} in epoch {epoch}; "
-                                         f"lower the learning rate ({recipe.lr}) or use precision float32 ({precision_of(fabric)} was used).")
+                raise FloatingPointError(
+                    f"the training loss of {method.name} is {row['train_loss']} in epoch {epoch}; "
+                    f"lower the learning rate ({recipe.lr}) or use precision float32 ({precision_of(fabric)} was used)."
+                )
             test = evaluate(student, batches, fabric)
             row |= {"test_loss": test.loss, "test_top1": test.top1, "seconds": time.monotonic() - start}
             outcome.curve.append(row)
             outcome.seconds += row["seconds"]
             if outcome.best is row:
                 outcome.best_weights = _weights_on_cpu(student)
-            if checkpoint is not None and (epoch == recipe.epochs or time.monotonic() - last_save >= checkpoint_seconds):
+            if checkpoint is not None and (
+                epoch == recipe.epochs or time.monotonic() - last_save >= checkpoint_seconds
+            ):
                 save()
                 last_save = time.monotonic()
-            bar.set_postfix_str(f"epoch {epoch}/{recipe.epochs}, loss {row['train_loss']:.3f}, top-1 {row['test_top1']:.1f}")
+            bar.set_postfix_str(
+                f"epoch {epoch}/{recipe.epochs}, loss {row['train_loss']:.3f}, top-1 {row['test_top1']:.1f}"
+            )
             for callback in callbacks:
                 callback(row)
     outcome.last_weights = _weights_on_cpu(student)
@@ -256,5 +331,15 @@ def train(model: nn.Module, batches: Batches, method: Method, recipe: Recipe, fa
 
 def _progress_bar(progress: bool | str, name: str, total: int, initial: int):
     from tqdm import tqdm
-    return tqdm(total=total, initial=initial, desc=progress if isinstance(progress, str) else name, unit="step", mininterval=1.0,
-                disable=not progress, file=sys.stdout, dynamic_ncols=False, ncols=110)
+
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=progress if isinstance(progress, str) else name,
+        unit="step",
+        mininterval=1.0,
+        disable=not progress,
+        file=sys.stdout,
+        dynamic_ncols=False,
+        ncols=110,
+    )

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-import torchvision
 import torchvision.transforms.v2.functional as vision
 from torchvision.datasets import CIFAR100
 
@@ -29,12 +28,14 @@ from sortkd.data import (
 CIFAR_FILES = ("train", "test", "meta")
 DIGITS_CHECKSUM = "3834cdec9b345647258856fb597d86d80bbd6e4afaf705ce84b73050b6b6b772"
 CIFAR_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not on disk")
 
 
 def random_images(count, size, key="images"):
-    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=seeded_generator(key, count, size))
+    generator = seeded_generator(key, count, size)
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
 def toy_data(train=40, test=12, size=8, classes=4, **changes):
@@ -203,7 +204,8 @@ def fake_cifar100(folder, monkeypatch):
     "Four images in CIFAR-100's format at `folder`, and torchvision told that they are the published ones."
     folder.mkdir(parents=True)
     pixels = numpy.arange(4 * 3072, dtype=numpy.uint8).reshape(4, 3072)
-    contents = {"train": {"data": pixels, "fine_labels": [0, 1, 2, 3]}, "test": {"data": pixels, "fine_labels": [3, 2, 1, 0]},
+    contents = {"train": {"data": pixels, "fine_labels": [0, 1, 2, 3]},
+                "test": {"data": pixels, "fine_labels": [3, 2, 1, 0]},
                 "meta": {"fine_label_names": list("abcd")}}
     md5 = {}
     for name, content in contents.items():
@@ -226,7 +228,8 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch, offline, broken, how):
     else:
         content[-5] ^= 1
         (folder / broken).write_bytes(content if how == "byte" else content[:-5])
-    with pytest.raises(ValueError, match=f"{broken} is {'missing' if how == 'missing' else 'damaged'}.*Delete the folder"):
+    problem = "missing" if how == "missing" else "damaged"
+    with pytest.raises(ValueError, match=f"{broken} is {problem}.*Delete the folder"):
         load_cifar100(tmp_path)
     assert not offline
 
@@ -306,12 +309,16 @@ def test_download_has_a_time_limit(tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, error, message", [
     (dict(train_targets=torch.arange(40)), ValueError, r"train_targets must lie in 0\.\.3, but holds 4"),
     (dict(test_targets=torch.tensor([-1] + [0] * 11)), ValueError, r"test_targets must lie in 0\.\.3, but holds -1"),
-    (dict(train_targets=torch.zeros(39, dtype=torch.int64)), ValueError, r"train_targets must have shape \(40,\).*\(39,\)"),
-    (dict(train_targets=torch.zeros(40, dtype=torch.int32)), TypeError, "train_targets must be a torch.int64.*torch.int32"),
+    (dict(train_targets=torch.zeros(39, dtype=torch.int64)), ValueError,
+     r"train_targets must have shape \(40,\).*\(39,\)"),
+    (dict(train_targets=torch.zeros(40, dtype=torch.int32)), TypeError,
+     "train_targets must be a torch.int64.*torch.int32"),
     (dict(train_images=torch.zeros(40, 8, 8, 3)), TypeError, "train_images must be a torch.uint8.*torch.float32"),
     (dict(train_images=[1, 2]), TypeError, "train_images must be a torch.uint8 tensor, but is list"),
-    (dict(train_images=torch.zeros(40, 3, 8, 8, dtype=torch.uint8)), ValueError, r"train_images must have shape.*\(40, 3, 8, 8\)"),
-    (dict(train_images=torch.zeros(0, 8, 8, 3, dtype=torch.uint8)), ValueError, r"train_images must have.*\(0, 8, 8, 3\)"),
+    (dict(train_images=torch.zeros(40, 3, 8, 8, dtype=torch.uint8)), ValueError,
+     r"train_images must have shape.*\(40, 3, 8, 8\)"),
+    (dict(train_images=torch.zeros(0, 8, 8, 3, dtype=torch.uint8)), ValueError,
+     r"train_images must have.*\(0, 8, 8, 3\)"),
     (dict(test_images=torch.zeros(12, 9, 9, 3, dtype=torch.uint8)), ValueError, r"test images are \(9, 9, 3\)"),
     (dict(mean=(0.5,)), ValueError, r"mean must be three numbers.*\(0\.5,\)"),
     (dict(std=(0.2, 0.0, 0.2)), ValueError, "std must be three numbers"),
@@ -327,8 +334,8 @@ def test_what_does_not_fit_is_refused(changes, error, message):
 def test_checksum_names_the_data():
     data = toy_data()
     assert len(data.checksum) == 64 and data.checksum == toy_data(name="other").checksum
-    changed = {name: getattr(data, name).clone() for name in ("train_images", "train_targets", "test_images", "test_targets")}
-    for name, tensor in changed.items():
+    for name in ("train_images", "train_targets", "test_images", "test_targets"):
+        tensor = getattr(data, name).clone()
         tensor.view(-1)[5] = (tensor.view(-1)[5] + 1) % 4
         assert toy_data(**{name: tensor}).checksum != data.checksum, name
     assert "train_images" not in repr(data) and data.checksum[:12] in repr(data)
@@ -381,7 +388,9 @@ def test_subset_sizes_are_checked(sizes, error, message):
 # Views
 
 
-@pytest.mark.parametrize("pad, flip, count", [(4, True, 162), (4, False, 81), (2, False, 25), (0, False, 1), (0, True, 2)])
+@pytest.mark.parametrize("pad, flip, count", [
+    (4, True, 162), (4, False, 81), (2, False, 25), (0, False, 1), (0, True, 2),
+])
 def test_view_ids_are_reversible(pad, flip, count):
     assert number_of_views(pad, flip) == count
     views = views_of(torch.full((count,), 7), torch.arange(count), pad, flip)
@@ -465,7 +474,7 @@ def test_crop_is_that_of_torchvision(device, size, pad, flip):
 
 
 def test_crop_is_that_of_pillow():
-    "The path of the field's code: an image file library, RandomCrop's padding and a mirror."
+    "The path of the field's code: a PIL image, RandomCrop's padding and a mirror."
     image = random_images(1, 32)
     picture = vision.to_pil_image(image[0].permute(2, 0, 1))
     for number in range(0, 162, 5):
@@ -512,7 +521,8 @@ def test_constants_made_in_inference_mode_serve_training():
 
 
 @pytest.mark.parametrize("num_images, batch_size, sizes", [
-    (10, 5, [5, 5]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 1, [1, 1, 1]), (1, 8, [1]), (9, 8, [9]), (5, 100, [5]), (3, 2, [3]),
+    (10, 5, [5, 5]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (3, 1, [1, 1, 1]), (1, 8, [1]), (9, 8, [9]), (5, 100, [5]),
+    (3, 2, [3]),
 ])
 def test_batch_bounds(num_images, batch_size, sizes):
     bounds = batch_bounds(num_images, batch_size)
@@ -556,7 +566,7 @@ def test_epochs_can_be_started_anywhere():
 def test_test_batches_are_plain(device, digits):
     batches = Batches(digits, device, torch.float64)
     images, targets = (torch.cat(parts).cpu() for parts in zip(*batches.test(batch_size=100)))
-    expected = torchvision.transforms.v2.functional.normalize(
+    expected = vision.normalize(
         digits.test_images.permute(0, 3, 1, 2).double() / 255, digits.mean, digits.std)
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
     assert images.dtype == torch.float64 and torch.equal(targets, digits.test_targets)
@@ -568,7 +578,7 @@ def test_batches_of_a_wrong_dtype():
             Batches(toy_data(), dtype=wrong)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_cuda
 def test_a_batch_does_not_make_the_host_wait():
     batches = Batches(toy_data(), "cuda")
     views = draw_views(40, 2, True, 0, 0).to("cuda")
