@@ -7,18 +7,18 @@ __all__ = ['PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DKD_WARMUP_SHARE', 'DATA_TITLES
            'Experiment', 'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/06_experiments.ipynb #b81bb1e9
+# %% ../nbs/06_experiments.ipynb #18b38b58
 import difflib
 import fcntl
 import json
 import os
 import platform
 import subprocess
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,20 +28,10 @@ from .data import Batches, ImageData, load_data, normalize
 from .losses import Method, create_method
 from .models import create_model
 from .sorting import sort_logits
-from .teachers import Teacher, get_teacher, load_teacher, save_atomically, save_teacher, weights_checksum
-from sortkd.training import (
-    Evaluation,
-    Outcome,
-    Recipe,
-    create_fabric,
-    evaluate,
-    fingerprint,
-    native_precision,
-    precision_of,
-    train,
-)
+from .teachers import Teacher, get_teacher, load_teacher, save_atomically, weights_checksum
+from .training import Outcome, Recipe, create_fabric, evaluate, fingerprint, precision_of, train
 
-# %% ../nbs/06_experiments.ipynb #754e7ba5
+# %% ../nbs/06_experiments.ipynb #a6c9ac3e
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers
@@ -69,7 +59,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/06_experiments.ipynb #96cab7f9
+# %% ../nbs/06_experiments.ipynb #2514ea7f
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -90,7 +80,7 @@ PRESETS = {
 }
 DKD_WARMUP_SHARE = 20 / 240  # of a run; kept when the run is shortened
 
-# %% ../nbs/06_experiments.ipynb #e7bf8d66
+# %% ../nbs/06_experiments.ipynb #c74d5062
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
@@ -148,7 +138,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/06_experiments.ipynb #558fa2c9
+# %% ../nbs/06_experiments.ipynb #51d32525
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -181,7 +171,7 @@ def _seeds(value) -> tuple[int, ...]:
         )
     return tuple(map(int, parts))
 
-# %% ../nbs/06_experiments.ipynb #b321c672
+# %% ../nbs/06_experiments.ipynb #04124b0e
 def plan_experiment(
     pair: str = "r32x4_r8x4",
     methods: str = "kd,kd+sort",
@@ -263,7 +253,7 @@ def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
         changes["warmup_epochs"] = max(1, warmup_epochs)
     return create_method(name, **changes)
 
-# %% ../nbs/06_experiments.ipynb #cfeeefab
+# %% ../nbs/06_experiments.ipynb #e7e3ecfe
 SCHEMA_VERSION = 1
 
 
@@ -297,7 +287,7 @@ def read_records(path: str | Path) -> list[dict]:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/06_experiments.ipynb #b8dd323f
+# %% ../nbs/06_experiments.ipynb #5ab0e870
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
@@ -350,7 +340,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/06_experiments.ipynb #a83d7333
+# %% ../nbs/06_experiments.ipynb #dde95852
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -443,7 +433,7 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
         fetch=preset.fetch_teacher,
     )
 
-# %% ../nbs/06_experiments.ipynb #cede9ded
+# %% ../nbs/06_experiments.ipynb #72d94f04
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
@@ -563,13 +553,13 @@ def _result(outcome: Outcome, rows: int) -> dict:
 
 
 def _keep_weights(folder: Path, outcome: Outcome) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     for name, weights in (("last", outcome.last_weights), ("best", outcome.best_weights)):
-        contiguous = {key: value.contiguous() for key, value in weights.items()}
-        save_atomically(folder / f"{name}.safetensors", lambda path: save_file(contiguous, path))
+        content = save({key: value.contiguous() for key, value in weights.items()})
+        save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
-# %% ../nbs/06_experiments.ipynb #58ea11b7
+# %% ../nbs/06_experiments.ipynb #55cc786c
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
@@ -599,7 +589,7 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/06_experiments.ipynb #0f4921a3
+# %% ../nbs/06_experiments.ipynb #85723c11
 def plot_curves(records: Sequence[dict]):
     "Training loss and test top-1 over the epochs: each method's mean over seeds, their range as a band."
     import matplotlib.pyplot as plt
@@ -627,7 +617,7 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/06_experiments.ipynb #9ec2dfd2
+# %% ../nbs/06_experiments.ipynb #5d7257d9
 def plot_mistakes(results: Results, count: int = 4):
     "Training images that the teacher gets wrong, with its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sort_logits', 'swap_logits']
 
-# %% ../nbs/00_sorting.ipynb #bfebf833
+# %% ../nbs/00_sorting.ipynb #0505f3f5
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_sorting.ipynb #e27d9adb
+# %% ../nbs/00_sorting.ipynb #76e5b4bd
 def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
     "Refuse what has no meaning; return `dim` counted from the front."
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
@@ -42,7 +42,7 @@ def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
 def _describe(value) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.60}"
 
-# %% ../nbs/00_sorting.ipynb #478b4ea3
+# %% ../nbs/00_sorting.ipynb #b4ac7454
 def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
     """Refuse class indices that the logits do not have.
 
@@ -67,7 +67,7 @@ def _find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int
     value = logits.gather(dim, index.unsqueeze(dim)).squeeze(dim)
     return index, value, (logits.amax(dim) > value) & counted
 
-# %% ../nbs/00_sorting.ipynb #036d28ee
+# %% ../nbs/00_sorting.ipynb #7c6b51dd
 def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` by touching only the rows and classes that move."
     if logits.ndim == 1:  # a single row
@@ -92,7 +92,7 @@ def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index:
     classes_last[(*place, index)] = ranked[first]
     return repaired
 
-# %% ../nbs/00_sorting.ipynb #74cd1602
+# %% ../nbs/00_sorting.ipynb #427b2f7d
 def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` with shapes that do not depend on the data: for GPUs and for tracing."
     index, value, wrong = (each.unsqueeze(dim) for each in _find_wrong_rows(logits, target, dim, ignore_index))
@@ -107,7 +107,7 @@ def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: in
     top = torch.where(wrong, ranked.narrow(dim, 0, 1), value)
     return logits.scatter(dim, order, handed_out).scatter(dim, index, top)
 
-# %% ../nbs/00_sorting.ipynb #b2cafb64
+# %% ../nbs/00_sorting.ipynb #5db81df8
 def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Move the target to the top of the ranking and hand the sorted values out again.
 
@@ -131,7 +131,7 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     fixed_shape = logits.is_cuda or torch.compiler.is_compiling()
     return (_sort_fixed_shape if fixed_shape else _sort_moving_classes)(logits, target, dim, ignore_index)
 
-# %% ../nbs/00_sorting.ipynb #3b588d34
+# %% ../nbs/00_sorting.ipynb #1876076a
 def swap_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Exchange the target's value and the largest one; arguments, ties, errors and result as for `sort_logits`.
 

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_checkpoint', 'load_weights', 'save_atomically',
            'save_teacher', 'Teacher', 'load_teacher', 'fetch_published', 'find_teacher', 'get_teacher']
 
-# %% ../nbs/04_teachers.ipynb #15b53abb
+# %% ../nbs/04_teachers.ipynb #5d0ff42b
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .data import ImageData, network_timeout
 from .models import create_model
 
-# %% ../nbs/04_teachers.ipynb #3770f9c3
+# %% ../nbs/04_teachers.ipynb #d53e0cfa
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     "SHA-256 over the names, shapes and float32 (or integer) values of a state dict, in the order of the names."
     digest = hashlib.sha256()
@@ -33,9 +33,10 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/04_teachers.ipynb #1630a1a9
+# %% ../nbs/04_teachers.ipynb #25ba987a
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The state dict in a `.safetensors` file or a PyTorch checkpoint, and what the file says of itself (empty for PyTorch's).
+    """The state dict in a `.safetensors` file or a PyTorch checkpoint, and what the file says of itself (empty for
+    PyTorch's).
 
     A PyTorch file may hold the state dict itself or have it under `model`. No code in a file is run.
     Raises `FileNotFoundError`, or `ValueError` for a file that is damaged or holds no state dict.
@@ -46,35 +47,61 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
+
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads((file.metadata() or {}).get("sortkd", "{}"))
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(
+                    (file.metadata() or {}).get("sortkd", "{}")
+                )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or ["the file is empty"])[0]
-        raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}: {reason}). "
-                         "It is damaged, of another format, or would need to run code.") from error
+        raise ValueError(
+            f"{path} cannot be read as weights ({type(error).__name__}: {reason}). "
+            "It is damaged, of another format, or would need to run code."
+        ) from error
     weights = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'.")
     return {name.removeprefix("module."): value for name, value in weights.items()}, {}
 
-# %% ../nbs/04_teachers.ipynb #71544eca
+# %% ../nbs/04_teachers.ipynb #d8aa9d30
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
-    "Load `weights` into `model` and return it; `ValueError` with the first differences if they are another network's or have other classes."
+    """Load `weights` into `model` and return it.
+
+    `ValueError` with the first differences if they are another network's or have other classes.
+    """
     expected = model.state_dict()
-    missing, surplus = [name for name in expected if name not in weights], [name for name in weights if name not in expected]
-    reshaped = [f"{name} is {tuple(weights[name].shape)} and should be {tuple(value.shape)}"
-                for name, value in expected.items() if name in weights and weights[name].shape != value.shape]
+    missing, surplus = (
+        [name for name in expected if name not in weights],
+        [name for name in weights if name not in expected],
+    )
+    reshaped = [
+        f"{name} is {tuple(weights[name].shape)} and should be {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
     if missing or surplus or reshaped:
-        differences = [f"{len(names)} {what}, such as {names[0]}" for what, names in (("missing", missing), ("unknown", surplus)) if names]
-        raise ValueError(f"{origin} is not a checkpoint of this {type(model).__name__}: {'; '.join([*differences, *reshaped[:1]])}. "
-                         "Choose the checkpoint of this network, trained on as many classes.")
+        differences = [
+            f"{len(names)} {what}, such as {names[0]}"
+            for what, names in (("missing", missing), ("unknown", surplus))
+            if names
+        ]
+        raise ValueError(
+            f"{origin} is not a checkpoint of this {type(model).__name__}: {'; '.join([*differences, *reshaped[:1]])}. "
+            "Choose the checkpoint of this network, trained on as many classes."
+        )
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/04_teachers.ipynb #134140e9
+# %% ../nbs/04_teachers.ipynb #410d8ac1
 def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    "Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all of the new content or still the old."
+    """Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all
+    of the new content or still the old.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -86,17 +113,23 @@ def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/04_teachers.ipynb #313b46a6
+# %% ../nbs/04_teachers.ipynb #8f2c6f70
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
-    "Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all. Weights become float16; buffers of batch normalisation stay."
-    from safetensors.torch import save_file
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    stored = {name: (value if name.endswith(buffers) or not value.is_floating_point() else value.half()).detach().cpu().contiguous()
-              for name, value in weights.items()}
-    save_atomically(path, lambda temporary: save_file(stored, temporary, metadata={"sortkd": json.dumps(dict(training))}))
+    """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all.
+
+    Weights become float16; buffers of batch normalisation stay.
+    """
+    from safetensors.torch import save
+
+    def stored(name, value):
+        keeps_precision = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        return (value if keeps_precision else value.half()).detach().cpu().contiguous()
+
+    content = save({name: stored(name, value) for name, value in weights.items()}, {"sortkd": json.dumps(dict(training))})
+    save_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Path(path)
 
-# %% ../nbs/04_teachers.ipynb #7c67891e
+# %% ../nbs/04_teachers.ipynb #286e2b3d
 @dataclass(frozen=True)
 class Teacher:
     "A teacher's network with its weights, and plain values that tell a record what it is."
@@ -117,9 +150,16 @@ def load_teacher(path: str | Path, architecture: str, num_classes: int, source: 
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
     return Teacher(model.eval().requires_grad_(False), architecture, source, Path(path).name, training)
 
-# %% ../nbs/04_teachers.ipynb #54e77346
+# %% ../nbs/04_teachers.ipynb #1a833025
 PUBLISHED_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
-PUBLISHED_TOP1 = {"resnet56": 72.34, "resnet110": 74.31, "resnet32x4": 79.42, "wrn_40_2": 75.61, "vgg13": 74.64, "ResNet50": 79.34}
+PUBLISHED_TOP1 = {
+    "resnet56": 72.34,
+    "resnet110": 74.31,
+    "resnet32x4": 79.42,
+    "wrn_40_2": 75.61,
+    "vgg13": 74.64,
+    "ResNet50": 79.34,
+}
 
 
 def _published_member(architecture: str) -> str:
@@ -127,8 +167,12 @@ def _published_member(architecture: str) -> str:
 
 
 def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
-    "Download the archive of published CIFAR-100 teachers and keep the known members under `folder`, in the archive's own layout. `ConnectionError` if it cannot be had."
+    """Download the archive of published CIFAR-100 teachers and keep the known members under `folder`, laid out alike.
+
+    `ConnectionError` if it cannot be had.
+    """
     from torchvision.datasets.utils import download_url
+
     folder = Path(folder)
     with tempfile.TemporaryDirectory() as staging:
         try:
@@ -138,17 +182,21 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
             raise ConnectionError(f"the published teachers could not be downloaded from {url} ({error}).") from error
         with tarfile.open(Path(staging) / "archive.tar") as archive:
             for name in map(_published_member, PUBLISHED_TOP1):
-                try: content = archive.extractfile(name)
-                except KeyError: continue
+                try:
+                    content = archive.extractfile(name)
+                except KeyError:
+                    continue
                 if content is not None:
                     save_atomically(folder / name, lambda temporary: temporary.write_bytes(content.read()))
 
-# %% ../nbs/04_teachers.ipynb #86c723a7
-def find_teacher(architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping) -> Teacher | None:
+# %% ../nbs/04_teachers.ipynb #8a741e29
+def find_teacher(
+    architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping
+) -> Teacher | None:
     """The best teacher under `folder` that serves, or None.
 
-    A published checkpoint serves CIFAR-100. A `.safetensors` file serves if its text names this architecture and data set, and either all training images and at least
-    `min_epochs` epochs, or exactly the values of `training`.
+    A published checkpoint serves CIFAR-100. A `.safetensors` file serves if its text names this architecture and data
+    set, and either all training images and at least `min_epochs` epochs, or exactly the values of `training`.
     """
     folder = Path(folder)
     published = folder / _published_member(architecture)
@@ -157,6 +205,7 @@ def find_teacher(architecture: str, data: ImageData, folder: str | Path, min_epo
     candidates = []
     for path in sorted(folder.rglob("*.safetensors")):
         from safetensors import safe_open
+
         with safe_open(path, "pt") as file:
             text = json.loads((file.metadata() or {}).get("sortkd", "{}"))
         fits = text.get("architecture") == architecture and text.get("dataset") == data.name
@@ -168,18 +217,30 @@ def find_teacher(architecture: str, data: ImageData, folder: str | Path, min_epo
     return load_teacher(max(candidates)[1], architecture, data.num_classes, "found")
 
 
-def get_teacher(architecture: str, data: ImageData, folder: str | Path, training: Mapping, train: Callable[[], tuple[Mapping[str, Tensor], Mapping]], *,
-                min_epochs: int = 1, fetch: bool = False) -> Teacher:
-    """The teacher for a run: found under `folder`, else fetched if `fetch`, else trained by `train` and kept under `folder`/local.
+def get_teacher(
+    architecture: str,
+    data: ImageData,
+    folder: str | Path,
+    training: Mapping,
+    train: Callable[[], tuple[Mapping[str, Tensor], Mapping]],
+    *,
+    min_epochs: int = 1,
+    fetch: bool = False,
+) -> Teacher:
+    """The teacher for a run: found under `folder`, else fetched if `fetch`, else trained by `train` and kept under
+    `folder`/local.
 
-    `training`: plain values that identify how the run would train it. `train()` returns the weights and further plain values, such as `top1`, to keep with them.
+    `training`: plain values that identify how the run would train it. `train()` returns the weights and further plain
+    values, such as `top1`, to keep with them.
     """
     training = json.loads(json.dumps(training))  # as it reads in a file: tuples are lists
     teacher = find_teacher(architecture, data, folder, min_epochs, training)
     if teacher is None and fetch and data.name == "cifar100" and architecture in PUBLISHED_TOP1:
         try:
             fetch_published(folder)
-            teacher = load_teacher(Path(folder) / _published_member(architecture), architecture, data.num_classes, "fetched")
+            teacher = load_teacher(
+                Path(folder) / _published_member(architecture), architecture, data.num_classes, "fetched"
+            )
         except (ConnectionError, FileNotFoundError) as error:
             print(f"{error} Training {architecture} instead.")
     if teacher is None:
