@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'Recipe', 'native_precision', 'create_fabric', 'precision_of', 'Evaluation', 'evaluate', 'Outcome',
            'fingerprint', 'train']
 
-# %% ../nbs/05_training.ipynb #ee1bd3b0
+# %% ../nbs/05_training.ipynb #1be7e0dd
 import hashlib
 import json
 import math
@@ -29,7 +29,7 @@ from .teachers import save_atomically
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# %% ../nbs/05_training.ipynb #31fee88a
+# %% ../nbs/05_training.ipynb #075faf6f
 @dataclass(frozen=True)
 class Recipe:
     "How long and with which optimiser a network is trained. The defaults are the field's recipe for CIFAR-100."
@@ -66,7 +66,7 @@ class Recipe:
             self, epochs=epochs, milestones=tuple(round(each * epochs / self.epochs) for each in self.milestones)
         )
 
-# %% ../nbs/05_training.ipynb #52100f0d
+# %% ../nbs/05_training.ipynb #96cf19ef
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
@@ -110,7 +110,7 @@ def precision_of(fabric: "Fabric") -> str:
     "The name of the precision that `fabric` computes in."
     return next(name for name, spelling in PRECISIONS.items() if spelling == str(fabric._precision.precision))
 
-# %% ../nbs/05_training.ipynb #b5891602
+# %% ../nbs/05_training.ipynb #7537c5d8
 @dataclass(frozen=True)
 class Evaluation:
     "`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images."
@@ -135,7 +135,7 @@ def evaluate(model: nn.Module, batches: Batches, fabric: "Fabric") -> Evaluation
     count = len(batches.test_targets)
     return Evaluation(100 * correct / count, loss / count, count)
 
-# %% ../nbs/05_training.ipynb #9bbef578
+# %% ../nbs/05_training.ipynb #4ff5e52f
 def _train_epoch(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -171,7 +171,7 @@ def _train_epoch(
     row = {"train_loss": loss / count, "train_top1": 100 * hits / count}
     return row if teacher is None else row | {"teacher_wrong_rows": int(wrong), "changed_rows": int(changed)}
 
-# %% ../nbs/05_training.ipynb #3f90e5cf
+# %% ../nbs/05_training.ipynb #c564b4f2
 @dataclass
 class Outcome:
     """What a run leaves: one row an epoch, the weights of the last and of the best test epoch, and the seconds it
@@ -192,7 +192,7 @@ class Outcome:
         "The first of the epochs with the highest test accuracy."
         return max(self.curve, key=lambda row: row["test_top1"])
 
-# %% ../nbs/05_training.ipynb #6f67f97a
+# %% ../nbs/05_training.ipynb #637dcd70
 def fingerprint(*parts) -> str:
     "A short checksum of values that `json` can write; what a checkpoint uses to know its run."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -216,7 +216,7 @@ def _load_checkpoint(path: Path, run: str) -> dict:
         )
     return state
 
-# %% ../nbs/05_training.ipynb #6e02ff57
+# %% ../nbs/05_training.ipynb #dd156a3f
 def train(
     model: nn.Module,
     batches: Batches,
@@ -329,17 +329,29 @@ def train(
     return outcome
 
 
+class _NotebookLine:
+    "A file for tqdm that keeps one line of output up to date, so that a saved notebook holds the last state alone."
+    encoding = "utf-8"
+
+    def __init__(self):
+        from IPython.display import display
+
+        self.line = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def write(self, text: str):
+        if text.strip():
+            self.line.update({"text/plain": text.strip()}, raw=True)
+
+    def flush(self):
+        pass
+
+
 def _progress_bar(progress: bool | str, name: str, total: int, initial: int):
     from tqdm import tqdm
 
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    file = _NotebookLine() if progress and hasattr(shell, "kernel") else sys.stdout
+    title = progress if isinstance(progress, str) else name
     return tqdm(
-        total=total,
-        initial=initial,
-        desc=progress if isinstance(progress, str) else name,
-        unit="step",
-        mininterval=1.0,
-        disable=not progress,
-        file=sys.stdout,
-        dynamic_ncols=False,
-        ncols=110,
+        total=total, initial=initial, desc=title, unit="step", mininterval=1.0, disable=not progress, file=file, ncols=110
     )
