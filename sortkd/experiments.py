@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DKD_WARMUP_SHARE', 'DATA_TITLES
            'Experiment', 'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/06_experiments.ipynb #18b38b58
+# %% ../nbs/06_experiments.ipynb #78332e78
 import difflib
 import fcntl
 import json
@@ -31,7 +31,7 @@ from .sorting import sort_logits
 from .teachers import Teacher, get_teacher, load_teacher, save_atomically, weights_checksum
 from .training import Outcome, Recipe, create_fabric, evaluate, fingerprint, precision_of, train
 
-# %% ../nbs/06_experiments.ipynb #a6c9ac3e
+# %% ../nbs/06_experiments.ipynb #08f8a902
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers
@@ -59,7 +59,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/06_experiments.ipynb #2514ea7f
+# %% ../nbs/06_experiments.ipynb #edb169d8
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -75,12 +75,12 @@ class Preset:
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)
 PRESETS = {
     ("paper", "cifar100"): Preset(240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=True),
-    ("quick", "cifar100"): Preset(3, 2000, 1000, SHORT_TEACHER, 0, teacher_min_epochs=1, fetch_teacher=False),
+    ("quick", "cifar100"): Preset(3, 1000, 500, SHORT_TEACHER, 0, teacher_min_epochs=1, fetch_teacher=False),
     ("quick", "digits"): Preset(6, 0, 0, SHORT_TEACHER, 400, teacher_min_epochs=1, fetch_teacher=False),
 }
 DKD_WARMUP_SHARE = 20 / 240  # of a run; kept when the run is shortened
 
-# %% ../nbs/06_experiments.ipynb #c74d5062
+# %% ../nbs/06_experiments.ipynb #8e3366a0
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
@@ -138,7 +138,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/06_experiments.ipynb #51d32525
+# %% ../nbs/06_experiments.ipynb #0ff7d36f
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -171,7 +171,7 @@ def _seeds(value) -> tuple[int, ...]:
         )
     return tuple(map(int, parts))
 
-# %% ../nbs/06_experiments.ipynb #04124b0e
+# %% ../nbs/06_experiments.ipynb #631ccab0
 def plan_experiment(
     pair: str = "r32x4_r8x4",
     methods: str = "kd,kd+sort",
@@ -253,7 +253,7 @@ def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
         changes["warmup_epochs"] = max(1, warmup_epochs)
     return create_method(name, **changes)
 
-# %% ../nbs/06_experiments.ipynb #e7e3ecfe
+# %% ../nbs/06_experiments.ipynb #300abf78
 SCHEMA_VERSION = 1
 
 
@@ -287,7 +287,7 @@ def read_records(path: str | Path) -> list[dict]:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/06_experiments.ipynb #5ab0e870
+# %% ../nbs/06_experiments.ipynb #e64d1988
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
@@ -340,7 +340,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/06_experiments.ipynb #dde95852
+# %% ../nbs/06_experiments.ipynb #16135986
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -433,7 +433,7 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
         fetch=preset.fetch_teacher,
     )
 
-# %% ../nbs/06_experiments.ipynb #72d94f04
+# %% ../nbs/06_experiments.ipynb #b309ae24
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
@@ -559,7 +559,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         content = save({key: value.contiguous() for key, value in weights.items()})
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
-# %% ../nbs/06_experiments.ipynb #55cc786c
+# %% ../nbs/06_experiments.ipynb #e5cb0dff
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
@@ -589,7 +589,7 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/06_experiments.ipynb #85723c11
+# %% ../nbs/06_experiments.ipynb #691be7de
 def plot_curves(records: Sequence[dict]):
     "Training loss and test top-1 over the epochs: each method's mean over seeds, their range as a band."
     import matplotlib.pyplot as plt
@@ -617,7 +617,7 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/06_experiments.ipynb #5d7257d9
+# %% ../nbs/06_experiments.ipynb #73f91b5b
 def plot_mistakes(results: Results, count: int = 4):
     "Training images that the teacher gets wrong, with its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt
