@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DKD_WARMUP_SHARE', 'DATA_TITLES
            'Experiment', 'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/06_experiments.ipynb #78332e78
+# %% ../nbs/06_experiments.ipynb #db084f10
 import difflib
 import fcntl
 import json
@@ -31,7 +31,7 @@ from .sorting import sort_logits
 from .teachers import Teacher, get_teacher, load_teacher, save_atomically, weights_checksum
 from .training import Outcome, Recipe, create_fabric, evaluate, fingerprint, precision_of, train
 
-# %% ../nbs/06_experiments.ipynb #08f8a902
+# %% ../nbs/06_experiments.ipynb #f4e91be2
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers
@@ -59,7 +59,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/06_experiments.ipynb #edb169d8
+# %% ../nbs/06_experiments.ipynb #2e850d87
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -80,7 +80,7 @@ PRESETS = {
 }
 DKD_WARMUP_SHARE = 20 / 240  # of a run; kept when the run is shortened
 
-# %% ../nbs/06_experiments.ipynb #8e3366a0
+# %% ../nbs/06_experiments.ipynb #673cff81
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
@@ -127,7 +127,8 @@ class Experiment:
             )
         return (
             f"This is a {'quick' if self.preset_name == 'quick' else 'shortened'} run: {what} "
-            "It shows how everything works; its numbers are not evidence about the methods, which takes preset='paper' on CIFAR-100, an accelerator, and several seeds."
+            "It shows how everything works; its numbers are not evidence about the methods. "
+            "That takes preset='paper' on CIFAR-100, an accelerator and several seeds."
         )
 
 
@@ -138,7 +139,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/06_experiments.ipynb #0ff7d36f
+# %% ../nbs/06_experiments.ipynb #24079250
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -171,7 +172,7 @@ def _seeds(value) -> tuple[int, ...]:
         )
     return tuple(map(int, parts))
 
-# %% ../nbs/06_experiments.ipynb #631ccab0
+# %% ../nbs/06_experiments.ipynb #6f37f495
 def plan_experiment(
     pair: str = "r32x4_r8x4",
     methods: str = "kd,kd+sort",
@@ -253,7 +254,7 @@ def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
         changes["warmup_epochs"] = max(1, warmup_epochs)
     return create_method(name, **changes)
 
-# %% ../nbs/06_experiments.ipynb #300abf78
+# %% ../nbs/06_experiments.ipynb #47d43284
 SCHEMA_VERSION = 1
 
 
@@ -287,7 +288,7 @@ def read_records(path: str | Path) -> list[dict]:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/06_experiments.ipynb #e64d1988
+# %% ../nbs/06_experiments.ipynb #8bbc6067
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
@@ -340,7 +341,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/06_experiments.ipynb #16135986
+# %% ../nbs/06_experiments.ipynb #8df1381d
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -433,7 +434,7 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
         fetch=preset.fetch_teacher,
     )
 
-# %% ../nbs/06_experiments.ipynb #b309ae24
+# %% ../nbs/06_experiments.ipynb #a8c2befa
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
@@ -559,7 +560,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         content = save({key: value.contiguous() for key, value in weights.items()})
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
-# %% ../nbs/06_experiments.ipynb #e5cb0dff
+# %% ../nbs/06_experiments.ipynb #3a600e80
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
@@ -589,7 +590,7 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/06_experiments.ipynb #691be7de
+# %% ../nbs/06_experiments.ipynb #39ef5e37
 def plot_curves(records: Sequence[dict]):
     "Training loss and test top-1 over the epochs: each method's mean over seeds, their range as a band."
     import matplotlib.pyplot as plt
@@ -617,9 +618,9 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/06_experiments.ipynb #73f91b5b
+# %% ../nbs/06_experiments.ipynb #2e7b8ba9
 def plot_mistakes(results: Results, count: int = 4):
-    "Training images that the teacher gets wrong, with its confidences at temperature 4 before and after sorting."
+    "The teacher's worst mistakes on 500 training images: its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt
 
     data, fabric = results.experiment.data, create_fabric(results.experiment.device, "float32")
@@ -627,14 +628,18 @@ def plot_mistakes(results: Results, count: int = 4):
         images = data.train_images[:500]
         logits = results.teacher.model(normalize(images.to(fabric.device), data.mean, data.std)).float().cpu()
     target = data.train_targets[:500]
-    wrong = (logits.argmax(1) != target).nonzero()[:, 0][:count].tolist()
+    above = (logits > logits.gather(1, target[:, None])).sum(1)
+    wrong = [index for index in above.argsort(descending=True, stable=True).tolist() if above[index] > 0][:count]
+    if not wrong:
+        print("The teacher is right on all of the first 500 training images; there is nothing to show.")
+        return None
     figure, axes = plt.subplots(
         len(wrong), 3, figsize=(8, 1.9 * len(wrong)), width_ratios=[0.6, 1, 1], layout="constrained", squeeze=False
     )
     for (picture, *panels), number in zip(axes, wrong):
-        shown = logits[number].argsort(descending=True)[
-            : max(6, int((logits[number] >= logits[number, target[number]]).sum()))
-        ][:10]
+        shown = logits[number].argsort(descending=True)[: max(6, int(above[number]) + 1)].tolist()
+        if len(shown) > 10:  # far down: the first nine, and the target beside them
+            shown = [*shown[:9], int(target[number])]
         picture.imshow(images[number])
         picture.set_axis_off()
         picture.set_title(data.class_names[target[number]].replace("_", " "), fontsize=9)

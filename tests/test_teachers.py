@@ -49,7 +49,7 @@ def test_no_code_in_a_checkpoint_runs(tmp_path):
     class CreatesFile:
         def __reduce__(self): return open, (str(tmp_path / "executed"), "w")
     torch.save({"model": CreatesFile()}, tmp_path / "new.pth")
-    (tmp_path / "old.pth").write_bytes(pickle.dumps(CreatesFile()))
+    (tmp_path / "old.pth").write_bytes(pickle.dumps(CreatesFile(), protocol=2))
     for name in ("new.pth", "old.pth"):
         with pytest.raises(ValueError, match="run code"):
             read_checkpoint(tmp_path / name)
