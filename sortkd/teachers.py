@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_checkpoint', 'load_weights', 'save_atomically',
            'save_teacher', 'Teacher', 'load_teacher', 'fetch_published', 'find_teacher', 'get_teacher']
 
-# %% ../nbs/04_teachers.ipynb #5d0ff42b
+# %% ../nbs/04_teachers.ipynb #7ed44ee1
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .data import ImageData, network_timeout
 from .models import create_model
 
-# %% ../nbs/04_teachers.ipynb #d53e0cfa
+# %% ../nbs/04_teachers.ipynb #12b159dc
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     "SHA-256 over the names, shapes and float32 (or integer) values of a state dict, in the order of the names."
     digest = hashlib.sha256()
@@ -33,7 +33,18 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/04_teachers.ipynb #25ba987a
+# %% ../nbs/04_teachers.ipynb #685c485d
+def _read_text(path: Path) -> dict:
+    "What a `.safetensors` file says of itself; its tensors are not read."
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("sortkd", "{}"))
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or no .safetensors file; replace or remove it.") from error
+
+
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a `.safetensors` file or a PyTorch checkpoint, and what the file says of itself (empty for
     PyTorch's).
@@ -46,12 +57,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise FileNotFoundError(f"there is no checkpoint {path}; give the path of a .safetensors or PyTorch file.")
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
+            from safetensors.torch import load_file
 
-            with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(
-                    (file.metadata() or {}).get("sortkd", "{}")
-                )
+            return load_file(path), _read_text(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = (str(error).splitlines() or ["the file is empty"])[0]
@@ -68,7 +76,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'.")
     return {name.removeprefix("module."): value for name, value in weights.items()}, {}
 
-# %% ../nbs/04_teachers.ipynb #d8aa9d30
+# %% ../nbs/04_teachers.ipynb #ddee562d
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
     """Load `weights` into `model` and return it.
 
@@ -97,7 +105,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = 
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/04_teachers.ipynb #410d8ac1
+# %% ../nbs/04_teachers.ipynb #0d7f37a9
 def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all
     of the new content or still the old.
@@ -113,7 +121,7 @@ def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/04_teachers.ipynb #8f2c6f70
+# %% ../nbs/04_teachers.ipynb #450d08d1
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
     """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all.
 
@@ -129,7 +137,7 @@ def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapp
     save_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Path(path)
 
-# %% ../nbs/04_teachers.ipynb #286e2b3d
+# %% ../nbs/04_teachers.ipynb #ab3f6101
 @dataclass(frozen=True)
 class Teacher:
     "A teacher's network with its weights, and plain values that tell a record what it is."
@@ -150,7 +158,7 @@ def load_teacher(path: str | Path, architecture: str, num_classes: int, source: 
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
     return Teacher(model.eval().requires_grad_(False), architecture, source, Path(path).name, training)
 
-# %% ../nbs/04_teachers.ipynb #1a833025
+# %% ../nbs/04_teachers.ipynb #cdba98b3
 PUBLISHED_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 PUBLISHED_TOP1 = {
     "resnet56": 72.34,
@@ -189,7 +197,7 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
                 if content is not None:
                     save_atomically(folder / name, lambda temporary: temporary.write_bytes(content.read()))
 
-# %% ../nbs/04_teachers.ipynb #8a741e29
+# %% ../nbs/04_teachers.ipynb #1c5248a5
 def find_teacher(
     architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping
 ) -> Teacher | None:
@@ -204,10 +212,7 @@ def find_teacher(
         return load_teacher(published, architecture, data.num_classes, "found")
     candidates = []
     for path in sorted(folder.rglob("*.safetensors")):
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            text = json.loads((file.metadata() or {}).get("sortkd", "{}"))
+        text = _read_text(path)
         fits = text.get("architecture") == architecture and text.get("dataset") == data.name
         complete = text.get("complete") and text.get("epochs", 0) >= min_epochs
         if fits and (complete or all(text.get(key) == value for key, value in training.items())):

@@ -71,6 +71,12 @@ def test_which_teacher_serves(tmp_path, weights):
     assert find(seed=0).file == "full.safetensors"
 
 
+def test_a_damaged_teacher_is_named(tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ValueError, match="broken.safetensors is damaged"):
+        find_teacher("resnet8", load_digits(), tmp_path, 1, {})
+
+
 def test_trained_once_and_kept(tmp_path, weights):
     calls = []
     def train():
