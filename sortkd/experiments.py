@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DKD_WARMUP_SHARE', 'DATA_TITLES
            'Experiment', 'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/06_experiments.ipynb #db084f10
+# %% ../nbs/06_experiments.ipynb #09ea219d
 import difflib
 import fcntl
 import json
@@ -31,7 +31,7 @@ from .sorting import sort_logits
 from .teachers import Teacher, get_teacher, load_teacher, save_atomically, weights_checksum
 from .training import Outcome, Recipe, create_fabric, evaluate, fingerprint, precision_of, train
 
-# %% ../nbs/06_experiments.ipynb #f4e91be2
+# %% ../nbs/06_experiments.ipynb #2b8742ce
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers
@@ -59,7 +59,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/06_experiments.ipynb #2e850d87
+# %% ../nbs/06_experiments.ipynb #2fd3b72b
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -80,7 +80,7 @@ PRESETS = {
 }
 DKD_WARMUP_SHARE = 20 / 240  # of a run; kept when the run is shortened
 
-# %% ../nbs/06_experiments.ipynb #673cff81
+# %% ../nbs/06_experiments.ipynb #e3f9aaf1
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
@@ -139,7 +139,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/06_experiments.ipynb #24079250
+# %% ../nbs/06_experiments.ipynb #92a8dc32
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -172,7 +172,7 @@ def _seeds(value) -> tuple[int, ...]:
         )
     return tuple(map(int, parts))
 
-# %% ../nbs/06_experiments.ipynb #6f37f495
+# %% ../nbs/06_experiments.ipynb #cc95e30e
 def plan_experiment(
     pair: str = "r32x4_r8x4",
     methods: str = "kd,kd+sort",
@@ -200,9 +200,8 @@ def plan_experiment(
     _choice("preset", preset, ["auto", "paper", "quick"]), _choice("dataset", dataset, ["auto", "cifar100", "digits"])
     for name, value in (("epochs", epochs), ("train_size", train_size), ("test_size", test_size)):
         _count(name, value)
-    device = _choice("device", device, ["auto", "cpu", "cuda"])
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    fabric = create_fabric(device, precision)
+    device = fabric.device.type
     if preset == "auto":
         preset = "paper" if device == "cuda" else "quick"
     if preset == "paper" and dataset == "digits":
@@ -210,7 +209,6 @@ def plan_experiment(
             "preset 'paper' is the recipe for CIFAR-100, but dataset is 'digits'; "
             "use preset='quick' or dataset='cifar100'."
         )
-    fabric = create_fabric(device, precision)
     for name, folder in (("teachers_dir", teachers_dir), ("results_dir", results_dir)):
         if (
             not isinstance(folder, str | Path)
@@ -254,7 +252,7 @@ def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
         changes["warmup_epochs"] = max(1, warmup_epochs)
     return create_method(name, **changes)
 
-# %% ../nbs/06_experiments.ipynb #47d43284
+# %% ../nbs/06_experiments.ipynb #73dbee32
 SCHEMA_VERSION = 1
 
 
@@ -288,7 +286,7 @@ def read_records(path: str | Path) -> list[dict]:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/06_experiments.ipynb #8bbc6067
+# %% ../nbs/06_experiments.ipynb #1dbafc70
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
@@ -341,7 +339,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/06_experiments.ipynb #8df1381d
+# %% ../nbs/06_experiments.ipynb #5122f014
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -434,7 +432,7 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
         fetch=preset.fetch_teacher,
     )
 
-# %% ../nbs/06_experiments.ipynb #a8c2befa
+# %% ../nbs/06_experiments.ipynb #b58637c5
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
@@ -560,7 +558,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         content = save({key: value.contiguous() for key, value in weights.items()})
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
-# %% ../nbs/06_experiments.ipynb #3a600e80
+# %% ../nbs/06_experiments.ipynb #c6f86261
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
@@ -590,7 +588,7 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/06_experiments.ipynb #39ef5e37
+# %% ../nbs/06_experiments.ipynb #1737dd63
 def plot_curves(records: Sequence[dict]):
     "Training loss and test top-1 over the epochs: each method's mean over seeds, their range as a band."
     import matplotlib.pyplot as plt
@@ -618,15 +616,16 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/06_experiments.ipynb #2e7b8ba9
+# %% ../nbs/06_experiments.ipynb #dc87cef0
 def plot_mistakes(results: Results, count: int = 4):
     "The teacher's worst mistakes on 500 training images: its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt
 
-    data, fabric = results.experiment.data, create_fabric(results.experiment.device, "float32")
+    data, teacher = results.experiment.data, results.teacher.model
+    device = next(teacher.parameters()).device
     with torch.inference_mode():
         images = data.train_images[:500]
-        logits = results.teacher.model(normalize(images.to(fabric.device), data.mean, data.std)).float().cpu()
+        logits = teacher(normalize(images.to(device), data.mean, data.std)).float().cpu()
     target = data.train_targets[:500]
     above = (logits > logits.gather(1, target[:, None])).sum(1)
     wrong = [index for index in above.argsort(descending=True, stable=True).tolist() if above[index] > 0][:count]

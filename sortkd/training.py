@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'Recipe', 'native_precision', 'create_fabric', 'precision_of', 'Evaluation', 'evaluate', 'Outcome',
            'fingerprint', 'train']
 
-# %% ../nbs/05_training.ipynb #1be7e0dd
+# %% ../nbs/05_training.ipynb #b9c33511
 import hashlib
 import json
 import math
@@ -29,7 +29,7 @@ from .teachers import save_atomically
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# %% ../nbs/05_training.ipynb #075faf6f
+# %% ../nbs/05_training.ipynb #a9a2d4ae
 @dataclass(frozen=True)
 class Recipe:
     "How long and with which optimiser a network is trained. The defaults are the field's recipe for CIFAR-100."
@@ -66,7 +66,7 @@ class Recipe:
             self, epochs=epochs, milestones=tuple(round(each * epochs / self.epochs) for each in self.milestones)
         )
 
-# %% ../nbs/05_training.ipynb #96cf19ef
+# %% ../nbs/05_training.ipynb #ff0e3e06
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
@@ -110,7 +110,7 @@ def precision_of(fabric: "Fabric") -> str:
     "The name of the precision that `fabric` computes in."
     return next(name for name, spelling in PRECISIONS.items() if spelling == str(fabric._precision.precision))
 
-# %% ../nbs/05_training.ipynb #7537c5d8
+# %% ../nbs/05_training.ipynb #0334956c
 @dataclass(frozen=True)
 class Evaluation:
     "`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images."
@@ -135,7 +135,7 @@ def evaluate(model: nn.Module, batches: Batches, fabric: "Fabric") -> Evaluation
     count = len(batches.test_targets)
     return Evaluation(100 * correct / count, loss / count, count)
 
-# %% ../nbs/05_training.ipynb #4ff5e52f
+# %% ../nbs/05_training.ipynb #a0b132c4
 def _train_epoch(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -171,7 +171,7 @@ def _train_epoch(
     row = {"train_loss": loss / count, "train_top1": 100 * hits / count}
     return row if teacher is None else row | {"teacher_wrong_rows": int(wrong), "changed_rows": int(changed)}
 
-# %% ../nbs/05_training.ipynb #c564b4f2
+# %% ../nbs/05_training.ipynb #1b2fe0f0
 @dataclass
 class Outcome:
     """What a run leaves: one row an epoch, the weights of the last and of the best test epoch, and the seconds it
@@ -192,7 +192,7 @@ class Outcome:
         "The first of the epochs with the highest test accuracy."
         return max(self.curve, key=lambda row: row["test_top1"])
 
-# %% ../nbs/05_training.ipynb #637dcd70
+# %% ../nbs/05_training.ipynb #6be5dbdd
 def fingerprint(*parts) -> str:
     "A short checksum of values that `json` can write; what a checkpoint uses to know its run."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -216,7 +216,7 @@ def _load_checkpoint(path: Path, run: str) -> dict:
         )
     return state
 
-# %% ../nbs/05_training.ipynb #dd156a3f
+# %% ../nbs/05_training.ipynb #719a8a53
 def train(
     model: nn.Module,
     batches: Batches,
@@ -288,9 +288,7 @@ def train(
     ):
         for epoch in range(first_epoch, recipe.epochs + 1):
             start = time.monotonic()
-            torch.manual_seed(
-                int(fingerprint(seed, epoch), 16) % 2**63
-            )  # for dropout; the views have a generator of their own
+            torch.manual_seed(int(fingerprint(seed, epoch), 16) % 2**63)  # dropout; the views have their own generator
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_in(epoch)
             row = {"epoch": epoch, "lr": recipe.lr_in(epoch)}

@@ -18,6 +18,7 @@ import numpy
 import pytest
 import torch
 import torchvision.transforms.v2.functional as vision
+from conftest import needs_cifar100
 from torchvision.datasets import CIFAR100
 
 from sortkd.data import (
@@ -30,7 +31,6 @@ DIGITS_CHECKSUM = "3834cdec9b345647258856fb597d86d80bbd6e4afaf705ce84b73050b6b6b
 CIFAR_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
-needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not on disk")
 
 
 def random_images(count, size, key="images"):
