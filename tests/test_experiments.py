@@ -81,7 +81,7 @@ def test_killed_and_started_again(folder, tmp_path):
               "import sortkd.experiments as experiments, sortkd.training as training\n"
               "train = experiments.train\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "experiments.train = lambda *a, **k: train(*a, **k, checkpoint_seconds=0, callbacks=[stop])\n"
+              "experiments.train = lambda *a, **k: train(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
               f"e = experiments.plan_experiment('r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=200, test_size=100, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
               "experiments.run_experiment(e, progress=False)\n")
     small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
@@ -145,3 +145,51 @@ def test_real_cifar100(tmp_path):
     records = run_experiment(experiment, progress=False).records
     assert records[0]["data"]["full_checksum"] == experiment.full_data.checksum and records[0]["data"]["train_images"] == 500
     assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0
+
+
+def test_runs_at_once_are_the_runs_alone(folder, tmp_path):
+    torch.set_num_threads(1)
+    settings = {"methods": "kd,dkd+sort", "seeds": "0,1"}
+    alone = run_experiment(small_experiment(folder, **settings, results_dir=str(tmp_path / "alone")), progress=False).records
+    at_once = run_experiment(small_experiment(folder, **settings, workers=3, results_dir=str(tmp_path / "at_once")), progress=False).records
+    assert [(record["method"]["name"], record["seed"]) for record in at_once] == [(record["method"]["name"], record["seed"]) for record in alone]
+    assert [record["result"]["student_sha256"] for record in at_once] == [record["result"]["student_sha256"] for record in alone]
+    assert len({record["result"]["student_sha256"] for record in alone}) == 4
+    assert sorted(record["run_id"] for record in read_records(tmp_path / "at_once" / "quick.jsonl")) == sorted(record["run_id"] for record in at_once)
+
+
+def test_a_failing_worker_says_why_and_loses_nothing(folder, tmp_path):
+    experiment = small_experiment(folder, methods="kd,kd+sort", seeds="0,1", workers=2, results_dir=str(tmp_path))
+    whole = run_experiment(small_experiment(folder, results_dir=str(tmp_path / "teacher_first")), progress=False)
+    assert whole.teacher.source in ("found", "trained")
+    (tmp_path / "quick.jsonl").mkdir()  # nothing can be appended here
+    with pytest.raises(OSError, match="quick.jsonl"):
+        run_experiment(experiment, progress=False)
+    (tmp_path / "quick.jsonl").rmdir()
+    assert len(run_experiment(experiment, progress=False).records) == len(read_records(tmp_path / "quick.jsonl")) == 4
+
+
+def test_kept_and_computed_teacher_logits(folder, tmp_path):
+    results = {cache: run_experiment(small_experiment(folder, methods="ce,kd+sort", cache=cache, precision="float32", results_dir=str(tmp_path / cache)), progress=False) for cache in ("auto", "full", "off")}
+    kinds = {cache: [record["teacher_logits"] for record in each.records] for cache, each in results.items()}
+    assert kinds == {"auto": [None, "cached"], "full": [None, "cached"], "off": [None, "computed"]}
+    checksum = {cache: [record["result"]["student_sha256"] for record in each.records] for cache, each in results.items()}
+    assert checksum["auto"] == checksum["full"] and checksum["auto"][0] == checksum["off"][0] and checksum["auto"][1] != checksum["off"][1]
+    auto, off = (results[cache].records[1] for cache in ("auto", "off"))
+    assert auto["curve"]["train_loss"] == pytest.approx(off["curve"]["train_loss"], rel=0.01)
+    assert auto["result"]["teacher_wrong_rows"] == pytest.approx(off["result"]["teacher_wrong_rows"], abs=3)
+    assert (tmp_path / "auto" / "teacher_logits").is_dir() and not (tmp_path / "off" / "teacher_logits").exists()
+    assert "are kept" in results["auto"].experiment.describe_teacher_logits() and "every epoch" in results["off"].experiment.describe_teacher_logits()
+
+
+def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
+    experiment = small_experiment(folder, methods="kd", results_dir=str(tmp_path), cache_dir=str(tmp_path / "logits"))
+    (tmp_path / "logits").write_text("a file in the way")
+    assert run_experiment(experiment, progress=False).records[0]["teacher_logits"] == "computed"
+    assert "not kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes,words", [({"cache": "yes"}, "auto, full, off"), ({"workers": 0}, "workers is 0"), ({"workers": "2"}, "workers"), ({"cache_dir": str(NOTEBOOK)}, "folder")])
+def test_bad_speed_parameters_are_named(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        small_experiment(tmp_path, **changes)

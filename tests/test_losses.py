@@ -1,17 +1,28 @@
-"Objectives: every golden that belongs to them, shapes beyond (N, C), and what is refused."
+"Objectives, repairs and their compositions: every golden, what must hold without one, and what is refused."
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import torch.nn.functional as F
 
-from sortkd.losses import create_method, dkd_loss, kd_loss, list_methods, standardize
+from conftest import needs_cifar100
+from sortkd.data import load_cifar100, normalize
+from sortkd.experiments import PAIRS, plan_experiment
+from sortkd.losses import (OBJECTIVES, REPAIRS, create_method, curriculum_factor, dist_loss, dkd_loss, kd_loss, learned_temperature,
+                           list_methods, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize)
 from sortkd.sorting import sort_logits, swap_logits
+from sortkd.teachers import load_teacher
 
+ROOT = Path(__file__).parent.parent
 GOLDENS = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "goldens" / "losses.npz").items()}
 STUDENT, TEACHER, TARGET = GOLDENS["zs"], GOLDENS["zt"], GOLDENS["y"]
+STRONG_STUDENT, STRONG_TEACHER = GOLDENS["zs_strong"], GOLDENS["zt_strong"]
 SORTED = sort_logits(TEACHER, TARGET)
+WRONG = TEACHER.argmax(1) != TARGET  # six of sixteen rows
 
 
 def cases():
@@ -32,6 +43,214 @@ def test_golden(name, objective):
     gradient, = torch.autograd.grad(loss, student)
     for ours, golden, tolerance in ((loss.detach(), GOLDENS[name], 1e-5), (gradient, GOLDENS[f"{name}_grad"], 1e-4)):
         assert (ours - golden).norm() / golden.norm() < tolerance
+
+
+def two_view_cases():
+    for name, repair, standardized in (("mlkd", "none", False), ("mlkd_sort", "sort", False), ("mlkd_lskd", "none", True),
+                                       ("mlkd_lskd_sort", "sort", True)):
+        teachers = [REPAIRS[repair](teacher, TARGET) for teacher in (TEACHER, STRONG_TEACHER)]
+        yield f"{name}_ce0.1_kd0.9_T4", lambda z, strong, t=teachers, s=standardized: mlkd_loss(
+            z, t[0], strong, t[1], TARGET, standardized=s)
+    for epoch in (10, 200):
+        yield f"sld_epoch{epoch}", lambda z, strong, e=epoch: sld_loss(z, TEACHER, strong, STRONG_TEACHER, TARGET, e)
+
+
+@pytest.mark.parametrize("name,objective", list(two_view_cases()), ids=lambda value: value if isinstance(value, str) else "")
+def test_golden_of_two_views(name, objective):
+    views = STUDENT.clone().requires_grad_(), STRONG_STUDENT.clone().requires_grad_()
+    loss = objective(*views)
+    gradients = torch.autograd.grad(loss, views)
+    assert abs(loss - GOLDENS[name]) / GOLDENS[name] < 1e-5
+    for gradient, golden in zip(gradients, (f"{name}_grad", f"{name}_grad_strong")):
+        if golden in GOLDENS:
+            assert (gradient - GOLDENS[golden]).norm() / GOLDENS[golden].norm() < 1e-4
+
+
+def test_every_golden_is_compared():
+    names = {name for name, _ in (*cases(), *two_view_cases())} | {"sort", "swap", "standardize", "ctkd_raw1_start1_end20"}
+    inputs = {"zs", "zt", "zs_strong", "zt_strong", "y"}
+    gradients = {f"{name}_grad" for name in names} | {f"{name}_grad_strong" for name in names} | {"ctkd_grad", "ctkd_raw_grad_lambda-0.5"}
+    assert set(GOLDENS) - names - inputs - gradients == set()
+
+
+def test_sld_lets_the_student_teach_only_after_epoch_150():
+    arguments = STUDENT, TEACHER, STRONG_STUDENT, STRONG_TEACHER, TARGET
+    assert sld_loss(*arguments, 150) == sld_loss(*arguments, 1) < sld_loss(*arguments, 151) == sld_loss(*arguments, 240)
+
+
+def test_learned_temperature():
+    raw, student = torch.ones(1, requires_grad=True), STUDENT.clone().requires_grad_()
+    loss = kd_loss(student, TEACHER, learned_temperature(raw, -0.5))
+    loss.backward()
+    for ours, golden, tolerance in ((loss.detach(), "ctkd_raw1_start1_end20", 1e-5), (student.grad, "ctkd_grad", 1e-4),
+                                    (raw.grad, "ctkd_raw_grad_lambda-0.5", 1e-4)):
+        assert (ours - GOLDENS[golden]).norm() / GOLDENS[golden].norm() < tolerance
+    factors = [curriculum_factor(epoch) for epoch in range(1, 241)]
+    assert all(later <= earlier for earlier, later in zip([0.0, *factors], factors)) and factors[9:] == [-1.0] * 231
+
+
+def numpy_distance(first, second):
+    return np.mean([1 - scipy.stats.pearsonr(one, other).statistic for one, other in zip(first, second)])
+
+
+def test_dist_is_pearson():
+    student, teacher = (torch.softmax(z.double() / 3, 1).numpy() for z in (STUDENT, TEACHER))
+    expected = 9 * (0.5 * numpy_distance(student, teacher) + 2 * numpy_distance(student.T, teacher.T))
+    assert abs(dist_loss(STUDENT.double(), TEACHER.double(), 0.5, 2.0, 3.0) - expected) < 1e-9
+    assert abs(dist_loss(STUDENT, TEACHER, 0.5, 2.0, 3.0) - expected) < 1e-4
+
+
+def test_dist_sees_relations_only():
+    probabilities = torch.softmax(TEACHER.double() / 4, 1)
+    squeezed = 4 * (0.3 * probabilities + 0.7 / 100).log()  # a positive affine map of the probabilities, as logits at temperature 4
+    assert abs(dist_loss(squeezed, TEACHER.double())) < 1e-9
+    assert kd_loss(squeezed, TEACHER.double()) > 0.01
+    torch.testing.assert_close(dist_loss(STUDENT.double(), squeezed), dist_loss(STUDENT.double(), TEACHER.double()))
+    assert dist_loss(TEACHER.double(), TEACHER.double()).abs() < 1e-9
+
+
+def test_dist_gradient():
+    student, teacher = STUDENT[:5, :7].double().requires_grad_(), TEACHER[:5, :7].double()
+    assert torch.autograd.gradcheck(lambda z: dist_loss(z, teacher, 1.0, 3.0, 2.0), student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dist_without_variance(dtype):
+    flat = torch.zeros(4, 10, dtype=dtype, requires_grad=True)  # every row and every class is constant
+    loss = dist_loss(flat, torch.randn(4, 10, dtype=dtype), 2.0, 3.0, 4.0)
+    loss.backward()
+    assert loss == 16 * (2 + 3) and not flat.grad.any()
+    one_row = STUDENT[:1].to(dtype).requires_grad_()  # one sample: every class is constant over the rows
+    torch.testing.assert_close(dist_loss(one_row, TEACHER[:1].to(dtype)), dist_loss(one_row, TEACHER[:1].to(dtype), 2.0, 0.0) + 32)
+
+
+def test_revise_is_the_mixture():
+    assert WRONG.sum() == 6
+    for eta in (0.5, 0.8, 0.99):
+        revised = revise_logits(TEACHER, TARGET, eta=eta)
+        teacher = torch.softmax(TEACHER.double(), 1)
+        own = teacher.gather(1, TARGET[:, None])
+        beta = eta / (teacher.amax(1, keepdim=True) - own + 1)
+        mixture = beta * teacher + (1 - beta) * F.one_hot(TARGET, 100)
+        torch.testing.assert_close(torch.softmax(revised[WRONG].double(), 1), mixture[WRONG], rtol=1e-4, atol=1e-7)
+        assert torch.equal(revised.argmax(1), TARGET) and torch.equal(revised[~WRONG], TEACHER[~WRONG])
+        others = torch.ones_like(TEACHER).scatter(1, TARGET[:, None], 0).bool()
+        assert torch.equal(revised[others], TEACHER[others])
+
+
+SPECIAL_ROWS = torch.tensor([
+    [3., 5., 5., 1.],  # the target ties with the top: right
+    [float("nan"), 9., 5., 1.],
+    [2., 7., 1., 7.],  # padding
+    [float("inf"), 1., 2., 3.],
+    [float("-inf"), 4., float("-inf"), 1.],
+    [1., 6., 2., 6.],  # two classes share the top
+])
+SPECIAL_TARGET = torch.tensor([1, 2, -100, 1, 2, 0])
+
+
+def test_special_rows_of_revise_and_skip():
+    revised, skipped = revise_logits(SPECIAL_ROWS, SPECIAL_TARGET), skip_logits(SPECIAL_ROWS, SPECIAL_TARGET)
+    same = torch.tensor([True, True, True, True, False, False])
+    assert torch.equal(revised[same].nan_to_num(0.5), SPECIAL_ROWS[same].nan_to_num(0.5))
+    assert torch.equal(revised[~same].argmax(1), SPECIAL_TARGET[~same]) and revised[5].isfinite().all()
+    marked = skipped.amax(1) == -torch.inf
+    assert marked.tolist() == [False, False, False, True, True, True]
+    assert torch.equal(skipped[:3].nan_to_num(0.5), SPECIAL_ROWS[:3].nan_to_num(0.5))
+
+
+@pytest.mark.parametrize("repair", [revise_logits, skip_logits])
+def test_repairs_of_any_layout_and_type(repair):
+    expected = repair(TEACHER, TARGET)
+    assert torch.equal(repair(TEACHER.T, TARGET, dim=0).T, expected)
+    assert torch.equal(repair(TEACHER.view(4, 4, 100), TARGET.view(4, 4)).view(16, 100), expected)
+    assert torch.equal(repair(TEACHER[0], TARGET[0]), expected[0])
+    assert torch.equal(torch.compile(repair, fullgraph=True, backend="aot_eager")(TEACHER, TARGET), expected)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        for scale in (1, 2000):
+            logits = (TEACHER * scale).to(dtype)
+            repaired, wrong = repair(logits, TARGET), logits.amax(1) > logits.gather(1, TARGET[:, None])[:, 0]
+            assert repaired.dtype == dtype and torch.equal(repaired[~wrong], logits[~wrong])
+            if repair is revise_logits:
+                if dtype != torch.float64:  # computed in float32 and rounded once
+                    assert torch.equal(repaired, repair(logits.float(), TARGET).to(dtype))
+                assert repaired.isfinite().all() and torch.equal(repaired.amax(1), repaired.gather(1, TARGET[:, None])[:, 0])
+
+
+@needs_cifar100
+def test_the_stored_outputs_are_the_teachers():
+    stored = np.load(ROOT / "nbs" / "assets" / "teacher_logits.npz")
+    index, target, logits = (torch.from_numpy(stored[name]) for name in ("index", "target", "logits"))
+    cifar = load_cifar100(download=False)
+    network = load_teacher(ROOT / "teachers" / "resnet56-cifar100-10epochs.safetensors", "resnet56", 100).model
+    with torch.inference_mode():
+        ours = network(normalize(cifar.train_images[index.long()], cifar.mean, cifar.std))
+    assert torch.equal(cifar.train_targets[index.long()], target.long()) and (logits.argmax(1) != target).all()
+    assert (ours - logits).abs().max() < 0.02
+
+
+def test_revise_gradient():
+    logits = TEACHER[:6, :9].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: revise_logits(z, torch.arange(6)), logits)
+
+
+@pytest.mark.parametrize("objective", ["kd", "dkd", "lskd", "lskd_dkd"])
+def test_skip_leaves_out_the_wrong_rows(objective):
+    teacher, target = torch.cat([TEACHER, SORTED]), torch.cat([TARGET, TARGET])  # wrong rows, then right ones
+    students = torch.cat([STUDENT, STUDENT])
+
+    def term(name, rows):
+        student = students[rows].clone().requires_grad_()
+        method = create_method(name, ce_weight=0.0, warmup_epochs=0)
+        loss = method.loss(student, method.repair_logits(teacher[rows], target[rows]), target[rows], 1)
+        return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+    right = teacher.argmax(1) == target
+    loss, gradient = term(f"{objective}+skip", slice(None))
+    expected, expected_gradient = term(objective, right)
+    share = right.float().mean()
+    torch.testing.assert_close(loss, expected * share)
+    torch.testing.assert_close(gradient[right], expected_gradient * share)
+    assert gradient[~right].abs().max() < 1e-6 * gradient[right].abs().max()
+    nothing, no_gradient = term(f"{objective}+skip", ~right)
+    assert nothing.abs() < 1e-6 and no_gradient.abs().max() < 1e-6
+
+
+def test_skipped_rows_are_never_taken_for_logits():
+    skipped = skip_logits(TEACHER, TARGET)
+    assert kd_loss(STUDENT, skipped).isnan() and dkd_loss(STUDENT, skipped, TARGET).isnan()
+    broken = TEACHER.clone()
+    broken[0, 0] = torch.nan
+    method = create_method("kd+skip")
+    assert method.loss(STUDENT, method.repair_logits(broken, TARGET), TARGET, 1).isnan()
+
+
+def test_lskd_weights():
+    cross_entropy = F.cross_entropy(STUDENT, TARGET)
+    for name, golden in (("lskd", "lskd_T2"), ("lskd+sort", "lskd_sort_T2")):
+        method = create_method(name)
+        loss = method.loss(STUDENT, method.repair_logits(TEACHER, TARGET), TARGET, 1)
+        torch.testing.assert_close(loss, 0.1 * cross_entropy + 9 * GOLDENS[golden])
+    method = create_method("lskd_dkd", beta=6.0)
+    for epoch, ramp in ((5, 0.25), (20, 1.0)):
+        torch.testing.assert_close(method.loss(STUDENT, TEACHER, TARGET, epoch), cross_entropy + 9 * ramp * GOLDENS["dkd_lskd_a1_b6_T2"])
+
+
+def test_list_of_methods():
+    names = list_methods()
+    assert len(names) == len(set(names)) == 1 + 5 * 4 + 4
+    assert {"ce", "kd", "dkd+sort", "lskd+skip", "lskd_dkd+revise", "dist+swap"} < set(names)
+    for name in names:
+        method = create_method(name)
+        assert json.loads(json.dumps(asdict(method))) == asdict(method)
+        assert method.standardize is OBJECTIVES[method.objective].standardize
+
+
+def test_an_experiment_gives_the_pair_its_beta_and_no_other_objective():
+    plan = plan_experiment("r56_r20", "dkd,lskd_dkd+sort,dist", dataset="digits", device="cpu")
+    dkd, lskd_dkd, dist = plan.methods
+    assert dkd.settings["beta"] == lskd_dkd.settings["beta"] == PAIRS["r56_r20"].beta == 2
+    assert lskd_dkd.kd_weight == 9 and dist == create_method("dist")
 
 
 def test_golden_repairs():
@@ -86,7 +305,17 @@ def test_weights_and_warm_up():
     (lambda: dkd_loss(STUDENT, TEACHER, TARGET[:3]), r"\(3,\)"),
     (lambda: standardize(torch.zeros(4, 1)), "two classes"),
     (lambda: create_method("kd+sorted"), "kd\\+sort"),
-    (lambda: create_method("ce+sort"), "no method"),
+    (lambda: create_method("ce+sort"), "no teacher"),
+    (lambda: create_method("dist+skip"), "relates the rows"),
+    (lambda: create_method("kd+none"), "no method"),
+    (lambda: create_method("dist", beta=2.0), "beta"),
+    (lambda: dist_loss(STUDENT, TEACHER[:8]), r"\(8, 100\)"),
+    (lambda: dist_loss(STUDENT, TEACHER, temperature=0.0), "temperature"),
+    (lambda: mlkd_loss(STUDENT, TEACHER, STUDENT, TEACHER[:8], TARGET), r"\(8, 100\)"),
+    (lambda: sld_loss(STUDENT, TEACHER, STUDENT, TEACHER, TARGET[:3], 1), r"\(3,\)"),
+    (lambda: revise_logits(TEACHER, TARGET, eta=1.0), "eta"),
+    (lambda: revise_logits(TEACHER, TARGET[:3]), r"\(3,\)"),
+    (lambda: skip_logits(TEACHER, TARGET + 100), "target holds"),
     (lambda: create_method("kd", beta=1.0), "beta"),
 ])
 def test_refused(call, words):

@@ -1,0 +1,198 @@
+"The kept logits are the teacher's, whatever happens to them on the way."
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import needs_cifar100
+
+from sortkd.data import Batches, Views, draw_views, load_cifar100, load_digits, view_id, views_of
+from sortkd.models import create_model
+from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits, expected_views
+from sortkd.teachers import load_teacher
+
+
+def seeded_network(seed=0, classes=10):
+    torch.manual_seed(seed)
+    return create_model("resnet8", classes)
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return Batches(load_digits().subset(train_size=120))
+
+
+def views(epoch=1, seed=0, count=120):
+    return draw_views(count, 2, False, seed, epoch)
+
+
+class Counting:
+    "How many rows a network has seen."
+    def __init__(self, network):
+        self.rows = 0
+        network.register_forward_hook(self.add)
+
+    def add(self, network, arguments, output):
+        self.rows += len(output)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_same_view_has_the_same_logits(batches, tmp_path, precision):
+    network = seeded_network()
+    plain, cache = TeacherLogits(network, batches, precision, batch_size=64), CachedTeacherLogits(network, batches, tmp_path, precision, batch_size=50)
+    generator = torch.Generator().manual_seed(1)
+    for count in (1, 7, 300, 300):  # in any number and order, with repetitions
+        index = torch.randint(120, (count,), generator=generator)
+        asked = views_of(index, torch.randint(25, (count,), generator=generator), 2, False)
+        images, _ = batches.gather(asked)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            directly = network(images).float()
+        kept = cache(asked)
+        assert kept.dtype == torch.float32 and kept.shape == (count, 10)
+        tolerance = {"atol": 1e-5 * directly.abs().max(), "rtol": 2**-11} if precision == "float32" else {"atol": 0.05 * directly.std(), "rtol": 0}
+        torch.testing.assert_close(kept, directly, **{key: float(value) for key, value in tolerance.items()})
+        torch.testing.assert_close(kept, plain(asked), **{key: float(value) for key, value in tolerance.items()})
+
+
+@needs_cifar100
+def test_the_same_view_has_the_same_logits_on_cifar100(tmp_path):
+    data = load_cifar100().subset(train_size=300)
+    teacher = load_teacher(os.path.join(os.path.dirname(__file__), "../teachers/resnet56-cifar100-10epochs.safetensors"), "resnet56", 100).model
+    batches = Batches(data)
+    cache = CachedTeacherLogits(teacher, batches, tmp_path)
+    for epoch in (1, 2):
+        asked = draw_views(300, 4, True, 0, epoch)
+        cache(asked)
+    assert torch.equal(cache(asked), TeacherLogits(teacher, batches)(asked).half().float())
+    assert cache.bytes == 300 * 162 * 100 * 2 and cache.share_computed == pytest.approx(expected_views(162, 2) / 162, rel=0.01)
+
+
+def test_no_view_is_computed_twice(batches, tmp_path):
+    network = seeded_network()
+    cache = CachedTeacherLogits(network, batches, tmp_path)
+    counting = Counting(network)
+    for epoch in (1, 2, 3):
+        cache(views(epoch))
+    asked = torch.cat([views(epoch).index * 25 + view_id(views(epoch), 2, False) for epoch in (1, 2, 3)])
+    assert counting.rows == len(asked.unique())
+    for epoch in (3, 1, 2):
+        cache(views(epoch))
+    assert counting.rows == len(asked.unique())
+    before = round(cache.share_computed * 3000)
+    cache.fill()
+    assert cache.share_computed == 1 and counting.rows == len(asked.unique()) + 3000 - before
+    cache.fill()
+    assert counting.rows == 3000
+
+
+def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
+    code = ("import os, signal, sys, torch\nfrom sortkd.data import Batches, draw_views, load_digits\nfrom sortkd.models import create_model\nfrom sortkd.teacher_logits import CachedTeacherLogits\n"
+            "torch.set_num_threads(1); torch.manual_seed(0)\n"
+            "cache = CachedTeacherLogits(create_model('resnet8', 10), Batches(load_digits().subset(train_size=120)), sys.argv[1], batch_size=16)\n"
+            "cache(draw_views(120, 2, False, 0, 1)); cache.close()\n"
+            "cache(draw_views(120, 2, False, 0, 2))\n"  # computed and not marked: lost, and nothing else
+            "os.kill(os.getpid(), signal.SIGKILL)\n")
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
+    network = seeded_network()
+    cache = CachedTeacherLogits(network, batches, tmp_path)
+    assert cache.share_computed == 120 / 3000
+    counting = Counting(network)
+    first = cache(views(1))
+    assert counting.rows == 0 and torch.equal(first, TeacherLogits(network, batches)(views(1)).half().float())
+    assert torch.equal(cache(views(2)), TeacherLogits(network, batches)(views(2)).half().float())
+
+
+def test_several_processes_fill_one_cache(batches, tmp_path):
+    code = ("import sys, torch\nfrom sortkd.data import Batches, load_digits\nfrom sortkd.models import create_model\nfrom sortkd.teacher_logits import CachedTeacherLogits\n"
+            "torch.set_num_threads(1); torch.manual_seed(0)\n"
+            "CachedTeacherLogits(create_model('resnet8', 10), Batches(load_digits().subset(train_size=120)), sys.argv[1], batch_size=16).fill()\n")
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert all(writer.wait() == 0 for writer in writers)
+    assert len(list(tmp_path.iterdir())) == 1
+    network = seeded_network()
+    cache = CachedTeacherLogits(network, batches, tmp_path)
+    everything = cache._views(torch.arange(3000))
+    assert cache.share_computed == 1 and torch.equal(cache(everything), TeacherLogits(network, batches)(everything).half().float())
+
+
+def test_other_teachers_images_and_arithmetic_have_other_caches(batches, tmp_path):
+    from dataclasses import replace
+    data = batches.data
+    changed = data.train_images.clone()
+    changed[5, 3, 3, 1] += 1
+    variants = [(seeded_network(), batches, "float32"), (seeded_network(1), batches, "float32"), (seeded_network(), batches, "bfloat16"),
+                (seeded_network(), Batches(replace(data, train_images=changed)), "float32"),
+                (seeded_network(), Batches(replace(data, mean=(0.5, 0.5, 0.5))), "float32"), (seeded_network(), Batches(replace(data, pad=1)), "float32"),
+                (seeded_network(), Batches(replace(data, flip=True)), "float32")]
+    folders = [CachedTeacherLogits(network, its_batches, tmp_path, precision).folder for network, its_batches, precision in variants]
+    assert len(set(folders)) == len(variants)
+    assert CachedTeacherLogits(seeded_network(), Batches(data.subset(test_size=50)), tmp_path).folder == folders[0]  # test images do not matter
+
+
+def test_a_renamed_cache_is_refused(batches, tmp_path):
+    one, two = (CachedTeacherLogits(seeded_network(seed), batches, tmp_path / str(seed)) for seed in (0, 1))
+    for path in one.folder.iterdir():
+        path.rename(two.folder / path.name)
+    with pytest.raises(ValueError, match="teacher_sha256 is another.*another cache folder"):
+        CachedTeacherLogits(seeded_network(1), batches, tmp_path / "1")
+
+
+@pytest.mark.parametrize("damage", ["zeros", "short", "no text", "not json", "missing"])
+def test_damage_is_found(batches, tmp_path, damage):
+    cache = CachedTeacherLogits(seeded_network(), batches, tmp_path)
+    cache(views())
+    cache.close()
+    logits, about = cache.folder / "logits.bin", cache.folder / "about.json"
+    if damage == "zeros": logits.write_bytes(bytes(logits.stat().st_size))
+    elif damage == "short": logits.write_bytes(logits.read_bytes()[:-2])
+    elif damage == "no text": about.write_text("")
+    elif damage == "not json": about.write_text(json.dumps([1]))
+    else: logits.unlink()
+    with pytest.raises(ValueError, match=str(cache.folder)):
+        CachedTeacherLogits(seeded_network(), batches, tmp_path)
+
+
+def test_logits_beyond_half_precision_are_refused(batches, tmp_path):
+    network = seeded_network()
+    with torch.no_grad():
+        network.classifier_layer.weight.mul_(1e8)
+    with pytest.raises(ValueError, match="half precision.*cache='off'"):
+        CachedTeacherLogits(network, batches, tmp_path)(views())
+
+
+def test_a_full_disk_is_an_error_before_anything_is_computed(batches, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        with pytest.raises(OSError, match="0.00 GB.*cache='off'"):
+            CachedTeacherLogits(seeded_network(), batches, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert not list(tmp_path.iterdir())
+
+
+def test_expected_views_are_those_that_are_met():
+    drawn = torch.randint(162, (4000, 50), generator=torch.Generator().manual_seed(0))
+    met = sum(len(row.unique()) for row in drawn) / 4000
+    assert met == pytest.approx(expected_views(162, 50), rel=0.005)
+    with pytest.raises(ValueError):
+        expected_views(0, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    batches = Batches(load_digits().subset(train_size=120), "cuda")
+    network = seeded_network()
+    cache, plain = CachedTeacherLogits(network, batches, tmp_path), TeacherLogits(network, batches)
+    for _ in range(2):
+        assert cache(views()).is_cuda
+        torch.testing.assert_close(cache(views()), plain(views()), rtol=2e-3, atol=1e-3)
+    cache.close()
+    again = CachedTeacherLogits(network, batches, tmp_path)
+    assert torch.equal(again(views()), cache(views()))
