@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['sort_logits', 'swap_logits']
 
-# %% ../nbs/00_sorting.ipynb #0505f3f5
+# %% ../nbs/00_sorting.ipynb #8d4f50b9
+import functools
+import math
+import warnings
+
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_sorting.ipynb #76e5b4bd
+# %% ../nbs/00_sorting.ipynb #a20b754f
 def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
     "Refuse what has no meaning; return `dim` counted from the front."
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
@@ -21,37 +25,39 @@ def _check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
         or target.dtype == torch.bool
     ):
         raise TypeError(f"target must be a tensor of class indices (int64), but it is {_describe(target)}.")
-    if not -logits.ndim <= dim < logits.ndim:
+    shape = logits.shape
+    if not -len(shape) <= dim < len(shape):
         raise ValueError(
-            f"dim={dim} is not a dimension of logits of shape {tuple(logits.shape)}; "
-            "name the one that holds the classes."
+            f"dim={dim} is not a dimension of logits of shape {tuple(shape)}; name the one that holds the classes."
         )
-    dim = dim % logits.ndim
-    expected = logits.shape[:dim] + logits.shape[dim + 1 :]
+    dim %= len(shape)
+    expected = shape[:dim] + shape[dim + 1 :]
     if target.shape != expected:
         raise ValueError(
-            f"logits of shape {tuple(logits.shape)} with classes along dim={dim} need a target of shape "
-            f"{tuple(expected)}, "
+            f"logits of shape {tuple(shape)} with classes along dim={dim} need a target of shape {tuple(expected)}, "
             f"but it has {tuple(target.shape)}."
         )
-    if logits.shape[dim] == 0:
-        raise ValueError(f"logits of shape {tuple(logits.shape)} have no classes along dim={dim}.")
+    if shape[dim] == 0:
+        raise ValueError(f"logits of shape {tuple(shape)} have no classes along dim={dim}.")
     return dim
 
 
 def _describe(value) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.60}"
 
-# %% ../nbs/00_sorting.ipynb #b4ac7454
-def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
-    """Refuse class indices that the logits do not have.
+# %% ../nbs/00_sorting.ipynb #ba42ca37
+def _cannot_be_looked_at(logits: Tensor) -> bool:
+    "Whether no decision may depend on values: a trace has none yet, and a GPU would have to stop and tell."
+    return logits.is_cuda or torch.compiler.is_compiling()
 
-    Not while tracing, and not on a GPU, where looking at values would stall it and `gather` asserts.
-    """
-    if torch.compiler.is_compiling() or logits.is_cuda:
+
+def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
+    "Refuse class indices that the logits do not have; on a GPU `gather` asserts instead."
+    if _cannot_be_looked_at(logits) or not index.numel():
         return
-    outside = (index < 0) | (index >= logits.shape[dim])
-    if outside.any():
+    lowest, highest = index.long().aminmax()
+    if lowest.item() < 0 or highest.item() >= logits.shape[dim]:
+        outside = (index < 0) | (index >= logits.shape[dim])
         raise ValueError(
             f"target holds {index[outside][0].item()}, but logits of shape {tuple(logits.shape)} have the classes "
             f"0 to {logits.shape[dim] - 1} along dim={dim}; correct it, or, in sort_logits and swap_logits, "
@@ -59,55 +65,169 @@ def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
         )
 
 
+def _find_target(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    "Class (0 where ignored) and value of the target, with `dim` kept, and which targets count (None: all of them)."
+    index = target.long().unsqueeze(dim)
+    if not _cannot_be_looked_at(logits) and not 0 <= ignore_index < logits.shape[dim]:
+        try:
+            return index, logits.gather(dim, index), None  # gather looks at every index anyway
+        except (IndexError, RuntimeError):
+            pass  # an ignored target, or one that _check_range will name
+    counted = index != ignore_index
+    index = torch.where(counted, index, 0)
+    _check_range(index, logits, dim)
+    return index, logits.gather(dim, index), counted
+
+
 def _find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     "The target (0 where ignored), its value, and whether something ranks above it; each of the target's shape."
-    counted = target != ignore_index
-    index = torch.where(counted, target, 0).long()
-    _check_range(index, logits, dim)
-    value = logits.gather(dim, index.unsqueeze(dim)).squeeze(dim)
-    return index, value, (logits.amax(dim) > value) & counted
+    index, value, counted = _find_target(logits, target, dim, ignore_index)
+    wrong = logits.amax(dim, keepdim=True) > value
+    wrong = wrong if counted is None else wrong & counted
+    return index.squeeze(dim), value.squeeze(dim), wrong.squeeze(dim)
 
-# %% ../nbs/00_sorting.ipynb #7c6b51dd
-def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
-    "`sort_logits` by touching only the rows and classes that move."
-    if logits.ndim == 1:  # a single row
-        return _sort_moving_classes(logits.unsqueeze(0), target.unsqueeze(0), 1, ignore_index).squeeze(0)
-    index, value, wrong = _find_wrong_rows(logits, target, dim, ignore_index)
-    repaired = logits.clone()
-    classes_last = repaired.movedim(dim, -1)
-    place = wrong.nonzero(as_tuple=True)
-    rows, index, value = classes_last[place], index[place], value[place]
-
-    row, column = (rows > value.unsqueeze(1)).nonzero(as_tuple=True)
-    order = rows[row, column].argsort(descending=True, stable=True)
-    order = order[row[order].argsort(stable=True)]
-    row, column = row[order], column[order]
-    ranked = rows[row, column]
-
-    first = torch.ones_like(row, dtype=torch.bool)
-    first[1:] = row[1:] != row[:-1]
-    last = first.roll(-1)
-    one_place_below = torch.where(last, value[row], ranked.roll(-1))
-    classes_last[(*(axis[row] for axis in place), column)] = one_place_below
-    classes_last[(*place, index)] = ranked[first]
-    return repaired
-
-# %% ../nbs/00_sorting.ipynb #427b2f7d
+# %% ../nbs/00_sorting.ipynb #695634bb
 def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
-    "`sort_logits` with shapes that do not depend on the data: for GPUs and for tracing."
-    index, value, wrong = (each.unsqueeze(dim) for each in _find_wrong_rows(logits, target, dim, ignore_index))
-    above = (logits > value) & wrong
-    ranked, order = torch.where(above, logits, -torch.inf).sort(dim=dim, descending=True, stable=True)
-    moving = above.sum(dim, keepdim=True)
-    rank = torch.arange(logits.shape[dim], device=logits.device).view(
-        [-1 if axis == dim else 1 for axis in range(logits.ndim)]
-    )
-    one_place_below = torch.where(rank == moving - 1, value, ranked.roll(-1, dim))
-    handed_out = torch.where(rank < moving, one_place_below, logits.gather(dim, order))
-    top = torch.where(wrong, ranked.narrow(dim, 0, 1), value)
+    "`sort_logits` by one sort, with shapes that do not depend on the data."
+    return _sort_once(logits, *_find_target(logits, target, dim, ignore_index), dim)
+
+
+def _sort_once(logits: Tensor, index: Tensor, value: Tensor, counted: Tensor | None, dim: int) -> Tensor:
+    "Rank, and hand out the place below; `index`, `value`, `counted` as from `_find_target`."
+    ranked, order = logits.sort(dim=dim, descending=True, stable=True)
+    below = ranked.roll(-1, dim)
+    if not (_cannot_be_looked_at(logits) or counted is not None or logits.requires_grad):
+        ratio = ranked / ranked
+        if torch.equal(ratio, ratio):  # neither zero nor NaN: 0/0 is NaN, and NaN does not equal itself
+            handed_out = torch.clamp(value, below, ranked)
+            return logits.scatter(dim, order, handed_out).scatter_(dim, index, ranked)  # the first of ranked
+    largest = ranked.narrow(dim, 0, 1)
+    floor = torch.minimum(value, largest)  # NaN if the row has one: then nothing is above it
+    if counted is not None:
+        floor = torch.where(counted, floor, torch.nan)
+    one_place_below = torch.where(below > floor, below, value)
+    handed_out = torch.where(ranked > floor, one_place_below, logits.gather(dim, order))
+    top = torch.where(largest > floor, largest, value)
     return logits.scatter(dim, order, handed_out).scatter(dim, index, top)
 
-# %% ../nbs/00_sorting.ipynb #5db81df8
+# %% ../nbs/00_sorting.ipynb #0c8f13ab
+_SMALL = 4096  # entries: up to here calling PyTorch costs more than the sort that it saves
+
+
+def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
+    "`sort_logits` by touching only the rows and classes that move."
+    if logits.numel() <= _SMALL:
+        return _sort_fixed_shape(logits, target, dim, ignore_index)
+    if logits.ndim == 2 and dim == 1:
+        return _sort_wrong_rows(logits, target, ignore_index)
+    classes_last = logits.movedim(dim, -1)
+    rows = classes_last.reshape(-1, classes_last.shape[-1])
+    repaired = _sort_wrong_rows(rows, target.reshape(-1), ignore_index).view(classes_last.shape).movedim(-1, dim)
+    return repaired.contiguous() if logits.is_contiguous() else repaired
+
+
+def _sort_wrong_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    index, value, counted = _find_target(logits, target, 1, ignore_index)
+    wrong = logits.amax(1, keepdim=True) > value
+    wrong = (wrong if counted is None else wrong & counted).flatten().nonzero().squeeze(1)
+    entries = len(wrong) * logits.shape[1]
+    if entries == 0:
+        return logits.clone()
+    if entries <= 2 * _SMALL and 2 * len(wrong) > len(logits):
+        return _sort_once(logits, index, value, counted, 1)
+    rows, row_index, row_value = (each.index_select(0, wrong) for each in (logits, index, value))
+    if entries > 2 * _SMALL:
+        moving = (rows > row_value).scatter_(1, row_index, True).flatten().nonzero().squeeze(1)
+        if 8 * len(moving) < entries:
+            row, column, values = _rotate(rows, moving)
+            return logits.clone().index_put_((wrong[row], column), values)
+    if 2 * len(wrong) > len(logits):
+        return _sort_once(logits, index, value, counted, 1)
+    return logits.clone().index_copy_(0, wrong, _sort_once(rows, row_index, row_value, None, 1))
+
+# %% ../nbs/00_sorting.ipynb #fc4c970b
+def _rotate(rows: Tensor, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Row, class and new value of the entries that move; `moving` counts through all rows, the target the lowest in each."
+    row = torch.div(moving, rows.shape[1], rounding_mode="floor")
+    by_value = rows.take(moving).argsort(descending=True, stable=True)
+    cycle = moving[by_value[row[by_value].argsort(stable=True)]]
+    giver = cycle.roll(-1)
+    last = row.bincount().cumsum(0) - 1
+    giver[last] = giver[last].roll(1)
+    return row, cycle % rows.shape[1], rows.take(giver)
+
+# %% ../nbs/00_sorting.ipynb #9938f96f
+_MOST_CLASSES_IN_REGISTERS = 1024
+_triton_works = True  # until a launch fails
+
+
+@functools.cache
+def _load_kernel():
+    "The Triton kernel, compiled at its first launch; None without Triton."
+    global tl  # Triton looks a kernel's names up among the module's
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:
+        return None
+
+    @triton.jit
+    def repair_row(logits, target, repaired, classes, inner, ignore_index, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        start = row // inner * inner * classes + row % inner
+        column = tl.arange(0, BLOCK).to(tl.int64)
+        inside = column < classes
+        exact = tl.load(logits + start + column * inner, mask=inside, other=-float("inf"))
+        label = tl.load(target + row).to(tl.int64)
+        counts = (label != ignore_index) & (label >= 0) & (label < classes)
+        value = tl.load(logits + start + label * inner, mask=counts, other=0.0)
+        number, target_number = exact, value
+        if exact.dtype != tl.float64:  # float32 orders the half types exactly
+            number, target_number = exact.to(tl.float32), value.to(tl.float32)
+        nans = tl.sum((number != number).to(tl.int32), 0)
+        # an ignored row, or one with a NaN: nothing is above infinity
+        above = (number > tl.where(counts & (nans == 0), target_number, float("inf"))) & inside
+        remaining = tl.where(above, number, -float("inf"))  # what is above the target is above -inf
+        left = tl.sum(above.to(tl.int32), 0)
+        winner = tl.argmax(remaining, 0).to(tl.int64)
+        largest = tl.load(logits + start + winner * inner)
+        result = tl.where(column == tl.where(left > 0, label, -1), largest, exact)
+        while left > 0:
+            remaining = tl.where(column == winner, -float("inf"), remaining)
+            following = tl.argmax(remaining, 0).to(tl.int64)
+            below = tl.load(logits + start + following * inner)
+            below = tl.where(left > 1, below, value)
+            result = tl.where(column == winner, below, result)
+            winner = following
+            left -= 1
+        tl.store(repaired + start + column * inner, result, mask=inside)
+
+    return repair_row
+
+
+def _sort_in_one_pass(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor | None:
+    "`sort_logits` by the kernel, or None where it does not apply."
+    global _triton_works
+    classes = logits.shape[dim]
+    if classes > _MOST_CLASSES_IN_REGISTERS or not target.numel() or not _triton_works or _load_kernel() is None:
+        return None
+    _find_target(logits, target, dim, ignore_index)
+    logits, target = logits.contiguous(), target.contiguous()
+    repaired = torch.empty_like(logits)
+    block = 1 << (classes - 1).bit_length()
+    inner = math.prod(logits.shape[dim + 1 :])
+    try:
+        with torch.cuda.device_of(logits):
+            _load_kernel()[(target.numel(),)](
+                logits, target, repaired, classes, inner, ignore_index, BLOCK=block, num_warps=max(1, block // 256)
+            )
+    except Exception as error:  # a driver, compiler or GPU that this Triton does not fit
+        warnings.warn(f"sort_logits sorts with PyTorch from now on, since Triton failed: {error!r:.300}", stacklevel=3)
+        _triton_works = False
+        return None
+    return repaired
+
+# %% ../nbs/00_sorting.ipynb #4ca87ce5
 def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Move the target to the top of the ranking and hand the sorted values out again.
 
@@ -128,10 +248,14 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     Source: Limantoro, Parameter-Free Logit Distillation via Sorting Mechanism, IEEE SPL 2025 (arXiv 2508.16544).
     """
     dim = _check_arguments(logits, target, dim)
-    fixed_shape = logits.is_cuda or torch.compiler.is_compiling()
-    return (_sort_fixed_shape if fixed_shape else _sort_moving_classes)(logits, target, dim, ignore_index)
+    if not _cannot_be_looked_at(logits):
+        return _sort_moving_classes(logits, target, dim, ignore_index)
+    repaired = None
+    if not torch.compiler.is_compiling() and not logits.requires_grad:
+        repaired = _sort_in_one_pass(logits, target, dim, ignore_index)
+    return _sort_fixed_shape(logits, target, dim, ignore_index) if repaired is None else repaired
 
-# %% ../nbs/00_sorting.ipynb #1876076a
+# %% ../nbs/00_sorting.ipynb #a00ac7e1
 def swap_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Exchange the target's value and the largest one; arguments, ties, errors and result as for `sort_logits`.
 

@@ -1,0 +1,68 @@
+"The benchmarks compare like with like, and run."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sortkd.data import load_digits
+from sortkd.losses import create_method
+from sortkd.models import create_model
+from sortkd.sorting import sort_logits
+from sortkd.training import Recipe
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import speed  # noqa: E402
+import usual_way  # noqa: E402
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (64, 10), (64, 100), (50, 1000)])
+def test_the_usual_way_computes_the_same(shape):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, *shape, generator=generator)
+    teacher = (teacher * 4).round() / 4  # with ties
+    target = torch.randint(shape[1], shape[:1], generator=generator)
+    assert torch.equal(usual_way.two_full_sorts(teacher, target), sort_logits(teacher, target))
+    method = create_method("kd+sort")
+    torch.testing.assert_close(usual_way.kd_sort_loss(student, teacher, target), method.loss(student, method.repair_logits(teacher, target), target, 1))
+
+
+def test_the_usual_way_learns():
+    data = load_digits().subset(train_size=400, test_size=100)
+    torch.manual_seed(0)
+    teacher, student = create_model("resnet8", 10), create_model("resnet8", 10)
+    curve = usual_way.train(student, teacher, data, Recipe(lr=0.1).shortened(3))
+    assert len(curve) == 3 and curve[-1] > 20
+    images, _ = next(iter(usual_way.loaders(data, 32, workers=0)[0]))
+    assert images.shape == (32, 3, 16, 16) and images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(64, 10), (512, 1000)])
+def test_a_fifth_of_the_rows_is_wrong(shape):
+    logits, target = speed.logits_with_mistakes(*shape, "cpu")
+    above = (logits > logits.gather(1, target[:, None])).sum(1)
+    assert (above > 0).double().mean() == pytest.approx(0.2, abs=0.02) and above.max() <= 5
+
+
+def test_sorting_is_faster_than_two_full_sorts(tmp_path):
+    "Generous, for busy machines; results/benchmarks.jsonl has the measured ratios."
+    settings = speed.argparse.Namespace(sort_repetitions=5)
+    large, = speed.measure_sorting([(512, 1000)], settings, "cpu")
+    assert large["ratio"] > 8
+
+
+def test_the_script_runs_and_records(tmp_path):
+    def run(*arguments):
+        return subprocess.run([sys.executable, str(BENCHMARKS / "speed.py"), "--device", "cpu", "--results", str(tmp_path / "benchmarks.jsonl"), *arguments],
+                              capture_output=True, text=True, timeout=500)
+    quick = run("--quick", "--only", "step", "--pair", "r56_r20")
+    assert quick.returncode == 0, quick.stderr
+    assert "teacher logits cached" in quick.stdout and not (tmp_path / "benchmarks.jsonl").exists()
+    sorting = run("--only", "sort")
+    assert sorting.returncode == 0, sorting.stderr
+    record, = map(json.loads, (tmp_path / "benchmarks.jsonl").read_text().splitlines())
+    assert [row["setting"] for row in record["rows"]] == [str(shape) for shape in speed.SORT_SHAPES]
+    assert all(row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"]) for row in record["rows"]) and record["machine"]["cores"]

@@ -1,0 +1,582 @@
+"What is refused, what is left out of tables, and whether the statistics hold what they promise."
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sortkd.experiments import PAIRS, plan_experiment, run_experiment
+from sortkd.results import (
+    CIFAR100_CHECKSUM,
+    RECORD_SCHEMA,
+    RecordError,
+    check_record,
+    comparison_table,
+    load_results,
+    mark_measured,
+    measured_rates,
+    missing_cost,
+    next_command,
+    paired_effects,
+    paper_grid,
+    pool_effects,
+    read_reported,
+    seed_deviation,
+    seeds_needed,
+    select,
+    select_paper,
+    synthetic_record,
+    synthetic_records,
+    write_table,
+)
+
+NOTEBOOKS = Path(__file__).parents[1] / "nbs"
+REPORTED = read_reported(NOTEBOOKS / "assets" / "reported.csv")
+
+
+def write_lines(path, records, *more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records) + "".join(more))
+    return path
+
+
+def changed(record, path, value):
+    "A copy of `record` with another value at the dotted `path`; `None` removes it."
+    copy = json.loads(json.dumps(record))
+    *parents, name = path.split(".")
+    place = copy
+    for each in parents:
+        place = place[each]
+    if value is None:
+        del place[name]
+    else:
+        place[name] = value
+    return copy
+
+
+# What a record must say
+
+
+def required_fields(schema=RECORD_SCHEMA, path=()):
+    for name, field in schema.get("properties", {}).items():
+        yield ".".join((*path, name))
+        yield from required_fields(field, (*path, name))
+
+
+def test_a_synthetic_record_is_a_record():
+    for preset, method in itertools.product(("synthetic", "paper"), ("kd", "kd+sort", "dkd", "dkd+sort")):
+        record = synthetic_record("vgg13_vgg8", method, 3, 61.25, preset=preset)
+        assert check_record(record) is record and record["synthetic"] is True
+
+
+@pytest.mark.parametrize("path", list(required_fields()))
+def test_every_missing_field_is_named(path):
+    with pytest.raises(RecordError, match="record ") as error:
+        check_record(changed(synthetic_record(), path, None))
+    assert f"{path} is 'missing', expected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("result.last_top1", math.nan),
+        ("result.seconds", math.inf),
+        ("about_teacher.top1", -math.inf),
+        ("curve.train_loss", [1.0, math.nan, 1.0]),
+        ("seed", "0"),
+        ("seed", -1),
+        ("seed", True),
+        ("seed", 0.5),
+        ("schema", 2),
+        ("schema", "1"),
+        ("full_recipe", 1),
+        ("recipe.epochs", 0),
+        ("result.best_top1", 100.1),
+        ("data.checksum", "G" * 64),
+        ("curve.test_top1", []),
+        ("curve.test_top1", [1.0, None, 2.0]),
+        ("pair", ""),
+    ],
+)
+def test_every_bad_value_is_named(path, value):
+    with pytest.raises(RecordError) as error:
+        check_record(changed(synthetic_record(), path, value))
+    assert (
+        "record synthetic-r56_r20-kd-seed0: " in str(error.value)
+        and path in str(error.value)
+        and "expected" in str(error.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("recipe.epochs", 4),
+        ("curve.epoch", [1, 2, 2]),
+        ("result.last_top1", 69.0),
+        ("result.best_epoch", 1),
+        ("method.repair", "sort"),
+        ("about_teacher.architecture", "vgg13"),
+        ("student", "resnet32"),
+    ],
+)
+def test_parts_that_disagree_are_found(path, value):
+    with pytest.raises(RecordError, match="expected"):
+        check_record(changed(synthetic_record(), path, value))
+
+
+def test_a_number_that_is_none_is_found_wherever_it_hides():
+    with pytest.raises(RecordError, match="more.deep.1 is 'NaN or infinite'"):
+        check_record(synthetic_record(more={"deep": [1.0, 2.0]}) | {"more": {"deep": [1.0, math.nan]}})
+    for value in ("a text", None, [], 7):
+        with pytest.raises(RecordError):
+            check_record(value)
+
+
+def test_what_an_experiment_writes_is_valid(tmp_path):
+    experiment = plan_experiment(
+        "r56_r20",
+        methods="ce,kd+sort",
+        preset="quick",
+        dataset="digits",
+        epochs=1,
+        train_size=100,
+        test_size=50,
+        teachers_dir=f"{tmp_path}/teachers",
+        results_dir=f"{tmp_path}/results",
+    )
+    for record in run_experiment(experiment, progress=False).records:
+        check_record(json.loads(json.dumps(record)))
+    frame, left_out = load_results(experiment.records_file)
+    assert frame.method.tolist() == ["ce", "kd+sort"] and left_out.empty
+    assert frame.changed_share[1] == frame.wrong_share[1] > 0 and frame.not_paper.notna().all()
+
+
+# What reaches a table
+
+
+def pretenders(record):
+    "Records that look like `record`, a full run, and are not; each with a word of the reason."
+    about = record["about_teacher"]
+    short = synthetic_record(record["pair"], record["method"]["name"], epochs=5) | {
+        "preset": "paper",
+        "full_recipe": True,
+    }
+    trained = {"epochs": 240, "train_images": 50_000, "data_checksum": CIFAR100_CHECKSUM}
+    return {
+        "full_recipe": record | {"full_recipe": False},
+        "preset": record | {"preset": "quick"},
+        "data is": short,
+        "train_images": changed(record, "data.train_images", 49_999),
+        "test_images": changed(record, "data.test_images", 500),
+        "data checksum": changed(record, "data.checksum", "3" * 64),
+        "batch_size": changed(record, "recipe.batch_size", 128),
+        "lr is": changed(record, "recipe.lr", 0.1),
+        "milestones": changed(record, "recipe.milestones", [100, 150, 200]),
+        "method settings": changed(record, "method.settings", {"temperature": 2.0}),
+        "kd_weight": changed(record, "method.kd_weight", 9.0),
+        "teacher had 10 epochs": changed(record, "about_teacher", about | {"training": trained | {"epochs": 10}}),
+        "teacher's train_images": changed(
+            record, "about_teacher", about | {"training": trained | {"train_images": 400}}
+        ),
+        "teacher's data_checksum": changed(
+            record, "about_teacher", about | {"training": trained | {"data_checksum": "4" * 64}}
+        ),
+        "nothing is known": changed(record, "about_teacher.file", "mine.pth"),
+        "source": changed(record, "about_teacher.source", "given"),
+        "weak": changed(record, "about_teacher.top1", 60.0),
+    }
+
+
+def tables_of(path, folder):
+    runs = select_paper(load_results(path, synthetic=True)[0])
+    columns = [(PAIRS[name].teacher, PAIRS[name].student) for name in ("r56_r20", "vgg13_vgg8")]
+    write_table(
+        comparison_table(runs, REPORTED[REPORTED.dataset == "cifar100"], columns),
+        "comparison",
+        "Comparison",
+        [],
+        folder,
+    )
+    write_table(paired_effects(runs).astype(str), "effects", "Effects", [], folder)
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_nothing_planted_reaches_a_table(tmp_path):
+    clean = synthetic_records({"r56_r20": 0.5, "vgg13_vgg8": -0.2}, np.random.default_rng(0), preset="paper")
+    first = clean[0]
+    better = synthetic_record("r56_r20", "kd", 0, 99.0, preset="paper") | {
+        "run_id": "again",
+        "finished": "2027-01-01T00-00-00.0Z",
+    }
+    foreign = [
+        each | {"seed": 100 + number, "run_id": f"foreign{number}"}
+        for number, each in enumerate(pretenders(first).values())
+    ]
+    broken = [
+        changed(first, "result.last_top1", math.nan) | {"seed": 200},
+        changed(first, "finished", None) | {"seed": 201},  # unfinished
+        changed(first, "curve.test_top1", first["curve"]["test_top1"][:100]) | {"seed": 202},
+        {key: value for key, value in first.items() if key != "synthetic"} | {"seed": 203},
+        {"rows": []},
+        [1, 2],
+        "text",
+    ]
+    cut = json.dumps(clean[1] | {"seed": 204})[:-40]
+    write_lines(tmp_path / "clean" / "paper.jsonl", clean)
+    write_lines(
+        tmp_path / "dirty" / "a.jsonl",
+        [better, *foreign, *broken],
+        f"{cut}\n",
+        "\udcff\n".encode("utf-8", "surrogateescape").decode("latin-1"),
+    )
+    write_lines(tmp_path / "dirty" / "paper.jsonl", clean, cut)
+    write_lines(tmp_path / "dirty" / "quick.jsonl", [first | {"seed": 300}])
+    write_lines(tmp_path / "dirty" / "benchmarks.jsonl", [{"rows": []}])
+
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    assert tables_of(tmp_path / "clean", tmp_path / "one") == tables_of(tmp_path / "dirty", tmp_path / "two")
+
+    frame, left_out = load_results(tmp_path / "dirty", synthetic=True)
+    assert (
+        len(frame) == len(clean) + len(foreign)
+        and frame[frame.run_id.str.startswith("foreign")].not_paper.notna().all()
+    )
+    reasons = left_out.reason.str.cat(sep="\n")
+    assert len(left_out) == 1 + len(broken) + 3, reasons
+    assert reasons.count("the same run as synthetic-r56_r20-kd-seed0, which finished first") == 1
+    assert (
+        reasons.count("is not a whole record") == 3
+        and "is real, and not read here" in reasons
+        and "finished is 'missing'" in reasons
+    )
+    assert load_results(tmp_path / "dirty")[0].run_id.tolist() == ["synthetic-r56_r20-kd-seed0"], (
+        "only the record without the mark is real"
+    )
+
+
+@pytest.mark.parametrize("reason", list(pretenders(synthetic_record(preset="paper"))))
+def test_each_pretender_is_found_for_its_reason(reason, tmp_path):
+    record = pretenders(synthetic_record(preset="paper"))[reason]
+    frame, _ = load_results(write_lines(tmp_path / "paper.jsonl", [record]), synthetic=True)
+    expected = {"source": "nothing is known", "weak": "nothing is known"}.get(reason, reason)
+    assert len(frame) == 1 and expected in frame.not_paper[0] and select_paper(frame).empty
+
+
+def test_a_teacher_trained_in_full_here_serves(tmp_path):
+    training = {"epochs": 240, "train_images": 50_000, "data_checksum": CIFAR100_CHECKSUM}
+    record = changed(synthetic_record(preset="paper"), "about_teacher.training", training)
+    assert len(select_paper(load_results(write_lines(tmp_path / "paper.jsonl", [record]), synthetic=True)[0])) == 1
+
+
+@pytest.mark.parametrize(
+    "path, value, column",
+    [
+        ("data.checksum", "5" * 64, "data_checksum"),
+        ("recipe.batch_size", 32, "recipe"),
+        ("recipe.lr", 0.1, "lr"),
+        ("preset", "other", "preset"),
+        ("about_teacher.weights_sha256", "6" * 64, "teacher_sha256"),
+        ("precision", "bfloat16", "precision"),
+        ("method.settings", {"beta": 1}, "method_settings"),
+        ("data.train_images", 10, "train_images"),
+    ],
+)
+def test_mixed_runs_cannot_be_selected(path, value, column, tmp_path):
+    records = [synthetic_record(), changed(synthetic_record(seed=1), path, value)]
+    frame, _ = load_results(write_lines(tmp_path / "runs.jsonl", records), synthetic=True)
+    with pytest.raises(ValueError, match=f"different values of {column} cannot share a table"):
+        select(frame)
+    chosen = frame[column].iloc[0]
+    assert len(select(frame, **{column: chosen})) == 1
+
+
+def test_an_empty_folder_gives_empty_frames_and_tables(tmp_path):
+    frame, left_out = load_results(tmp_path)
+    assert frame.empty and left_out.empty and select_paper(frame).empty and select(frame, preset="short").empty
+    effects = paired_effects(select_paper(frame))
+    assert effects.empty and pool_effects(effects).empty and seeds_needed(effects).seeds.isna().all()
+    table = comparison_table(select_paper(frame), REPORTED, [("resnet56", "resnet20")])
+    assert (table.xs("ours, last", level=1) == "–").all().all()
+    with pytest.raises(FileNotFoundError):
+        load_results(tmp_path / "absent.jsonl")
+
+
+# Statistics
+
+
+def outcomes(effect, sets, seeds, deviation, seed):
+    generator = np.random.default_rng(seed)
+    frames = [
+        pd.DataFrame(
+            {
+                "pair": np.repeat(np.arange(sets), seeds),
+                "objective": "kd",
+                "repair": repair,
+                "seed": np.tile(np.arange(seeds), sets),
+                "last_top1": (70 + gain + generator.normal(0, deviation, (sets, seeds))).ravel(),
+            }
+        )
+        for repair, gain in (("none", 0.0), ("sort", np.reshape(effect, (-1, 1))))
+    ]
+    return pd.concat(frames)
+
+
+def within_binomial_error(share, expected, count, sigmas=4):
+    return abs(share - expected) < sigmas * math.sqrt(expected * (1 - expected) / count)
+
+
+@pytest.mark.parametrize("effect", [-0.4, 0.0, 1.0])
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_intervals_cover_the_planted_effect_as_often_as_they_claim(effect, seeds):
+    effects = paired_effects(outcomes(effect, 1000, seeds, 0.3, seed=seeds))
+    assert within_binomial_error(((effects.low <= effect) & (effect <= effects.high)).mean(), 0.95, 1000)
+    fewer = paired_effects(outcomes(effect, 1000, seeds, 0.3, seed=seeds), level=0.5)
+    assert within_binomial_error(((fewer.low <= effect) & (effect <= fewer.high)).mean(), 0.5, 1000)
+
+
+def test_intervals_cover_through_files(tmp_path):
+    planted = {f"set{number}": 0.3 for number in range(150)}
+    path = write_lines(
+        tmp_path / "planted.jsonl", synthetic_records(planted, np.random.default_rng(7), objectives=("kd",))
+    )
+    effects = paired_effects(select(load_results(path, synthetic=True)[0]))
+    assert len(effects) == 150 and (effects.seeds == 5).all()
+    assert within_binomial_error(((effects.low <= 0.3) & (0.3 <= effects.high)).mean(), 0.95, 150)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+@pytest.mark.parametrize("counts", [[2, 3, 5, 5, 5, 8], [5] * 12], ids=["unequal", "equal"])
+def test_pooled_intervals_cover(spread, counts):
+    generator, hits, repetitions = np.random.default_rng(11), 0, 500
+    for _ in range(repetitions):
+        samples = [generator.normal(0.25 + spread * generator.normal(), 0.35, count) for count in counts]
+        effects = pd.DataFrame(
+            {
+                "objective": "kd",
+                "seeds": counts,
+                "mean": [each.mean() for each in samples],
+                "std": [each.std(ddof=1) for each in samples],
+            }
+        )
+        row = pool_effects(effects).iloc[0]
+        hits += row.low <= 0.25 <= row.high
+    assert within_binomial_error(hits / repetitions, 0.95, repetitions)
+
+
+def test_only_shared_seeds_are_compared():
+    frame = outcomes(0.3, 1, 4, 0.2, seed=0)
+    frame = frame[~((frame.repair == "sort") & (frame.seed == 1)) & ~((frame.repair == "none") & (frame.seed == 3))]
+    (row,) = paired_effects(frame).itertuples()
+    values = frame.set_index(["repair", "seed"]).last_top1
+    assert row.seeds == 2 and row.differences == (
+        values["sort", 0] - values["none", 0],
+        values["sort", 2] - values["none", 2],
+    )
+
+
+def test_one_seed_has_a_mean_and_no_interval():
+    (row,) = paired_effects(outcomes(0.3, 1, 1, 0.2, seed=0)).to_dict("records")
+    assert row["p"] == row["smallest_p"] == 1 and math.isnan(row["low"]) and math.isfinite(row["mean"])
+    assert pool_effects(pd.DataFrame([row]))["note"][0] == "nothing to pool: 0 pairs with two or more seeds"
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 6])
+def test_the_sign_flip_test_is_the_full_enumeration(seeds):
+    effects = paired_effects(outcomes(0.1, 20, seeds, 0.3, seed=seeds))
+    for row in effects.itertuples():
+        flipped = [
+            abs(np.mean(np.multiply(row.differences, signs))) for signs in itertools.product((1, -1), repeat=seeds)
+        ]
+        assert row.p == pytest.approx(np.mean([value >= abs(row.mean) - 1e-12 for value in flipped]))
+        assert row.p >= row.smallest_p == 2 / 2**seeds
+
+
+def test_numbers_of_seeds_agree_with_statsmodels():
+    from statsmodels.stats.power import TTestPower
+
+    effects = paired_effects(outcomes(0.3, 8, 5, 0.25, seed=3))
+    deviation = seed_deviation(effects)
+    assert deviation["degrees_of_freedom"] == 32 and deviation["low"] < deviation["std"] < deviation["high"]
+    squares = np.concatenate([np.subtract(each, np.mean(each)) ** 2 for each in effects.differences])
+    assert deviation["std"] == pytest.approx(math.sqrt(squares.sum() / 32))
+    for row in seeds_needed(effects, gains=(0.1, 0.2, 0.4)).itertuples():
+        solved = TTestPower().solve_power(row.gain / deviation["std"], power=0.8, alpha=0.05, alternative="two-sided")
+        assert row.seeds == math.ceil(solved) and row.seeds_low <= row.seeds <= row.seeds_high
+
+
+def test_the_deviation_interval_covers():
+    effects = paired_effects(outcomes(0.0, 600, 5, 0.3, seed=5))
+    true = 0.3 * math.sqrt(2)
+    inside = [
+        deviation["low"] <= true <= deviation["high"]
+        for deviation in (seed_deviation(effects.iloc[[number]]) for number in range(600))
+    ]
+    assert within_binomial_error(np.mean(inside), 0.95, 600)
+
+
+# The grid
+
+
+def test_the_commands_complete_the_grid(tmp_path):
+    grid, records = (
+        paper_grid(["r56_r20", "vgg13_vgg8"], seeds=2),
+        [synthetic_record("r56_r20", "dkd", 1, preset="paper")],
+    )
+    path, commands = tmp_path / "paper.jsonl", []
+    while True:
+        frame = select_paper(load_results(write_lines(path, records), synthetic=True)[0])
+        command = next_command(mark_measured(grid, frame))
+        if command is None:
+            break
+        words = command.split()
+        given = {words[place + 1]: words[place + 2] for place, word in enumerate(words) if word == "-p"}
+        assert words[:2] == ["papermill", "nbs/run_experiment.ipynb"] and given["preset"] == "paper"
+        records += [
+            synthetic_record(given["pair"], method, int(given["seeds"]), preset="paper")
+            for method in given["methods"].split(",")
+        ]
+        commands.append(command)
+        assert len(commands) < 10
+    assert len(commands) == 4 and len(records) == len(grid) == 16
+
+
+def test_costs_are_predicted_only_where_runs_were_timed(tmp_path):
+    records = [
+        synthetic_record(seed=seed, epochs=10)
+        | {"result": synthetic_record(epochs=10)["result"] | {"seconds": 20.0 + seed}}
+        for seed in (0, 2)
+    ]
+    frame, _ = load_results(write_lines(tmp_path / "runs.jsonl", records), synthetic=True)
+    cost = missing_cost(mark_measured(paper_grid(), frame.iloc[:0]), measured_rates(frame)).set_index("pair")
+    assert (
+        cost.loc["r56_r20", "hours_per_run"] == pytest.approx(21 / (10 * 1000) * 50_000 * 240 / 3600)
+        and cost.hours.notna().sum() == 1
+    )
+    assert cost.missing.sum() == len(paper_grid()) == 240
+    assert missing_cost(mark_measured(paper_grid(), frame), measured_rates(frame.iloc[:0])).hours.isna().all()
+
+
+# What was reported
+
+
+def test_reported_numbers_have_sources_and_the_slip_is_corrected():
+    assert len(REPORTED) == 84 and REPORTED[["source", "paper"]].notna().all().all()
+    assert not REPORTED.duplicated(["dataset", "method", "teacher", "student"]).any()
+    row = REPORTED.set_index(["dataset", "method", "teacher", "student"]).top1
+    assert (
+        row["cifar100", "kd", "resnet32x4", "ShuffleV2"] == 74.45
+        and row["cifar100", "dkd", "resnet32x4", "ShuffleV2"] == 77.07
+    )
+    assert ("cifar100", "kd", "resnet32x4", "MobileNetV2") not in row.index
+    logs = REPORTED.dropna(subset="top1_last")
+    assert (logs.top1 >= logs.top1_last).all() and set(logs.arxiv) == {"2403.01427"}
+    known = Counter(
+        REPORTED[REPORTED.method.isin(["kd", "dkd"]) & (REPORTED.dataset == "cifar100")]
+        .set_index(["teacher", "student"])
+        .index
+    )
+    pairs = {(pair.teacher, pair.student) for name, pair in PAIRS.items() if name != "r32x4_mv2"}
+    assert set(known) == pairs and set(known.values()) == {2}
+
+
+# The notebooks
+
+
+def run_notebook(name, folder, **parameters):
+    import papermill
+
+    parameters = {
+        "results_dir": str(folder / "results"),
+        "output_dir": str(folder / name),
+        "synthetic": True,
+        **parameters,
+    }
+    notebook = papermill.execute_notebook(
+        NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb", parameters, progress_bar=False, cwd=NOTEBOOKS.parent
+    )
+    text = "".join(
+        str(output.get("text", "")) for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    )
+    return text, {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def synthetic_folder(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("evidence"), np.random.default_rng(1)
+    write_lines(
+        folder / "results" / "short.jsonl",
+        synthetic_records({"r56_r20": 0.3}, generator, preset="short", epochs=6, seeds=3),
+    )
+    paper = synthetic_records({"r56_r20": 0.3, "r32x4_shuv2": 0.1}, generator, preset="paper", seeds=3)
+    write_lines(folder / "results" / "paper.jsonl", paper, json.dumps(paper[0])[:300])
+    rows = [{"what": "sort", "setting": "batch of 64", "plain_ms": 3.0, "ours_ms": 1.0, "ratio": 3.0}]
+    write_lines(folder / "results" / "benchmarks.jsonl", [{"rows": rows}])
+    return folder
+
+
+def test_tables_regenerate_to_the_byte(synthetic_folder):
+    text, first = run_notebook("paper_tables", synthetic_folder)
+    assert (
+        "24 of the published recipe, 12 short ones, 0 others; 1 lines left out" in text
+        and "-p pair r56_r20 -p methods kd,kd+sort,dkd,dkd+sort -p seeds 3" in text
+    )
+    assert {Path(name).stem for name in first} == {
+        "same_architecture",
+        "different_architecture",
+        "imagenet",
+        "sorting_effect",
+        "short_runs",
+        "short_effect",
+        "power",
+        "grid",
+        "cost",
+        "left_out",
+    }
+    assert {Path(name).suffix for name in first} == {".md", ".tex", ".html"}
+    assert all("SYNTHETIC RECORDS" in content.decode() for content in first.values())
+    different = first["different_architecture.md"].decode()
+    assert "the heading is a slip" in different and "12 of the 120 runs" in different
+    assert run_notebook("paper_tables", synthetic_folder)[1] == first
+
+
+def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monkeypatch):
+    monkeypatch.setenv("SORTKD_DATA", str(synthetic_folder / "no data"))
+    kept = synthetic_folder / "paper_figures" / "mistakes.png"
+    kept.parent.mkdir()
+    kept.write_bytes(b"as committed")
+    text, first = run_notebook("paper_figures", synthetic_folder)
+    assert "mistakes is left as it is: it needs CIFAR-100" in text and "features is not drawn" in text
+    assert first["mistakes.png"] == b"as committed"
+    drawn = {
+        "distribution",
+        "diagram",
+        "curves_short",
+        "curves_r56_r20",
+        "curves_r32x4_shuv2",
+        "effect",
+        "effect_short",
+        "speed",
+    }
+    assert set(first) == {f"{name}.{suffix}" for name in drawn for suffix in ("png", "pdf", "md")} | {"mistakes.png"}
+    assert all(
+        b"CreationDate" not in content and b"/Subtype /Type3" not in content
+        for name, content in first.items()
+        if name.endswith("pdf")
+    )
+    assert run_notebook("paper_figures", synthetic_folder)[1] == first
+
+
+def test_notebooks_run_where_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("SORTKD_DATA", str(tmp_path / "no data"))
+    (tmp_path / "results").mkdir()
+    text, tables = run_notebook("paper_tables", tmp_path, synthetic=False)
+    assert "0 runs in" in text and "No short runs are recorded yet." in tables["short_runs.md"].decode()
+    text, figures = run_notebook("paper_figures", tmp_path, synthetic=False)
+    assert "effect is not drawn" in text and {Path(name).stem for name in figures} == {"distribution", "diagram"}
