@@ -248,6 +248,42 @@ def measure_growth(pair: str, settings, device: str, folder: str) -> list[dict]:
     return rows
 
 
+def _steps_in_process(pair, settings, device, folder, threads, barrier, results):
+    "Milliseconds a step of one run, measured while the other processes at the barrier do the same."
+    torch.set_num_threads(threads)
+    at_work = Pair(pair, cifar_like(settings.images, 100), 64, device, folder)
+    for _ in range(2):
+        at_work.our_steps(settings.steps, at_work.cached)
+    barrier.wait()
+    work = {"cached": lambda: at_work.our_steps(settings.steps, at_work.cached)}
+    results.put(medians(alternate(work, 2 * settings.repetitions, device), settings.steps)["cached"])
+
+
+def measure_at_once(pair: str, settings, device: str, folder: str) -> list[dict]:
+    "A step of each of several runs: one after the other with all threads, and at once in processes that share them."
+    context, threads = torch.multiprocessing.get_context("spawn"), torch.get_num_threads()
+
+    def measure(runs: int) -> float:
+        barrier, results = context.Barrier(runs), context.SimpleQueue()
+        arguments = (pair, settings, device, f"{folder}/at_once", max(1, threads // runs), barrier, results)
+        processes = [context.Process(target=_steps_in_process, args=arguments) for _ in range(runs)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise RuntimeError(f"a process of {runs} runs at once failed; its error is above.")
+        return statistics.mean(results.get() for _ in processes)
+
+    alone = measure(1)
+    name = f"{PAIRS[pair].teacher} to {PAIRS[pair].student}, batch 64"
+    return [
+        {"what": f"a step of each of {runs} runs", "setting": name, "one_after_another_ms": runs * alone, "at_once_ms": at_once, "ratio": runs * alone / at_once}
+        for runs in settings.runs_at_once
+        for at_once in [measure(runs)]
+    ]  # fmt: skip
+
+
 def draw_growth(rows: list[dict], growth: list[dict], pair: str, path: str) -> None:
     "Left: cost of a step with the batch. Middle: `sort_logits` with the classes. Right: a run with its epochs."
     import matplotlib.pyplot as plt
@@ -296,19 +332,21 @@ def size_of(text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default="r32x4_r8x4", choices=list(PAIRS))
-    parser.add_argument("--only", choices=["step", "run", "sort", "growth"], help="measure one part")
+    parser.add_argument("--only", choices=["step", "run", "sort", "growth", "at_once"], help="measure one part")
     parser.add_argument("--quick", action="store_true", help="small things, for seconds; no record")
     parser.add_argument("--results", default="results/benchmarks.jsonl")
     parser.add_argument("--figure", default="paper_figures/growth.png")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     arguments = parser.parse_args()
-    settings = argparse.Namespace(images=1024, steps=6, repetitions=5, sort_repetitions=31, epochs=3, batch_sizes=[16, 32, 64, 128])
+    settings = argparse.Namespace(images=1024, steps=6, repetitions=5, sort_repetitions=31, epochs=3, batch_sizes=[16, 32, 64, 128], runs_at_once=[2])
     shapes = SORT_SHAPES
     if arguments.quick:
-        settings = argparse.Namespace(images=256, steps=2, repetitions=1, sort_repetitions=3, epochs=2, batch_sizes=[16, 32])
+        settings = argparse.Namespace(images=256, steps=2, repetitions=1, sort_repetitions=3, epochs=2, batch_sizes=[16, 32], runs_at_once=[2])
         shapes = SORT_SHAPES[:4]
     device = create_fabric(arguments.device).device.type
-    rows, growth = [], []
+    if device == "cuda":
+        settings.runs_at_once = [2, 4, 8]
+    rows, growth, at_once = [], [], []
 
     def wanted(part):
         return arguments.only in (None, part)
@@ -322,12 +360,19 @@ def main() -> None:
             rows += measure_run(arguments.pair, settings, device)
         if wanted("growth"):
             growth += measure_growth(arguments.pair, settings, device, folder)
+        if wanted("at_once"):
+            at_once += measure_at_once(arguments.pair, settings, device, folder)
 
-    width = max(len(f"{each['what']}, {each['setting']}") for each in rows + growth)
+    width = max(len(f"{each['what']}, {each['setting']}") for each in rows + growth + at_once)
     print(f"{'':{width}}  usual (ms)   ours (ms)   ratio   floor (ms)")
     for each in rows + growth:
         floor = f"{each['floor_ms']:12.3f}" if "floor_ms" in each else ""
         print(f"{each['what'] + ', ' + each['setting']:{width}}  {each['plain_ms']:10.3f}  {each['ours_ms']:10.3f}  {each['ratio']:6.1f} {floor}")
+    for each in at_once:
+        print(
+            f"{each['what'] + ', ' + each['setting']}: one after another {each['one_after_another_ms']:.1f} ms, "
+            f"at once {each['at_once_ms']:.1f} ms, ratio {each['ratio']:.2f}"
+        )
     if not arguments.only:
         draw_growth(rows, growth, arguments.pair, arguments.figure)
     if not arguments.quick:
@@ -337,6 +382,7 @@ def main() -> None:
             "device": device,
             **describe_machine(device),
             "rows": rows + growth,
+            "at_once": at_once,
         }
         append_record(arguments.results, record)
         print(f"recorded in {arguments.results}")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sort_logits', 'swap_logits']
 
-# %% ../nbs/index.ipynb #e4728b78
+# %% ../nbs/index.ipynb #d2084afa
 from .sorting import sort_logits, swap_logits
 
 __version__ = "0.1.0"
