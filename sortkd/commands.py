@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'evaluate']
 
-# %% ../nbs/09_commands.ipynb #5181832e
+# %% ../nbs/09_commands.ipynb #91edaa23
 import argparse
 import inspect
 import os
@@ -14,22 +14,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../nbs/09_commands.ipynb #57bad517
+# %% ../nbs/09_commands.ipynb #1d126a59
 PARAMETERS = {
     "pair": "TEACHER_STUDENT, such as r56_r20; an unknown one lists all",
-    "methods": "objectives (ce, kd, dkd, lskd, lskd_dkd, dist), alone or with a repair (+skip, +swap, +revise, +sort), separated by commas",
+    "methods": "objectives (ce, kd, dkd, lskd, lskd_dkd, dist), alone or with a repair (+skip, +swap, +revise, +sort), "
+    "separated by commas",
     "seeds": "one run of each method for each of these, separated by commas",
-    "preset": "paper: the published recipe; short: five epochs on part of CIFAR-100; quick: minutes on a CPU; auto: paper on a GPU, else quick",
-    "dataset": "cifar100, digits; auto: cifar100 for paper, and for quick if it is on disk (under SORTKD_DATA), else digits",
+    "preset": "paper: the published recipe; short: five epochs on part of CIFAR-100; quick: minutes on a CPU; "
+    "auto: paper on a GPU, else quick",
+    "dataset": "cifar100, digits; auto: cifar100 for paper, and for quick if it is on disk (under SORTKD_DATA), "
+    "else digits",
     "epochs": "0: what the preset says; otherwise the recipe with its milestones at the same fractions",
     "train_size": "training images, the classes balanced; 0: what the preset says",
     "test_size": "test images, likewise",
-    "teacher": "auto: found in teachers_dir, else (paper) fetched, else trained and kept there; or the path of a checkpoint",
+    "teacher": "auto: found in teachers_dir, else (paper) fetched, else trained and kept there; "
+    "or the path of a checkpoint",
     "teachers_dir": "where teachers are looked for and kept",
     "results_dir": "where records, as PRESET.jsonl, and the students' weights are kept",
     "device": "cpu, cuda; auto: a GPU if there is one",
     "precision": "float32, bfloat16; auto: bfloat16 where the hardware computes in it",
-    "cache": "teacher logits, one for each of an image's views: auto: kept as they are met, where the disk has room; full: all computed beforehand; off: computed in every epoch",
+    "cache": "teacher logits, one for each of an image's views: auto: kept as they are met, where the disk has room; "
+    "full: all computed beforehand; off: computed in every epoch",
     "cache_dir": "where they are kept; auto: teacher_logits in results_dir",
     "workers": "so many runs at once, each in a process with its share of the processor's threads",
 }
@@ -40,8 +45,8 @@ def _run_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="sortkd-run",
-        description="One teacher, one student, several methods and seeds; a record of each run, and a table at the end. "
-        "An interrupted command goes on where it stopped when it is given again.",
+        description="One teacher, one student, several methods and seeds; a record of each run, and a table at the "
+        "end. An interrupted command goes on where it stopped when it is given again.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, parameter in inspect.signature(plan_experiment).parameters.items():
@@ -86,7 +91,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
 
-# %% ../nbs/09_commands.ipynb #d3fe72a8
+# %% ../nbs/09_commands.ipynb #642de141
 @dataclass(frozen=True)
 class CheckpointQuality:
     "`top1`, `top5`, `calibration_error` in percent, `loss` in nats, over `images` test images."
@@ -99,7 +104,11 @@ class CheckpointQuality:
 
 
 def evaluate_checkpoint(
-    path: str | Path, architecture: str = "auto", dataset: str = "auto", device: str = "auto", precision: str = "float32"
+    path: str | Path,
+    architecture: str = "auto",
+    dataset: str = "auto",
+    device: str = "auto",
+    precision: str = "float32",
 ) -> CheckpointQuality:
     """How good the network in a checkpoint is on the test images of `dataset`, without augmentation.
 
@@ -124,14 +133,15 @@ def evaluate_checkpoint(
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
     network = fabric.setup_module(network.to(memory_format=torch.channels_last)).eval()
     with torch.inference_mode():
-        batches = Batches(data, fabric.device).test(200)
-        logits, target = (torch.cat(parts) for parts in zip(*[(network(images).float(), target) for images, target in batches]))
+        answers = [(network(images).float(), target) for images, target in Batches(data, fabric.device).test(200)]
+        logits, target = (torch.cat(parts) for parts in zip(*answers))
+    calibration_error = multiclass_calibration_error(logits.softmax(1), target, data.num_classes, n_bins=15)
     best_five = logits.topk(min(5, data.num_classes)).indices
     return CheckpointQuality(
         top1=100 * (best_five[:, 0] == target).double().mean().item(),
         top5=100 * (best_five == target[:, None]).any(1).double().mean().item(),
         loss=torch.nn.functional.cross_entropy(logits, target).item(),
-        calibration_error=100 * multiclass_calibration_error(logits.softmax(1), target, data.num_classes, n_bins=15).item(),
+        calibration_error=100 * calibration_error.item(),
         images=len(target),
     )
 
@@ -143,11 +153,15 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
         description="Top-1, top-5, loss and calibration error of checkpoints on the test images.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("checkpoints", nargs="+", help=".safetensors or PyTorch files, a state dict at the top or under 'model'")
-    parser.add_argument("--architecture", default="auto", help="the network's name, such as resnet56; auto: as the file says")
-    parser.add_argument("--dataset", default="auto", help="cifar100, digits; auto: as the file says, else cifar100 if it is on disk")
-    parser.add_argument("--device", default="auto", help=PARAMETERS["device"])
-    parser.add_argument("--precision", default="float32", help="float32, bfloat16")
+    options = {
+        "--architecture": ("auto", "the network's name, such as resnet56; auto: as the file says"),
+        "--dataset": ("auto", "cifar100, digits; auto: as the file says, else cifar100 if it is on disk"),
+        "--device": ("auto", PARAMETERS["device"]),
+        "--precision": ("float32", "float32, bfloat16"),
+    }
+    parser.add_argument("checkpoints", nargs="+", help=".safetensors or PyTorch files, as `read_checkpoint` takes them")
+    for name, (default, text) in options.items():
+        parser.add_argument(name, default=default, help=text)
     given = vars(parser.parse_args(arguments))
 
     def work():

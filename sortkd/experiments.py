@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DKD_WARMUP_SHARE', 'DATA_TITLES
            'Experiment', 'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/07_experiments.ipynb #6eb68763
+# %% ../nbs/07_experiments.ipynb #ad874db0
 import difflib
 import fcntl
 import json
@@ -34,7 +34,7 @@ from .teacher_logits import CachedTeacherLogits, TeacherLogits, expected_views
 from .teachers import Teacher, get_teacher, load_teacher, save_atomically, weights_checksum
 from .training import Outcome, Recipe, create_fabric, evaluate, fingerprint, precision_of, progress_bar, train
 
-# %% ../nbs/07_experiments.ipynb #8815e44d
+# %% ../nbs/07_experiments.ipynb #ef277ca1
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers
@@ -62,7 +62,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/07_experiments.ipynb #bd3088b5
+# %% ../nbs/07_experiments.ipynb #8f56b9c8
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -84,7 +84,7 @@ PRESETS = {
 }
 DKD_WARMUP_SHARE = 20 / 240  # of a run; kept when the run is shortened
 
-# %% ../nbs/07_experiments.ipynb #a4e515c5
+# %% ../nbs/07_experiments.ipynb #e5dd98c4
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
@@ -128,8 +128,9 @@ class Experiment:
         computed = images * (views if self.cache == "full" else expected_views(views, epochs * seeds))
         size = images * views * self.data.num_classes * 2
         return (
-            f"The teacher's logits are kept ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} views): {asked:,} are asked for, "
-            f"and the teacher runs for about {computed:,.0f}, less what earlier runs have left."
+            f"The teacher's logits are kept ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} "
+            f"views): {asked:,} are asked for, and the teacher runs for about {computed:,.0f}, less what earlier runs "
+            "have left."
         )
 
     def describe(self) -> str:
@@ -166,7 +167,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/07_experiments.ipynb #c3bd863c
+# %% ../nbs/07_experiments.ipynb #3d4b9ef5
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -199,7 +200,7 @@ def _seeds(value) -> tuple[int, ...]:
         )
     return tuple(map(int, parts))
 
-# %% ../nbs/07_experiments.ipynb #00ddaf94
+# %% ../nbs/07_experiments.ipynb #89184e9a
 def plan_experiment(
     pair: str = "r32x4_r8x4",
     methods: str = "kd,kd+sort",
@@ -227,7 +228,8 @@ def plan_experiment(
     names, seed_values = _split("methods", methods), _seeds(seeds)
     for name in names:
         create_method(name)
-    _choice("preset", preset, ["auto", "paper", "short", "quick"]), _choice("dataset", dataset, ["auto", "cifar100", "digits"])
+    _choice("preset", preset, ["auto", "paper", "short", "quick"])
+    _choice("dataset", dataset, ["auto", "cifar100", "digits"])
     for name, value in (("epochs", epochs), ("train_size", train_size), ("test_size", test_size)):
         _count(name, value)
     _choice("cache", cache, ["auto", "full", "off"]), _count("workers", workers, 1)
@@ -287,7 +289,7 @@ def _method_for(name: str, pair: Pair, warmup_epochs: int) -> Method:
         changes["warmup_epochs"] = max(1, warmup_epochs)
     return create_method(name, **changes)
 
-# %% ../nbs/07_experiments.ipynb #0e2c4ade
+# %% ../nbs/07_experiments.ipynb #80eb24bc
 SCHEMA_VERSION = 1
 
 
@@ -321,7 +323,7 @@ def read_records(path: str | Path) -> list[dict]:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/07_experiments.ipynb #a031f123
+# %% ../nbs/07_experiments.ipynb #1af7faec
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
@@ -374,7 +376,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/07_experiments.ipynb #c203ba7e
+# %% ../nbs/07_experiments.ipynb #b0aaf679
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -467,7 +469,7 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
         fetch=preset.fetch_teacher,
     )
 
-# %% ../nbs/07_experiments.ipynb #b27149fb
+# %% ../nbs/07_experiments.ipynb #d7187814
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
@@ -494,7 +496,8 @@ def run_experiment(experiment: Experiment, progress: bool = True) -> Results:
         records = _run_at_once(experiment, cells, teacher, about_teacher, teacher_logits.kind, progress)
     else:
         records = [
-            _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, progress) for method, seed in cells
+            _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, progress)
+            for method, seed in cells
         ]
     return Results(experiment, records, teacher, batches)
 
@@ -610,7 +613,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         content = save({key: value.contiguous() for key, value in weights.items()})
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
-# %% ../nbs/07_experiments.ipynb #4ac0104a
+# %% ../nbs/07_experiments.ipynb #e9b76dd8
 _worker = {}  # what a worker process keeps between runs
 
 
@@ -618,28 +621,27 @@ def _start_worker(experiment, teacher, about_teacher, threads, events):
     torch.set_num_threads(threads)
     fabric = create_fabric(experiment.device, experiment.precision)
     teacher_logits = _teacher_logits(experiment, teacher, Batches(experiment.data, fabric.device))
-    _worker.update(experiment=experiment, fabric=fabric, teacher_logits=teacher_logits, about_teacher=about_teacher, events=events)
+    _worker["constant"] = (teacher_logits, about_teacher, fabric, False)
+    _worker["experiment"], _worker["events"] = experiment, events
 
 
 def _run_in_worker(method, seed):
     def report(row):
         _worker["events"].put(f"{method.name}, seed {seed}: epoch {row['epoch']}, top-1 {row['test_top1']:.1f}")
 
-    return _run_one(
-        _worker["experiment"], method, seed, _worker["teacher_logits"], _worker["about_teacher"], _worker["fabric"], False, [report]
-    )
+    return _run_one(_worker["experiment"], method, seed, *_worker["constant"], [report])
 
 
 def _run_at_once(experiment, cells, teacher, about_teacher, kind, progress) -> list[dict]:
     context = torch.multiprocessing.get_context("spawn")  # a GPU cannot be used in a forked process
     events = context.SimpleQueue()
-    workers = min(experiment.workers, len(cells))
+    workers, epochs = min(experiment.workers, len(cells)), experiment.recipe.epochs * len(cells)
     experiment = replace(experiment, cache="off" if kind == TeacherLogits.kind else "full")  # as in this process
     teacher = replace(teacher, model=teacher.model.cpu())
     arguments = (experiment, teacher, about_teacher, max(1, torch.get_num_threads() // workers), events)
     with (
         ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool,
-        progress_bar(progress and f"{workers} runs at once", "", experiment.recipe.epochs * len(cells), 0, "epoch") as bar,
+        progress_bar(progress and f"{workers} runs at once", "", epochs, 0, "epoch") as bar,
     ):
         # Method by method: runs with one seed see the same views, and side by side each would compute their logits.
         by_method = sorted(cells, key=lambda cell: experiment.methods.index(cell[0]))
@@ -663,7 +665,7 @@ def _run_at_once(experiment, cells, teacher, about_teacher, kind, progress) -> l
             raise
     return [futures[method.name, seed].result() for method, seed in cells]
 
-# %% ../nbs/07_experiments.ipynb #0e7e1133
+# %% ../nbs/07_experiments.ipynb #7499acd7
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
@@ -693,7 +695,7 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/07_experiments.ipynb #ef0ba522
+# %% ../nbs/07_experiments.ipynb #f6a56f97
 def plot_curves(records: Sequence[dict]):
     "Training loss and test top-1 over the epochs: each method's mean over seeds, their range as a band."
     import matplotlib.pyplot as plt
@@ -721,7 +723,7 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/07_experiments.ipynb #7a1995c0
+# %% ../nbs/07_experiments.ipynb #2d7f7f55
 def plot_mistakes(results: Results, count: int = 4):
     "The teacher's worst mistakes on 500 training images: its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt

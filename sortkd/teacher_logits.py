@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expected_views', 'TeacherLogits', 'CachedTeacherLogits']
 
-# %% ../nbs/05_teacher_logits.ipynb #4fe088e4
+# %% ../nbs/05_teacher_logits.ipynb #f360696b
 import hashlib
 import json
 import mmap
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from .data import Batches, Views, number_of_views, view_id, views_of
 from .teachers import save_atomically, weights_checksum
 
-# %% ../nbs/05_teacher_logits.ipynb #4cb681b1
+# %% ../nbs/05_teacher_logits.ipynb #17120380
 def expected_views(num_views: int, draws: int) -> float:
     "How many different ones of `num_views` views of an image `draws` random draws are expected to meet."
     if num_views < 1 or draws < 0:
         raise ValueError(f"num_views must be at least 1 and draws at least 0, but they are {num_views} and {draws}.")
     return num_views * (1 - (1 - 1 / num_views) ** draws)
 
-# %% ../nbs/05_teacher_logits.ipynb #647f5b8b
+# %% ../nbs/05_teacher_logits.ipynb #859e4c58
 class TeacherLogits:
     """What `network` says about views of the training images of `batches`, computed whenever it is asked.
 
@@ -64,7 +64,7 @@ class TeacherLogits:
     def close(self) -> None:
         "Nothing is open; the cache has something to finish."
 
-# %% ../nbs/05_teacher_logits.ipynb #13f39693
+# %% ../nbs/05_teacher_logits.ipynb #3726798c
 def _identity(teacher: TeacherLogits) -> dict:
     "The plain values that determine every number in a cache."
     data = teacher.batches.data
@@ -83,7 +83,7 @@ def _identity(teacher: TeacherLogits) -> dict:
         "precision": teacher.precision,
     }
 
-# %% ../nbs/05_teacher_logits.ipynb #d8a0feb7
+# %% ../nbs/05_teacher_logits.ipynb #edd18f09
 def _create_folder(folder: Path, identity: dict) -> None:
     "Make the files of an empty cache; another process may be faster."
     rows = identity["images"] * number_of_views(identity["pad"], identity["flip"])
@@ -103,8 +103,9 @@ def _create_folder(folder: Path, identity: dict) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"the cache of teacher logits needs {rows * (identity['classes'] * 2 + 1) / 1e9:.2f} GB under {folder.parent} "
-            f"and could not be made ({error.strerror}); free space, name another folder, or run without it (cache='off')",
+            f"the cache of teacher logits needs {rows * (identity['classes'] * 2 + 1) / 1e9:.2f} GB under "
+            f"{folder.parent} and could not be made ({error.strerror}); free space, name another folder, or run "
+            "without it (cache='off')",
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -114,12 +115,14 @@ def _map_file(path: Path, dtype: torch.dtype, count: int) -> tuple[mmap.mmap, Te
     "The file as a tensor in shared memory: what one process writes, all see, and the file keeps."
     expected = count * dtype.itemsize
     if not path.is_file() or path.stat().st_size != expected:
-        raise ValueError(f"{path} is damaged: it should have {expected} bytes. Delete the folder {path.parent} to compute it anew.")
+        raise ValueError(
+            f"{path} is damaged: it should have {expected} bytes. Delete the folder {path.parent} to compute it anew."
+        )
     with open(path, "r+b") as file:
         mapped = mmap.mmap(file.fileno(), expected)
     return mapped, torch.frombuffer(mapped, dtype=dtype)
 
-# %% ../nbs/05_teacher_logits.ipynb #a2626a1e
+# %% ../nbs/05_teacher_logits.ipynb #5488dfea
 class CachedTeacherLogits(TeacherLogits):
     """`TeacherLogits` that are computed once for each view and kept in a folder under `cache_dir`, in half precision.
 

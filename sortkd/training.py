@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'STEPS_AHEAD', 'Recipe', 'native_precision', 'create_fabric', 'precision_of', 'Evaluation', 'evaluate',
            'Outcome', 'fingerprint', 'train', 'progress_bar']
 
-# %% ../nbs/06_training.ipynb #6e4b1f20
+# %% ../nbs/06_training.ipynb #d88837d0
 import hashlib
 import json
 import math
@@ -32,7 +32,7 @@ from .teachers import save_atomically
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# %% ../nbs/06_training.ipynb #b0cdc76e
+# %% ../nbs/06_training.ipynb #b14d44cd
 @dataclass(frozen=True)
 class Recipe:
     "How long and with which optimiser a network is trained. The defaults are the field's recipe for CIFAR-100."
@@ -69,7 +69,7 @@ class Recipe:
             self, epochs=epochs, milestones=tuple(round(each * epochs / self.epochs) for each in self.milestones)
         )
 
-# %% ../nbs/06_training.ipynb #ab81572e
+# %% ../nbs/06_training.ipynb #3fae488b
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
@@ -113,7 +113,7 @@ def precision_of(fabric: "Fabric") -> str:
     "The name of the precision that `fabric` computes in."
     return next(name for name, spelling in PRECISIONS.items() if spelling == str(fabric._precision.precision))
 
-# %% ../nbs/06_training.ipynb #19bef7b1
+# %% ../nbs/06_training.ipynb #faa28d23
 @dataclass(frozen=True)
 class Evaluation:
     "`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images."
@@ -138,7 +138,7 @@ def evaluate(model: nn.Module, batches: Batches, fabric: "Fabric") -> Evaluation
     count = len(batches.test_targets)
     return Evaluation(100 * correct / count, loss / count, count)
 
-# %% ../nbs/06_training.ipynb #0440b83b
+# %% ../nbs/06_training.ipynb #152ba90d
 class _Step:
     "One step of the student. `totals` holds the sum of the loss over rows and the number of hits."
 
@@ -202,7 +202,7 @@ def _side_stream(device: torch.device):
         yield
     torch.cuda.current_stream(device).wait_stream(stream)
 
-# %% ../nbs/06_training.ipynb #272af133
+# %% ../nbs/06_training.ipynb #3382b85a
 STEPS_AHEAD = 32  # for which the teacher's logits are looked up and repaired at once
 
 
@@ -237,7 +237,7 @@ def _train_epoch(
     row = {"train_loss": loss / count, "train_top1": 100 * hits / count}
     return row if teacher is None else row | dict(zip(("teacher_wrong_rows", "changed_rows"), about_teacher.tolist()))
 
-# %% ../nbs/06_training.ipynb #869dcc47
+# %% ../nbs/06_training.ipynb #bfb8743b
 @dataclass
 class Outcome:
     """What a run leaves: one row an epoch, the weights of the last and of the best test epoch, and the seconds it
@@ -258,7 +258,7 @@ class Outcome:
         "The first of the epochs with the highest test accuracy."
         return max(self.curve, key=lambda row: row["test_top1"])
 
-# %% ../nbs/06_training.ipynb #34f2db7b
+# %% ../nbs/06_training.ipynb #5f643a7b
 def fingerprint(*parts) -> str:
     "A short checksum of values that `json` can write; what a checkpoint uses to know its run."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -282,7 +282,7 @@ def _load_checkpoint(path: Path, run: str) -> dict:
         )
     return state
 
-# %% ../nbs/06_training.ipynb #e4921b03
+# %% ../nbs/06_training.ipynb #1b5058c9
 def train(
     model: nn.Module,
     batches: Batches,
@@ -421,7 +421,7 @@ class _NotebookLine:
 
 
 def progress_bar(progress: bool | str, name: str, total: int, initial: int, unit: str = "step"):
-    "A bar on standard output, or in a notebook one line; `progress` is whether to show it, or its title instead of `name`."
+    "A bar on standard output, in a notebook one line; `progress`: whether to show it, or its title instead of `name`."
     from tqdm import tqdm
 
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
