@@ -721,7 +721,7 @@ def _markdown(table: pd.DataFrame) -> str:
 
 
 def write_table(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str], folder: str | Path) -> str:
-    "Write a table of texts as NAME.md, NAME.tex and NAME.html into `folder`, and return the HTML."
+    "Write a table of texts as NAME.md and NAME.tex into `folder`, and return it as HTML."
     styler = table.style.set_uuid(name)
     for axis, labels in enumerate((table.index, table.columns)):
         styler.format_index(escape="latex", axis=axis)
@@ -741,6 +741,6 @@ def write_table(table: pd.DataFrame, name: str, caption: str, notes: Sequence[st
     html = styler.format(escape="html").set_caption(escape(caption)).to_html(cell_ids=False)
     html += "".join(f"<p>{escape(note)}</p>\n" for note in notes)
     markdown = f"**{caption}**\n\n{_markdown(table)}" + "".join(f"\n{note}\n" for note in notes)
-    for suffix, text in (("md", markdown), ("tex", latex), ("html", html)):
+    for suffix, text in (("md", markdown), ("tex", latex)):
         save_atomically(Path(folder) / f"{name}.{suffix}", partial(Path.write_text, data=text, encoding="utf-8"))
     return html

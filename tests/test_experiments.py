@@ -193,3 +193,19 @@ def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
 def test_bad_speed_parameters_are_named(changes, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         small_experiment(tmp_path, **changes)
+
+
+def test_every_method(folder, tmp_path):
+    "All objectives with all repairs that make sense: the record is whole, and the loss falls."
+    from sortkd.losses import list_methods
+    from sortkd.results import check_record
+    experiment = small_experiment(folder, methods=",".join(list_methods()), epochs=3, train_size=300, cache="full", results_dir=str(tmp_path))
+    records = run_experiment(experiment, progress=False).records
+    assert [check_record(record)["method"]["name"] for record in records] == list_methods() and len(records) >= 25
+    for record in records:
+        losses = record["curve"]["train_loss"]
+        if not record["method"]["warmup_epochs"]:  # where the weight of the term grows, so does the loss
+            assert losses[-1] < losses[0], (record["method"]["name"], losses)
+        if record["method"]["objective"] != "ce":
+            changes = record["method"]["repair"] != "none"
+            assert record["result"]["changed_rows"] == changes * record["result"]["teacher_wrong_rows"] and record["result"]["teacher_wrong_rows"] > 0

@@ -539,7 +539,7 @@ def test_tables_regenerate_to_the_byte(synthetic_folder):
         "cost",
         "left_out",
     }
-    assert {Path(name).suffix for name in first} == {".md", ".tex", ".html"}
+    assert {Path(name).suffix for name in first} == {".md", ".tex"}
     assert all("SYNTHETIC RECORDS" in content.decode() for content in first.values())
     different = first["different_architecture.md"].decode()
     assert "the heading is a slip" in different and "12 of the 120 runs" in different
