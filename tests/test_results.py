@@ -516,8 +516,16 @@ def synthetic_folder(tmp_path_factory):
     )
     paper = synthetic_records({"r56_r20": 0.3, "r32x4_shuv2": 0.1}, generator, preset="paper", seeds=3)
     write_lines(folder / "results" / "paper.jsonl", paper, json.dumps(paper[0])[:300])
-    rows = [{"what": "sort", "setting": "batch of 64", "plain_ms": 3.0, "ours_ms": 1.0, "ratio": 3.0}]
-    write_lines(folder / "results" / "benchmarks.jsonl", [{"rows": rows}])
+    times = {"plain_ms": 3.0, "ours_ms": 1.0, "ratio": 3.0}
+    rows = [
+        {"what": "sort_logits", "setting": "(64, 100)"} | times,
+        {"what": "step, teacher logits cached", "setting": "resnet56 to resnet20, batch 64"} | times,
+    ]
+    machines = [{"processor": "a processor"}, {"processor": "a processor", "gpu": "a GPU"}]
+    write_lines(
+        folder / "results" / "benchmarks.jsonl",
+        [{"benchmark": "speed", "machine": machine, "rows": rows} for machine in machines] + [{"benchmark": "accuracy"}],
+    )
     return folder
 
 
