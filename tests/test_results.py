@@ -524,7 +524,8 @@ def synthetic_folder(tmp_path_factory):
     machines = [{"processor": "a processor"}, {"processor": "a processor", "gpu": "a GPU"}]
     write_lines(
         folder / "results" / "benchmarks.jsonl",
-        [{"benchmark": "speed", "machine": machine, "rows": rows} for machine in machines] + [{"benchmark": "accuracy"}],
+        [{"benchmark": "speed", "machine": machine, "rows": rows} for machine in machines]
+        + [{"benchmark": "accuracy"}],
     )
     return folder
 
