@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REPAIRS', 'OBJECTIVES', 'kd_loss', 'dkd_loss', 'standardize', 'dist_loss', 'mlkd_loss', 'sld_loss',
-           'learned_temperature', 'curriculum_factor', 'revise_logits', 'skip_logits', 'keep_logits', 'Objective',
+           'LearnedTemperature', 'curriculum_factor', 'revise_logits', 'skip_logits', 'keep_logits', 'Objective',
            'Method', 'list_methods', 'create_method']
 
-# %% ../nbs/01_losses.ipynb #2a1e7c24
+# %% ../nbs/01_losses.ipynb #60a16e97
 import difflib
 import math
 from collections.abc import Callable, Mapping
@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sorting import _check_arguments, _check_range, _find_wrong_rows, sort_logits, swap_logits
 
-# %% ../nbs/01_losses.ipynb #8518734e
+# %% ../nbs/01_losses.ipynb #38e10e21
 def _check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None):
     if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
         raise ValueError(
@@ -43,7 +43,7 @@ def _check_temperature(temperature: float | Tensor):
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be greater than 0, but it is {temperature!r}.")
 
-# %% ../nbs/01_losses.ipynb #f87137b2
+# %% ../nbs/01_losses.ipynb #f94765c7
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """Knowledge distillation: T² · KL(teacher ‖ student) of the distributions softened by `temperature`, averaged
     over rows.
@@ -58,7 +58,7 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)
     return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True) * temperature**2
 
-# %% ../nbs/01_losses.ipynb #d001d274
+# %% ../nbs/01_losses.ipynb #f7e633c8
 def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (target, all others), `(N, 2)`, and of the others among themselves, `(N, C)` with 0 at the
     target.
@@ -69,7 +69,7 @@ def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     binary = torch.cat([on_target, others], dim=-1) - everything
     return binary, (logits - others).masked_fill(is_target, 0)
 
-# %% ../nbs/01_losses.ipynb #2de8d6b8
+# %% ../nbs/01_losses.ipynb #34439675
 def dkd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -99,7 +99,7 @@ def dkd_loss(
     rows = target.numel()
     return (alpha * target_term.sum() + beta * other_term.sum()) * (temperature**2 / rows)
 
-# %% ../nbs/01_losses.ipynb #2ee9335e
+# %% ../nbs/01_losses.ipynb #d40494d8
 def standardize(logits: Tensor) -> Tensor:
     """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1; a row of equal values becomes 0.
 
@@ -112,7 +112,7 @@ def standardize(logits: Tensor) -> Tensor:
     centred = logits - logits.mean(-1, keepdim=True)
     return centred / (1e-7 + logits.std(-1, keepdim=True))
 
-# %% ../nbs/01_losses.ipynb #0d561a64
+# %% ../nbs/01_losses.ipynb #ac4965b3
 def _unit_vectors(values: Tensor) -> Tensor:
     "`values` brought to mean 0 and length 1 along the last dimension; 0 where they are constant to rounding."
     centred = values - values.mean(-1, keepdim=True)
@@ -125,7 +125,7 @@ def _pearson_distance(first: Tensor, second: Tensor) -> Tensor:
     "1 - Pearson's correlation along the last dimension, averaged over the others."
     return 1 - (_unit_vectors(first) * _unit_vectors(second)).sum(-1).mean()
 
-# %% ../nbs/01_losses.ipynb #d9df3fd6
+# %% ../nbs/01_losses.ipynb #2a3acc3e
 def dist_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -151,7 +151,7 @@ def dist_loss(
     intra_class = _pearson_distance(student_probs.T, teacher_probs.T)
     return (inter_weight * inter_class + intra_weight * intra_class) * temperature**2
 
-# %% ../nbs/01_losses.ipynb #24602e96
+# %% ../nbs/01_losses.ipynb #d49050e6
 def _gram_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, of_classes: bool) -> Tensor:
     "Squared difference of the Gram matrices of softened probabilities, over their number of rows."
     student, teacher = (F.softmax(each / temperature, dim=-1) for each in (student_logits, teacher_logits))
@@ -169,23 +169,20 @@ def mlkd_loss(
     teacher_logits: Tensor,
     strong_student_logits: Tensor,
     strong_teacher_logits: Tensor,
-    target: Tensor,
-    ce_weight: float = 0.1,
-    kd_weight: float = 0.9,
     temperature: float = 4.0,
     standardized: bool = False,
 ) -> Tensor:
-    """Multi-level logit distillation, the whole objective: cross-entropy, and KD of instances, batch and classes.
+    """Multi-level logit distillation: KD of instances, batch and classes; cross-entropy of both views is added to it.
 
-    Logits `(N, C)` of the weakly and the `strong`ly augmented view, `target` `(N,)`. `standardized`: instances are
-    compared on z-scores (LSKD), batch and classes as they are. Returns a scalar, in nats.
+    Logits `(N, C)` of the weakly and the `strong`ly augmented view. `standardized`: instances are compared on z-scores
+    (LSKD), batch and classes as they are. Returns a scalar, in nats.
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Jin et al., Multi-Level Logit Distillation, CVPR 2023, as the authors' code computes it: its strong view's
     KD uses the weak view's logits at temperatures 2 and 6, and its confidence masks act as one factor a term.
     """
     weak, strong = (student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)
     for logits in (weak, strong):
-        _check_logits(*logits, target)
+        _check_logits(*logits)
     _check_temperature(temperature)
     confidence = F.softmax(teacher_logits, dim=-1)
     rows, classes = _share_up_to_median(confidence.amax(1)), _share_up_to_median(confidence.sum(0))
@@ -197,54 +194,55 @@ def mlkd_loss(
         loss = loss + rows * (instances + _gram_loss(*weak, each, of_classes=False))
         loss = loss + classes * _gram_loss(*weak, each, of_classes=True)
         loss = loss + (instances if each in (2.0, 6.0) else kd_loss(*strong_kd, each))
-    cross_entropy = F.cross_entropy(student_logits, target) + F.cross_entropy(strong_student_logits, target)
-    return ce_weight * cross_entropy + kd_weight * loss
+    return loss
 
-# %% ../nbs/01_losses.ipynb #9fd65dd4
+# %% ../nbs/01_losses.ipynb #ec333121
 def sld_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     strong_student_logits: Tensor,
     strong_teacher_logits: Tensor,
     target: Tensor,
-    epoch: int,
-    ce_weight: float = 1.0,
-    kd_weight: float = 1.0,
-    student_teaches_after: int = 150,
+    student_teaches: bool = False,
 ) -> Tensor:
-    """Swapped logit distillation, the whole objective in `epoch`, counted from 1.
+    """Swapped logit distillation: KD at temperatures 1 to 6, for both views; cross-entropy of both is added to it.
 
-    Logits `(N, C)` of the weakly and the `strong`ly augmented view, the teacher's as they are; `target` `(N,)`.
-    Returns a scalar, in nats.
+    Logits `(N, C)` of the weakly and the `strong`ly augmented view; the teacher's come repaired, in the paper by
+    `swap_logits`. `target` `(N,)`. `student_teaches`: whether the student's own logits, swapped, are a second
+    teacher. Returns a scalar, in nats.
     Raises `ValueError` for shapes that do not fit.
     Source: Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, 2025 (arXiv 2504.20108).
     """
     loss = 0.0
     for student, teacher in ((student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)):
         _check_logits(student, teacher, target)
-        teachers = [swap_logits(teacher, target)]
-        if epoch > student_teaches_after:
-            teachers.append(swap_logits(student, target))
-        distillation = sum(kd_loss(student, each, float(T)) for each in teachers for T in range(1, 7))
-        loss = loss + ce_weight * F.cross_entropy(student, target) + kd_weight * distillation
+        teachers = [teacher, swap_logits(student, target)] if student_teaches else [teacher]
+        loss = loss + sum(kd_loss(student, each, float(T)) for each in teachers for T in range(1, 7))
     return loss
 
-# %% ../nbs/01_losses.ipynb #f79e9ce8
-def learned_temperature(raw: Tensor, gradient_factor: float, start: float = 1.0, end: float = 20.0) -> Tensor:
-    """The temperature `start + end · sigmoid(raw)`; the gradient that reaches `raw` is multiplied by
-    `gradient_factor`.
+# %% ../nbs/01_losses.ipynb #a71fceaa
+class LearnedTemperature(nn.Module):
+    """The temperature `start + end · sigmoid(raw)` with a parameter `raw` that starts at 1.
 
+    Called with `gradient_factor`, by which the gradient that reaches `raw` is multiplied; returns a tensor `(1,)`.
     Source: Li et al., Curriculum Temperature for Knowledge Distillation, AAAI 2023 (arXiv 2211.16231).
     """
-    reversed_raw = raw.detach() + gradient_factor * (raw - raw.detach())
-    return start + end * torch.sigmoid(reversed_raw)
+
+    def __init__(self, start: float = 1.0, end: float = 20.0):
+        super().__init__()
+        self.start, self.end = start, end
+        self.raw = nn.Parameter(torch.ones(1))
+
+    def forward(self, gradient_factor: float = -1.0) -> Tensor:
+        reversed_raw = self.raw.detach() + gradient_factor * (self.raw - self.raw.detach())
+        return self.start + self.end * torch.sigmoid(reversed_raw)
 
 
 def curriculum_factor(epoch: int, epochs: int = 10) -> float:
     "CTKD's `gradient_factor` in `epoch`, counted from 1: a cosine from 0 to -1, reached in epoch `epochs` and kept."
     return (math.cos(math.pi * min(epoch, epochs) / epochs) - 1) / 2
 
-# %% ../nbs/01_losses.ipynb #fc7b3310
+# %% ../nbs/01_losses.ipynb #e6257d76
 def revise_logits(
     logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100, eta: float = 0.8
 ) -> Tensor:
@@ -268,7 +266,7 @@ def revise_logits(
     revised = total + ((1 + top_prob - target_prob) / eta - (1 - target_prob)).log()
     return logits.scatter(dim, index, torch.where(wrong, revised.to(logits.dtype), value))
 
-# %% ../nbs/01_losses.ipynb #4064592b
+# %% ../nbs/01_losses.ipynb #bcb2c863
 def skip_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
     """Mark the wrong rows as no lesson, by -inf in all classes; arguments, ties and errors as for `sort_logits`.
 
@@ -278,13 +276,13 @@ def skip_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     _, _, wrong = _find_wrong_rows(logits, target, dim, ignore_index)
     return logits.masked_fill(wrong.unsqueeze(dim), -torch.inf)
 
-# %% ../nbs/01_losses.ipynb #a587f91a
+# %% ../nbs/01_losses.ipynb #82e06a16
 def _replace_skipped(student_logits: Tensor, repaired_logits: Tensor) -> Tensor:
     "The repaired logits, with the student's own, as constants, in the rows that `skip_logits` marked."
     skipped = repaired_logits.amax(-1, keepdim=True) == -torch.inf
     return torch.where(skipped, student_logits.detach(), repaired_logits)
 
-# %% ../nbs/01_losses.ipynb #97aa71e2
+# %% ../nbs/01_losses.ipynb #f66fb97c
 def keep_logits(teacher_logits: Tensor, target: Tensor) -> Tensor:
     "The repair called `none`: the teacher's logits as they are."
     return teacher_logits
@@ -298,20 +296,26 @@ REPAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sort": sort_logits,
 }
 
-# %% ../nbs/01_losses.ipynb #9c8ce13a
+# %% ../nbs/01_losses.ipynb #dfe25c8f
 @dataclass(frozen=True)
 class Objective:
     "A distillation term with the weights, warm-up and settings it is trained with on CIFAR-100."
 
-    term: (
-        Callable[..., Tensor] | None
-    )  # term(student_logits, teacher_logits, target, **settings); None: cross-entropy alone
+    # term(student_logits, teacher_logits, target, **settings); with strong_views (student_logits, teacher_logits,
+    # strong_student_logits, strong_teacher_logits, target, **settings); None: cross-entropy alone
+    term: Callable[..., Tensor] | None
     ce_weight: float
     kd_weight: float
     warmup_epochs: int = 0  # the term grows linearly over these epochs, counted from 1
     standardize: bool = False  # whether the term sees z-scores of the student's and the repaired teacher's logits
     relates_rows: bool = False  # whether the term is more than a sum over rows, so that none can be left out
+    repair: str = "none"  # what the objective's paper does to the teacher, and its name alone stands for
+    strong_views: bool = False  # whether the student is also shown a strongly augmented view of each image
+    learns_temperature: bool = False
+    lr: float = math.inf  # the learning rate of its paper, where that is below the pair's
+    epochs: int = 240  # how long its paper trains
     settings: Mapping[str, float] = field(default_factory=dict)
+    in_epoch: Callable[[Mapping, int], Mapping] = lambda settings, epoch: settings  # the term's settings then
 
 
 def _kd_term(student_logits, teacher_logits, target, temperature):
@@ -322,6 +326,24 @@ def _dist_term(student_logits, teacher_logits, target, **settings):
     return dist_loss(student_logits, teacher_logits, **settings)
 
 
+def _mlkd_term(*logits_and_target, **settings):
+    return mlkd_loss(*logits_and_target[:-1], **settings)
+
+
+def _lskd_mlkd_term(*logits_and_target, **settings):
+    return mlkd_loss(*logits_and_target[:-1], **settings, standardized=True)
+
+
+def _sld_settings(settings, epoch):
+    return {"student_teaches": epoch > settings["student_teaches_after"]}
+
+
+def _ctkd_settings(settings, epoch):
+    others = {name: value for name, value in settings.items() if name not in ("start", "end", "curriculum_epochs")}
+    return others | {"gradient_factor": curriculum_factor(epoch, settings["curriculum_epochs"])}
+
+
+_CTKD = {"start": 1.0, "end": 20.0, "curriculum_epochs": 10}
 OBJECTIVES: dict[str, Objective] = {
     "ce": Objective(None, ce_weight=1.0, kd_weight=0.0),
     "kd": Objective(_kd_term, ce_weight=0.1, kd_weight=0.9, settings={"temperature": 4.0}),
@@ -341,6 +363,53 @@ OBJECTIVES: dict[str, Objective] = {
         standardize=True,
         settings={"alpha": 1.0, "beta": 8.0, "temperature": 2.0},
     ),
+    "ctkd": Objective(
+        _kd_term,
+        ce_weight=0.1,
+        kd_weight=0.9,
+        learns_temperature=True,
+        settings=_CTKD,
+        in_epoch=_ctkd_settings,
+    ),
+    "ctkd_dkd": Objective(
+        dkd_loss,
+        ce_weight=1.0,
+        kd_weight=1.0,
+        warmup_epochs=20,
+        learns_temperature=True,
+        settings={"alpha": 1.0, "beta": 8.0, **_CTKD},
+        in_epoch=_ctkd_settings,
+    ),
+    "mlkd": Objective(
+        _mlkd_term,
+        ce_weight=0.1,
+        kd_weight=0.9,
+        relates_rows=True,
+        strong_views=True,
+        lr=0.025,
+        epochs=480,
+        settings={"temperature": 4.0},
+    ),
+    "lskd_mlkd": Objective(
+        _lskd_mlkd_term,
+        ce_weight=0.1,
+        kd_weight=9.0,
+        relates_rows=True,
+        strong_views=True,
+        lr=0.025,
+        epochs=480,
+        settings={"temperature": 2.0},
+    ),
+    "sld": Objective(
+        sld_loss,
+        ce_weight=1.0,
+        kd_weight=1.0,
+        repair="swap",
+        strong_views=True,
+        lr=0.025,
+        settings={"student_teaches_after": 150},
+        in_epoch=_sld_settings,
+    ),
     "dist": Objective(
         _dist_term,
         ce_weight=1.0,
@@ -350,7 +419,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
 }
 
-# %% ../nbs/01_losses.ipynb #37a88937
+# %% ../nbs/01_losses.ipynb #aaf7b8ea
 @dataclass(frozen=True)
 class Method:
     "What a student is trained with: a repair, an objective and its numbers. Made by `create_method`."
@@ -368,6 +437,17 @@ class Method:
     def uses_teacher(self) -> bool:
         return OBJECTIVES[self.objective].term is not None
 
+    @property
+    def strong_views(self) -> bool:
+        "Whether the loss compares strongly augmented views, too."
+        return OBJECTIVES[self.objective].strong_views
+
+    def create_temperature(self) -> LearnedTemperature | None:
+        "The parameter to train along with the student, for objectives that learn their temperature; else None."
+        if not OBJECTIVES[self.objective].learns_temperature:
+            return None
+        return LearnedTemperature(self.settings["start"], self.settings["end"])
+
     def repair_logits(self, teacher_logits: Tensor, target: Tensor) -> Tensor:
         "The teacher's logits `(..., C)` as the objective will see them; `target` `(...)`."
         return REPAIRS[self.repair](teacher_logits, target)
@@ -376,28 +456,53 @@ class Method:
         "The share of the distillation term's weight that it has in `epoch`, counted from 1; 1 after the warm-up."
         return min(epoch / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
 
-    def loss(self, student_logits: Tensor, repaired_logits: Tensor | None, target: Tensor, epoch: int) -> Tensor:
+    def schedule(self, epoch: int) -> tuple:
+        "All that the loss takes from `epoch`: where two epochs have the same, their losses are the same function."
+        return self.ramp(epoch), OBJECTIVES[self.objective].in_epoch(self.settings, epoch)
+
+    def loss(
+        self,
+        student_logits: Tensor,
+        repaired_logits: Tensor | None,
+        target: Tensor,
+        epoch: int,
+        strong: tuple[Tensor, Tensor] | None = None,
+        temperature: LearnedTemperature | None = None,
+    ) -> Tensor:
         """The scalar training loss in `epoch`, counted from 1.
 
-        `repaired_logits` is what `repair_logits` returned, or None for `ce`.
+        `repaired_logits` is what `repair_logits` returned, or None for `ce`. `strong`: the student's and the repaired
+        teacher's logits of the strong views; `temperature`: what `create_temperature` made; for methods that have them.
+        Raises `ValueError` if one of these is missing.
         """
         loss = self.ce_weight * F.cross_entropy(student_logits, target)
+        if self.strong_views:
+            if strong is None:
+                raise ValueError(f"{self.name} compares strongly augmented views, too; pass their logits as strong.")
+            loss = loss + self.ce_weight * F.cross_entropy(strong[0], target)
         if self.uses_teacher:
-            loss = loss + self.kd_weight * self.ramp(epoch) * self._term(student_logits, repaired_logits, target)
+            views = [(student_logits, repaired_logits), *([strong] if self.strong_views else [])]
+            loss = loss + self.kd_weight * self._term(views, target, epoch, temperature)
         return loss
 
-    def _term(self, student_logits: Tensor, repaired_logits: Tensor, target: Tensor) -> Tensor:
+    def _term(self, views, target: Tensor, epoch: int, temperature: LearnedTemperature | None) -> Tensor:
+        entry, (ramp, settings) = OBJECTIVES[self.objective], self.schedule(epoch)
         if self.repair == "skip":
-            repaired_logits = _replace_skipped(student_logits, repaired_logits)
+            views = [(student, _replace_skipped(student, repaired)) for student, repaired in views]
         if self.standardize:
-            student_logits, repaired_logits = standardize(student_logits), standardize(repaired_logits)
-        return OBJECTIVES[self.objective].term(student_logits, repaired_logits, target, **self.settings)
+            views = [(standardize(student), standardize(repaired)) for student, repaired in views]
+        if entry.learns_temperature:
+            if temperature is None:
+                raise ValueError(f"{self.name} learns its temperature; pass what create_temperature made.")
+            others = {name: value for name, value in settings.items() if name != "gradient_factor"}
+            settings = others | {"temperature": temperature(settings["gradient_factor"]).squeeze()}
+        return ramp * entry.term(*(logits for view in views for logits in view), target, **settings)
 
-# %% ../nbs/01_losses.ipynb #a4d17ad2
+# %% ../nbs/01_losses.ipynb #95df4e54
 def _objection(objective: str, repair: str) -> str | None:
     "Why the two do not go together; None if they do."
     entry = OBJECTIVES[objective]
-    if entry.term is None and repair != "none":
+    if entry.term is None and repair != entry.repair:
         return f"{objective} has no teacher, so there are no logits to repair"
     if entry.relates_rows and repair == "skip":
         return f"{objective} relates the rows of a batch to each other, so a row cannot be left out of it"
@@ -405,7 +510,7 @@ def _objection(objective: str, repair: str) -> str | None:
 
 
 def _method_name(objective: str, repair: str) -> str:
-    return objective if repair == "none" else f"{objective}+{repair}"
+    return objective if repair == OBJECTIVES[objective].repair else f"{objective}+{repair}"
 
 
 def list_methods() -> list[str]:
@@ -423,7 +528,7 @@ def create_method(name: str, **changes: float) -> Method:
     `dkd+sort`.
 
     `changes` replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
-    `alpha`, `beta`, `inter_weight`, `intra_weight`).
+    `alpha`, `beta`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`, `student_teaches_after`).
     Raises `ValueError` for a name or a change that does not exist, and for a repair that makes no sense for the
     objective.
     """
@@ -431,6 +536,8 @@ def create_method(name: str, **changes: float) -> Method:
     if name not in list_methods():
         if objective in OBJECTIVES and repair in REPAIRS and (reason := _objection(objective, repair)):
             raise ValueError(f"there is no method {name!r}: {reason}.")
+        if objective in OBJECTIVES and repair == OBJECTIVES[objective].repair:
+            raise ValueError(f"there is no method {name!r}: {objective!r} alone is its name.")
         close = difflib.get_close_matches(str(name), list_methods(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"there is no method {name!r}; the methods are {', '.join(list_methods())}.{hint}")
@@ -444,4 +551,6 @@ def create_method(name: str, **changes: float) -> Method:
         )
     numbers |= {key: value for key, value in changes.items() if key in numbers}
     settings = {key: changes.get(key, default) for key, default in entry.settings.items()}
-    return Method(name, repair or "none", objective, **numbers, standardize=entry.standardize, settings=settings)
+    return Method(
+        name, repair or entry.repair, objective, **numbers, standardize=entry.standardize, settings=settings
+    )

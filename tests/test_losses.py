@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import needs_cifar100
 from sortkd.data import load_cifar100, normalize
 from sortkd.experiments import PAIRS, plan_experiment
-from sortkd.losses import (OBJECTIVES, REPAIRS, create_method, curriculum_factor, dist_loss, dkd_loss, kd_loss, learned_temperature,
+from sortkd.losses import (OBJECTIVES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, dist_loss, dkd_loss, kd_loss,
                            list_methods, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize)
 from sortkd.sorting import sort_logits, swap_logits
 from sortkd.teachers import load_teacher
@@ -45,14 +45,24 @@ def test_golden(name, objective):
         assert (ours - golden).norm() / golden.norm() < tolerance
 
 
+def loss_of(name, student=STUDENT, strong_student=STRONG_STUDENT, epoch=1, rows=slice(None), teachers=(TEACHER, STRONG_TEACHER),
+            target=TARGET, learned=None, **changes):
+    "The loss of a method by its name, with the strong views and the learned temperature that it asks for."
+    method = create_method(name, **changes)
+    target = target[rows]
+    repaired, strong_repaired = (method.repair_logits(each[rows], target) for each in teachers)
+    return method.loss(student[rows], repaired if method.uses_teacher else None, target, epoch,
+                       (strong_student[rows], strong_repaired) if method.strong_views else None,
+                       learned or method.create_temperature())
+
+
 def two_view_cases():
-    for name, repair, standardized in (("mlkd", "none", False), ("mlkd_sort", "sort", False), ("mlkd_lskd", "none", True),
-                                       ("mlkd_lskd_sort", "sort", True)):
-        teachers = [REPAIRS[repair](teacher, TARGET) for teacher in (TEACHER, STRONG_TEACHER)]
-        yield f"{name}_ce0.1_kd0.9_T4", lambda z, strong, t=teachers, s=standardized: mlkd_loss(
-            z, t[0], strong, t[1], TARGET, standardized=s)
+    for golden, name, changes in (("mlkd", "mlkd", {}), ("mlkd_sort", "mlkd+sort", {}),
+                                  ("mlkd_lskd", "lskd_mlkd", {"kd_weight": 0.9, "temperature": 4.0}),
+                                  ("mlkd_lskd_sort", "lskd_mlkd+sort", {"kd_weight": 0.9, "temperature": 4.0})):
+        yield f"{golden}_ce0.1_kd0.9_T4", lambda z, strong, n=name, c=changes: loss_of(n, z, strong, **c)
     for epoch in (10, 200):
-        yield f"sld_epoch{epoch}", lambda z, strong, e=epoch: sld_loss(z, TEACHER, strong, STRONG_TEACHER, TARGET, e)
+        yield f"sld_epoch{epoch}", lambda z, strong, e=epoch: loss_of("sld", z, strong, e)
 
 
 @pytest.mark.parametrize("name,objective", list(two_view_cases()), ids=lambda value: value if isinstance(value, str) else "")
@@ -74,17 +84,44 @@ def test_every_golden_is_compared():
 
 
 def test_sld_lets_the_student_teach_only_after_epoch_150():
-    arguments = STUDENT, TEACHER, STRONG_STUDENT, STRONG_TEACHER, TARGET
-    assert sld_loss(*arguments, 150) == sld_loss(*arguments, 1) < sld_loss(*arguments, 151) == sld_loss(*arguments, 240)
+    def at(epoch, name="sld", **changes): return loss_of(name, epoch=epoch, **changes)
+
+    assert at(150) == at(1) < at(151) == at(240)
+    assert at(11, student_teaches_after=10) == at(240) and at(240, "sld+sort") != at(240)
+    swapped = [swap_logits(teacher, TARGET) for teacher in (TEACHER, STRONG_TEACHER)]
+    torch.testing.assert_close(at(1), loss_of("sld+none", teachers=swapped))
+
+
+def test_what_a_method_asks_for_is_not_forgotten():
+    for name, words in (("mlkd", "strong"), ("sld+sort", "strong"), ("ctkd", "create_temperature"), ("ctkd_dkd+sort", "create_temperature")):
+        method = create_method(name)
+        assert method.strong_views == (words == "strong") and (method.create_temperature() is None) == method.strong_views
+        with pytest.raises(ValueError, match=words):
+            method.loss(STUDENT, TEACHER, TARGET, 1)
+
+
+def test_a_schedule_tells_the_epochs_whose_losses_differ():
+    for name in list_methods():
+        schedules = [create_method(name).schedule(epoch) for epoch in range(1, 241)]
+        changes = [epoch for epoch in range(2, 241) if schedules[epoch - 1] != schedules[epoch - 2]]
+        objective = name.partition("+")[0]
+        assert changes == {"dkd": [*range(2, 21)], "lskd_dkd": [*range(2, 21)], "ctkd": [*range(2, 11)],
+                           "ctkd_dkd": [*range(2, 21)], "sld": [151]}.get(objective, []), name
 
 
 def test_learned_temperature():
-    raw, student = torch.ones(1, requires_grad=True), STUDENT.clone().requires_grad_()
-    loss = kd_loss(student, TEACHER, learned_temperature(raw, -0.5))
+    learned, student = LearnedTemperature(), STUDENT.clone().requires_grad_()
+    raw = learned.raw
+    loss = kd_loss(student, TEACHER, learned(-0.5)).squeeze()
     loss.backward()
     for ours, golden, tolerance in ((loss.detach(), "ctkd_raw1_start1_end20", 1e-5), (student.grad, "ctkd_grad", 1e-4),
                                     (raw.grad, "ctkd_raw_grad_lambda-0.5", 1e-4)):
         assert (ours - GOLDENS[golden]).norm() / GOLDENS[golden].norm() < tolerance
+    learned = LearnedTemperature(2.0, 10.0)
+    loss_of("ctkd", learned=learned, epoch=5).backward()
+    lower = LearnedTemperature(2.0, 10.0)
+    loss_of("ctkd", learned=lower, epoch=10).backward()
+    assert learned().item() == pytest.approx(2 + 10 / (1 + np.exp(-1))) and learned.raw.grad == lower.raw.grad / 2 != 0
     factors = [curriculum_factor(epoch) for epoch in range(1, 241)]
     assert all(later <= earlier for earlier, later in zip([0.0, *factors], factors)) and factors[9:] == [-1.0] * 231
 
@@ -194,20 +231,21 @@ def test_revise_gradient():
     assert torch.autograd.gradcheck(lambda z: revise_logits(z, torch.arange(6)), logits)
 
 
-@pytest.mark.parametrize("objective", ["kd", "dkd", "lskd", "lskd_dkd"])
+@pytest.mark.parametrize("objective", ["kd", "dkd", "lskd", "lskd_dkd", "ctkd", "ctkd_dkd", "sld"])
 def test_skip_leaves_out_the_wrong_rows(objective):
     teacher, target = torch.cat([TEACHER, SORTED]), torch.cat([TARGET, TARGET])  # wrong rows, then right ones
     students = torch.cat([STUDENT, STUDENT])
+    alone = objective if objective != "sld" else "sld+none"
 
     def term(name, rows):
         student = students[rows].clone().requires_grad_()
-        method = create_method(name, ce_weight=0.0, warmup_epochs=0)
-        loss = method.loss(student, method.repair_logits(teacher[rows], target[rows]), target[rows], 1)
+        loss = loss_of(name, student, student, teachers=(teacher[rows], teacher[rows]), target=target[rows],
+                       ce_weight=0.0, warmup_epochs=0)
         return loss.detach(), torch.autograd.grad(loss, student)[0]
 
     right = teacher.argmax(1) == target
     loss, gradient = term(f"{objective}+skip", slice(None))
-    expected, expected_gradient = term(objective, right)
+    expected, expected_gradient = term(alone, right)
     share = right.float().mean()
     torch.testing.assert_close(loss, expected * share)
     torch.testing.assert_close(gradient[right], expected_gradient * share)
@@ -238,8 +276,9 @@ def test_lskd_weights():
 
 def test_list_of_methods():
     names = list_methods()
-    assert len(names) == len(set(names)) == 1 + 5 * 4 + 4
-    assert {"ce", "kd", "dkd+sort", "lskd+skip", "lskd_dkd+revise", "dist+swap"} < set(names)
+    assert len(names) == len(set(names)) == 1 + 5 * 7 + 4 * 3
+    assert {"ce", "kd", "dkd+sort", "lskd+skip", "lskd_dkd+revise", "dist+swap", "sld", "sld+none", "mlkd+sort", "ctkd_dkd"} < set(names)
+    assert create_method("sld").repair == "swap" and create_method("sld+sort").repair == "sort"
     for name in names:
         method = create_method(name)
         assert json.loads(json.dumps(asdict(method))) == asdict(method)
@@ -274,13 +313,11 @@ def test_token_sequences_average_over_all_tokens():
 
 @pytest.mark.parametrize("name", list_methods())
 def test_every_method_trains(name):
-    method = create_method(name)
-    student = STUDENT.clone().requires_grad_()
-    optimizer = torch.optim.SGD([student], lr=1.0)
+    students, temperature = [each.clone().requires_grad_() for each in (STUDENT, STRONG_STUDENT)], create_method(name).create_temperature()
+    optimizer = torch.optim.SGD([*students, *(temperature.parameters() if temperature else [])], lr=0.1 if "mlkd" in name else 1.0)
     losses = []
     for _ in range(20):
-        repaired = method.repair_logits(TEACHER, TARGET) if method.uses_teacher else None
-        loss = method.loss(student, repaired, TARGET, epoch=20)
+        loss = loss_of(name, *students, epoch=20, learned=temperature)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         losses.append(loss.item())
     assert all(np.isfinite(losses)) and losses[-1] < losses[0]
@@ -307,12 +344,14 @@ def test_weights_and_warm_up():
     (lambda: create_method("kd+sorted"), "kd\\+sort"),
     (lambda: create_method("ce+sort"), "no teacher"),
     (lambda: create_method("dist+skip"), "relates the rows"),
-    (lambda: create_method("kd+none"), "no method"),
+    (lambda: create_method("kd+none"), "'kd' alone is its name"),
     (lambda: create_method("dist", beta=2.0), "beta"),
     (lambda: dist_loss(STUDENT, TEACHER[:8]), r"\(8, 100\)"),
     (lambda: dist_loss(STUDENT, TEACHER, temperature=0.0), "temperature"),
-    (lambda: mlkd_loss(STUDENT, TEACHER, STUDENT, TEACHER[:8], TARGET), r"\(8, 100\)"),
-    (lambda: sld_loss(STUDENT, TEACHER, STUDENT, TEACHER, TARGET[:3], 1), r"\(3,\)"),
+    (lambda: mlkd_loss(STUDENT, TEACHER, STUDENT, TEACHER[:8]), r"\(8, 100\)"),
+    (lambda: sld_loss(STUDENT, TEACHER, STUDENT, TEACHER, TARGET[:3]), r"\(3,\)"),
+    (lambda: create_method("mlkd+skip"), "relates the rows"),
+    (lambda: create_method("sld+swap"), "'sld' alone is its name"),
     (lambda: revise_logits(TEACHER, TARGET, eta=1.0), "eta"),
     (lambda: revise_logits(TEACHER, TARGET[:3]), r"\(3,\)"),
     (lambda: skip_logits(TEACHER, TARGET + 100), "target holds"),
