@@ -15,7 +15,9 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import cache
 from itertools import chain, islice, repeat
 from pathlib import Path
 
@@ -23,13 +25,13 @@ import torch
 import usual_way
 from torch.utils.flop_counter import FlopCounterMode
 
-from sortkd.data import Batches, ImageData, draw_views, has_cifar100, load_cifar100
+from sortkd.data import Batches, ImageData, has_cifar100, load_cifar100
 from sortkd.experiments import PAIRS, append_record, describe_machine
 from sortkd.losses import create_method
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits, expected_views
-from sortkd.training import Recipe, _Step, _train_epoch, create_fabric, evaluate, precision_of, train
+from sortkd.training import Ranks, Recipe, _Lessons, _Step, _train_epoch, create_fabric, evaluate, precision_of, train
 
 SORT_SHAPES = [(64, 10), (64, 100), (512, 100), (512, 1000), (64, 4000), (64, 32000)]
 
@@ -114,9 +116,16 @@ class Pair:
         )
 
     def our_steps(self, count: int, teacher) -> None:
-        views = draw_views(len(self.data.train_targets), self.data.pad, self.data.flip, 0, 1)
         with self.stream:
-            _train_epoch(self.step, teacher, self.batches, views.part(0, count * self.recipe.batch_size), 1, lambda: None)
+            _train_epoch(self.step, self.lessons(count, teacher), 1, lambda: None)
+
+    @cache
+    def lessons(self, count: int, teacher) -> _Lessons:
+        "An epoch of `count` steps, on the first images: so that no teacher's logits are looked up for steps that are not made."
+        images = count * self.recipe.batch_size
+        data = replace(self.data, train_images=self.data.train_images[:images], train_targets=self.data.train_targets[:images])
+        step = self.step
+        return _Lessons(step.method, teacher, Batches(data, self.device), step.batch_size, 0, Ranks(self.fabric))
 
     def measure_steps(self, count: int, repetitions: int) -> dict[str, float]:
         "Milliseconds a step."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expected_views', 'TeacherLogits', 'CachedTeacherLogits']
 
-# %% ../nbs/05_teacher_logits.ipynb #f360696b
+# %% ../nbs/05_teacher_logits.ipynb #0f608367
 import hashlib
 import json
 import mmap
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from .data import Batches, Views, number_of_views, view_id, views_of
 from .teachers import save_atomically, weights_checksum
 
-# %% ../nbs/05_teacher_logits.ipynb #17120380
+# %% ../nbs/05_teacher_logits.ipynb #e02f9f28
 def expected_views(num_views: int, draws: int) -> float:
     "How many different ones of `num_views` views of an image `draws` random draws are expected to meet."
     if num_views < 1 or draws < 0:
         raise ValueError(f"num_views must be at least 1 and draws at least 0, but they are {num_views} and {draws}.")
     return num_views * (1 - (1 - 1 / num_views) ** draws)
 
-# %% ../nbs/05_teacher_logits.ipynb #859e4c58
+# %% ../nbs/05_teacher_logits.ipynb #50a6be8f
 class TeacherLogits:
     """What `network` says about views of the training images of `batches`, computed whenever it is asked.
 
@@ -42,7 +42,7 @@ class TeacherLogits:
     def __init__(self, network: nn.Module, batches: Batches, precision: str = "float32", batch_size: int | None = None):
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
-        self.batches, self.precision, self.device = batches, precision, batches.padded.device
+        self.batches, self.precision, self.device = batches, precision, batches.device
         self.network = network.to(self.device, memory_format=torch.channels_last).eval()
         # Larger batches leave a CPU's cache; smaller ones leave a GPU idle.
         self.batch_size = batch_size or (2048 if self.device.type == "cuda" else 128)
@@ -53,9 +53,16 @@ class TeacherLogits:
         for start in range(0, len(views.index), self.batch_size):
             stop = min(start + self.batch_size, len(views.index))
             images, _ = self.batches.gather(views.part(start, stop))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                logits = self.network(images)
-            yield start, stop, logits.float()
+            yield start, stop, self._forward(images)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.network(images).float()
+
+    @torch.no_grad()
+    def of_images(self, images: Tensor) -> Tensor:
+        "The logits (N, C) of N normalised images (N, 3, H, W) on the device that are no numbered views: never kept."
+        return torch.cat([self._forward(part) for part in images.split(self.batch_size)])
 
     def __call__(self, views: Views) -> Tensor:
         "The logits (N, C) of N `views`, float32 on the device."
@@ -64,7 +71,7 @@ class TeacherLogits:
     def close(self) -> None:
         "Nothing is open; the cache has something to finish."
 
-# %% ../nbs/05_teacher_logits.ipynb #3726798c
+# %% ../nbs/05_teacher_logits.ipynb #5b7aa954
 def _identity(teacher: TeacherLogits) -> dict:
     "The plain values that determine every number in a cache."
     data = teacher.batches.data
@@ -83,7 +90,7 @@ def _identity(teacher: TeacherLogits) -> dict:
         "precision": teacher.precision,
     }
 
-# %% ../nbs/05_teacher_logits.ipynb #edd18f09
+# %% ../nbs/05_teacher_logits.ipynb #b1b7bcb7
 def _create_folder(folder: Path, identity: dict) -> None:
     "Make the files of an empty cache; another process may be faster."
     rows = identity["images"] * number_of_views(identity["pad"], identity["flip"])
@@ -122,7 +129,7 @@ def _map_file(path: Path, dtype: torch.dtype, count: int) -> tuple[mmap.mmap, Te
         mapped = mmap.mmap(file.fileno(), expected)
     return mapped, torch.frombuffer(mapped, dtype=dtype)
 
-# %% ../nbs/05_teacher_logits.ipynb #5488dfea
+# %% ../nbs/05_teacher_logits.ipynb #6af2e677
 class CachedTeacherLogits(TeacherLogits):
     """`TeacherLogits` that are computed once for each view and kept in a folder under `cache_dir`, in half precision.
 

@@ -1,0 +1,148 @@
+"Two processes that share every batch compute what one process computes, and write what one process writes."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sortkd.data import Batches, load_digits
+from sortkd.losses import create_method
+from sortkd.models import create_model
+from sortkd.training import Ranks, Recipe, _SumOverRanks, _SynchronizedBatchNorm, create_fabric, evaluate, train
+
+METHODS = ("ce", "kd+sort", "dist+sort", "mlkd+sort", "ctkd", "sld")
+
+
+def run_all(folder: Path) -> None:
+    "A short run of each method: 151 images in batches of 64, so that the last one cannot be halved; likewise 61 test images."
+    torch.set_num_threads(1)
+    fabric = create_fabric("cpu", "float32")
+    batches, recipe = Batches(load_digits().subset(train_size=151, test_size=61)), Recipe(lr=0.005).shortened(3)
+
+    def network(seed):
+        torch.manual_seed(seed)
+        network = create_model("resnet8", 10)
+        for module in network.modules():  # one process alone, too: PyTorch's own rounds more coarsely in channels-last memory
+            if type(module) is nn.BatchNorm2d:
+                module.__class__ = _SynchronizedBatchNorm
+        return network
+
+    if fabric.world_size == 1:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    teacher, curves = network(0), {}
+    for name in METHODS:
+        rows = []
+        outcome = train(network(1), batches, create_method(name), recipe, fabric, teacher=teacher, seed=2, callbacks=[rows.append],
+                        checkpoint=folder / f"{name}.pt", checkpoint_seconds=0)
+        curves[name] = rows
+        if fabric.is_global_zero:
+            save_file({key: value.contiguous() for key, value in outcome.last_weights.items()}, folder / f"{name}.safetensors")
+    curves["evaluation"] = vars(evaluate(teacher, batches, fabric))
+    if not fabric.is_global_zero:
+        assert not any(curves[name] for name in METHODS), "callbacks belong to the first process"
+        return
+    (folder / "curves.json").write_text(json.dumps(curves))
+
+
+def torchrun(*command, processes=2, timeout=300, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *map(str, command)],
+        capture_output=True, text=True, timeout=timeout, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "The same runs in one process, in two, and in three, of which some have no part in the last batch of 23."
+    folders = {}
+    for processes in (1, 2, 3):
+        folders[processes] = tmp_path_factory.mktemp(f"processes{processes}")
+        done = torchrun(__file__, folders[processes], processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return {processes: (json.loads((folder / "curves.json").read_text()), folder) for processes, folder in folders.items()}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_compute_what_one_process_computes(runs, method, processes):
+    (alone, folder), (together, other_folder) = runs[1], runs[processes]
+    assert len(alone[method]) == len(together[method]) == 3
+    for expected, row in zip(alone[method], together[method]):
+        assert row.keys() == expected.keys()
+        for name in ("train_loss", "test_loss", "temperature"):
+            if name in expected:
+                tolerance = 5e-5 if row["epoch"] == 1 else 5e-3  # three steps; after them ReLUs decide on rounding
+                assert row[name] == pytest.approx(expected[name], rel=tolerance), name
+        for name in ("epoch", "lr", "teacher_wrong_rows", "changed_rows"):
+            assert row.get(name) == expected.get(name), name  # counted once, over all rows
+        for name, images in (("train_top1", 151), ("test_top1", 61)):
+            assert abs(row[name] - expected[name]) <= 100 / images + 1e-9  # rounding may decide a row
+    weights, others = (load_file(each / f"{method}.safetensors") for each in (folder, other_folder))
+    assert weights.keys() == others.keys()
+    for name in weights:
+        torch.testing.assert_close(others[name], weights[name], rtol=2e-2, atol=5e-3)
+
+
+def test_evaluation_counts_every_image_once(runs):
+    alone = runs[1][0]["evaluation"]
+    for processes in (2, 3):
+        together = runs[processes][0]["evaluation"]
+        assert together["images"] == alone["images"] == 61 and together["top1"] == alone["top1"]
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+def test_a_checkpoint_of_two_processes_is_read_by_one(runs, tmp_path):
+    "What matters to a run is its settings, and how many processes share a batch is none of them."
+    for method in METHODS:
+        assert (runs[2][1] / f"{method}.pt").exists()
+    curves = runs[2][0]
+    os.symlink(runs[2][1] / "ctkd.pt", tmp_path / "ctkd.pt")
+    torch.manual_seed(0)
+    teacher = create_model("resnet8", 10)
+    torch.manual_seed(1)
+    outcome = train(create_model("resnet8", 10), Batches(load_digits().subset(train_size=151, test_size=61)), create_method("ctkd"),
+                    Recipe(lr=0.005).shortened(3), create_fabric("cpu", "float32"), teacher=teacher, seed=2, checkpoint=tmp_path / "ctkd.pt")
+    assert outcome.curve == curves["ctkd"]
+
+
+def test_synchronized_batch_norm_is_batch_norm(monkeypatch):
+    monkeypatch.setattr(_SumOverRanks, "apply", lambda values: values)  # of one process
+    generator = torch.Generator().manual_seed(0)
+    plain, ours = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
+    nn.init.uniform_(plain.weight, 0.5, 1.5), nn.init.normal_(plain.bias)
+    ours.load_state_dict(plain.state_dict())
+    ours.__class__ = _SynchronizedBatchNorm
+    for _ in range(3):
+        images = (2 + torch.randn(6, 5, 4, 4, generator=generator)).requires_grad_()
+        twin = images.detach().clone().requires_grad_()
+        weights = torch.randn(6, 5, 4, 4, generator=generator)
+        expected, values = plain(images), ours(twin)
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
+        for gradient, golden in zip(torch.autograd.grad((values * weights).sum(), (twin, *ours.parameters())),
+                                    torch.autograd.grad((expected * weights).sum(), (images, *plain.parameters()))):
+            torch.testing.assert_close(gradient, golden, rtol=1e-4, atol=1e-5)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+    assert torch.equal(ours.eval()(images), plain.load_state_dict(ours.state_dict()) and plain.eval()(images))
+
+
+@pytest.mark.parametrize("count,rows", [(1, 5), (2, 5), (3, 2), (4, 64)])
+def test_parts_cover_all_rows(count, rows):
+    class Stub:
+        device, world_size = None, count
+
+    parts = []
+    for index in range(count):
+        Stub.global_rank = index
+        parts.append(Ranks(Stub).part(rows))
+    assert parts[0][0] == 0 and parts[-1][1] == rows and all(left[1] == right[0] for left, right in zip(parts, parts[1:]))
+    assert [stop - start for start, stop in parts] == [len(part) for part in torch.arange(rows).tensor_split(count)]
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))
