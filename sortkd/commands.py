@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'evaluate']
 
-# %% ../nbs/09_commands.ipynb #91edaa23
+# %% ../nbs/09_commands.ipynb #68cb691e
 import argparse
 import inspect
 import os
@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../nbs/09_commands.ipynb #1d126a59
+# %% ../nbs/09_commands.ipynb #6966ac34
 PARAMETERS = {
     "pair": "TEACHER_STUDENT, such as r56_r20; an unknown one lists all",
-    "methods": "objectives (ce, kd, dkd, lskd, lskd_dkd, dist), alone or with a repair (+skip, +swap, +revise, +sort), "
-    "separated by commas",
+    "methods": "objectives (ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist), alone or with a "
+    "repair (+skip, +swap, +revise, +sort), separated by commas",
     "seeds": "one run of each method for each of these, separated by commas",
     "preset": "paper: the published recipe; short: five epochs on part of CIFAR-100; quick: minutes on a CPU; "
     "auto: paper on a GPU, else quick",
@@ -37,6 +37,9 @@ PARAMETERS = {
     "full: all computed beforehand; off: computed in every epoch",
     "cache_dir": "where they are kept; auto: teacher_logits in results_dir",
     "workers": "so many runs at once, each in a process with its share of the processor's threads",
+    "skip_recorded": "take a run that is already recorded, with the same settings, data and teacher, from its record",
+    "tensorboard": "also log every epoch for TensorBoard, under results_dir",
+    "wandb": "also log every epoch to Weights & Biases: offline (no account, under results_dir), online; off",
 }
 
 
@@ -50,8 +53,9 @@ def _run_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for name, parameter in inspect.signature(plan_experiment).parameters.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, default=parameter.default, type=type(parameter.default), help=PARAMETERS[name])
+        option, default = f"--{name.replace('_', '-')}", parameter.default
+        kind = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
+        parser.add_argument(option, default=default, help=PARAMETERS[name], **kind)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
@@ -79,19 +83,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = vars(_run_parser().parse_args(arguments))
     progress = not given.pop("quiet")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started; the only one that talks
 
     def work():
         from sortkd.experiments import plan_experiment, run_experiment, summarize
 
         experiment = plan_experiment(**given)
-        print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
+        if first:
+            print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
         results = run_experiment(experiment, progress)
+        if not first:
+            return
         print(summarize(results.records).to_string())
         print(f"{len(results.records)} records appended to {experiment.records_file}")
 
     return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
 
-# %% ../nbs/09_commands.ipynb #642de141
+# %% ../nbs/09_commands.ipynb #ef5ec025
 @dataclass(frozen=True)
 class CheckpointQuality:
     "`top1`, `top5`, `calibration_error` in percent, `loss` in nats, over `images` test images."

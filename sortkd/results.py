@@ -8,7 +8,7 @@ __all__ = ['RECORD_SCHEMA', 'CIFAR100_CHECKSUM', 'PAPER_METHODS', 'NOT_MEASURED'
            'pool_effects', 'seed_deviation', 'seeds_needed', 'paper_grid', 'mark_measured', 'measured_rates',
            'missing_cost', 'next_command', 'read_reported', 'method_title', 'comparison_table', 'write_table']
 
-# %% ../nbs/08_results.ipynb #af88cbd4
+# %% ../nbs/08_results.ipynb #257c2310
 import json
 import math
 import re
@@ -24,11 +24,12 @@ import pandas as pd
 from jsonschema import Draft202012Validator
 from scipy import stats
 
-from .experiments import PAIRS, SCHEMA_VERSION, _method_for
+from .experiments import PAIRS, SCHEMA_VERSION, _method_for, _recipe_for
+from .losses import OBJECTIVES, _method_name
 from .teachers import PUBLISHED_TOP1, save_atomically
 from .training import Recipe
 
-# %% ../nbs/08_results.ipynb #e984173b
+# %% ../nbs/08_results.ipynb #9bef2db6
 def _object(**fields) -> dict:
     return {
         "type": "object",
@@ -89,7 +90,7 @@ RECORD_SCHEMA = _object(
 )
 RECORD_SCHEMA = {"$schema": Draft202012Validator.META_SCHEMA["$id"], "title": "A run of sortkd", **RECORD_SCHEMA}
 
-# %% ../nbs/08_results.ipynb #6b0f266c
+# %% ../nbs/08_results.ipynb #05d6a1c3
 class RecordError(ValueError):
     "A record that cannot be used; the message names the record, the field, its value, and what was expected."
 
@@ -113,8 +114,8 @@ def _disagreements(record: dict) -> Iterable[tuple[str, object, object]]:
     yield "result.last_top1", result["last_top1"], curve["test_top1"][-1]
     yield "result.best_top1", result["best_top1"], best
     yield "result.best_epoch", result["best_epoch"], curve["test_top1"].index(best) + 1
-    name = method["objective"] if method["repair"] == "none" else f"{method['objective']}+{method['repair']}"
-    yield "method.name", method["name"], name
+    if method["objective"] in OBJECTIVES:
+        yield "method.name", method["name"], _method_name(method["objective"], method["repair"])
     yield "about_teacher.architecture", record["about_teacher"]["architecture"], record["teacher"]
     if record["pair"] in PAIRS:
         pair = PAIRS[record["pair"]]
@@ -146,7 +147,7 @@ def check_record(record: dict) -> dict:
             raise error(field, value, expected)
     return record
 
-# %% ../nbs/08_results.ipynb #1936ebe6
+# %% ../nbs/08_results.ipynb #92f3bfb0
 CIFAR100_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
 
 
@@ -167,7 +168,10 @@ def synthetic_record(
     """
     full = preset == "paper"
     recipe = Recipe(lr=PAIRS[pair].lr if pair in PAIRS else 0.05).shortened(240 if full else epochs)
+    if full:
+        recipe = _recipe_for(_method_for(method, PAIRS[pair]), recipe, True)
     objective, _, repair = method.partition("+")
+    repair = repair or OBJECTIVES[objective].repair
     teacher, student = (PAIRS[pair].teacher, PAIRS[pair].student) if pair in PAIRS else ("resnet56", "resnet20")
     steps = np.arange(1, recipe.epochs + 1)
     curve = last_top1 * (1 - 0.8 * np.exp(-4 * steps / recipe.epochs))
@@ -186,7 +190,7 @@ def synthetic_record(
         "pair": pair,
         "teacher": teacher,
         "student": student,
-        "method": {"name": method, "repair": repair or "none", "objective": objective, "settings": {}},
+        "method": {"name": method, "repair": repair, "objective": objective, "settings": {}},
         "seed": seed,
         "preset": preset,
         "full_recipe": full,
@@ -223,11 +227,11 @@ def synthetic_record(
             "student_sha256": "2" * 64,
             "training_rows": images * recipe.epochs,
             "teacher_wrong_rows": images * recipe.epochs // 10,
-            "changed_rows": images * recipe.epochs // 10 if repair else 0,
+            "changed_rows": images * recipe.epochs // 10 if repair != "none" else 0,
         },
     }
     if full:
-        record["method"] = asdict(_method_for(method, PAIRS[pair], 20))
+        record["method"] = asdict(_method_for(method, PAIRS[pair]))
     return json.loads(json.dumps(record | changes))
 
 
@@ -251,7 +255,7 @@ def synthetic_records(
         for seed in range(seeds)
     ]
 
-# %% ../nbs/08_results.ipynb #8832a9bb
+# %% ../nbs/08_results.ipynb #5d189dda
 _LATER_METHOD_FIELDS = ("standardize",)  # records from before these existed lack them, and mean the default
 
 
@@ -260,7 +264,13 @@ def _why_not_paper(record: dict) -> str | None:
     data, recipe, about = record["data"], record["recipe"], record["about_teacher"]
     if record["pair"] not in PAIRS:
         return f"the pair {record['pair']} is not one of the paper's"
-    published = json.loads(json.dumps(asdict(Recipe(lr=PAIRS[record["pair"]].lr))))
+    pair = PAIRS[record["pair"]]
+    try:
+        method = _method_for(record["method"]["name"], pair)
+    except ValueError as error:
+        return str(error)
+    published = json.loads(json.dumps(asdict(_recipe_for(method, Recipe(lr=pair.lr), True))))
+    method = asdict(method)
     pairs = [
         ("preset", record["preset"], "paper"),
         ("full_recipe", record["full_recipe"], True),
@@ -270,10 +280,6 @@ def _why_not_paper(record: dict) -> str | None:
         ("test_images", data["test_images"], 10_000),
         *((name, recipe.get(name), value) for name, value in published.items()),
     ]
-    try:
-        method = asdict(_method_for(record["method"]["name"], PAIRS[record["pair"]], 20))
-    except ValueError as error:
-        return str(error)
     absent = {name: value for name, value in method.items() if name in _LATER_METHOD_FIELDS}
     stated = absent | record["method"]
     pairs += [(f"method {name}", stated.get(name), value) for name, value in method.items()]
@@ -299,6 +305,14 @@ def _why_not_paper_teacher(about: dict) -> str | None:
     return None
 
 
+def _base_recipe(record: dict) -> dict:
+    "The record's recipe; that of the other methods, where an objective is published with a length of its own."
+    recipe, objective = record["recipe"], OBJECTIVES.get(record["method"]["objective"])
+    if not record["full_recipe"] or objective is None or recipe["epochs"] != objective.epochs:
+        return recipe
+    return json.loads(json.dumps(asdict(Recipe(**recipe).shortened(Recipe().epochs))))
+
+
 def _row(record: dict) -> dict:
     "The record as plain columns; nested settings become canonical JSON, so that they can be compared."
 
@@ -322,7 +336,7 @@ def _row(record: dict) -> dict:
         "preset": record["preset"],
         "epochs": record["recipe"]["epochs"],
         "lr": record["recipe"]["lr"],
-        "recipe": text(record["recipe"], without=("lr",)),
+        "recipe": text(_base_recipe(record), without=("lr",)),
         "method_settings": text(record["method"], without=("name", "repair")),
         "data": data["name"],
         "data_checksum": data["checksum"],
@@ -405,11 +419,11 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
     order = ["preset", "pair", "method", "seed", "finished"]
     return frame[~again].sort_values(order).reset_index(drop=True), left_out.reset_index(drop=True)
 
-# %% ../nbs/08_results.ipynb #d83404ea
+# %% ../nbs/08_results.ipynb #18d6df17
 _SAME_IN_A_TABLE = {
     (): ["preset", "recipe", "data_checksum", "train_images", "test_images", "precision", "synthetic"],
-    ("pair",): ["teacher", "student", "teacher_sha256", "lr"],
-    ("pair", "objective"): ["method_settings"],
+    ("pair",): ["teacher", "student", "teacher_sha256"],
+    ("pair", "objective"): ["method_settings", "lr"],
     ("pair", "method", "seed"): ["run_id"],
 }
 
@@ -418,7 +432,7 @@ def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     """The runs that meet `conditions` (a column's value, or a list of values), which must belong into one table.
 
     `ValueError` for a column that does not exist, and if runs are left that differ in more than pair, method and
-    seed: by preset, recipe, data, precision, or for one pair by teacher or learning rate. An empty frame may come back.
+    seed: by preset, recipe, data, precision, for one pair by teacher, or for one objective of it by learning rate. An empty frame may come back.
     """
     for name, value in conditions.items():
         if name not in frame:
@@ -442,7 +456,7 @@ def select_paper(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     "The runs of the published recipe on all of CIFAR-100, and no others; further conditions as in `select`."
     return select(frame[frame["not_paper"].isna()], **conditions)
 
-# %% ../nbs/08_results.ipynb #400f03e7
+# %% ../nbs/08_results.ipynb #6c068c46
 def paired_effects(
     frame: pd.DataFrame, outcome: str = "last_top1", repair: str = "sort", level: float = 0.95
 ) -> pd.DataFrame:
@@ -487,7 +501,7 @@ def _sign_flip_test(differences: np.ndarray) -> float:
     )  # exact up to 16 seeds
     return float(test.pvalue)
 
-# %% ../nbs/08_results.ipynb #c2da73b9
+# %% ../nbs/08_results.ipynb #6e1a5a98
 def pool_effects(effects: pd.DataFrame, level: float = 0.95, shared_variance: bool = True) -> pd.DataFrame:
     """A random-effects summary over pairs, one row for each objective of `paired_effects`.
 
@@ -530,7 +544,7 @@ def pool_effects(effects: pd.DataFrame, level: float = 0.95, shared_variance: bo
         rows.append(row)
     return pd.DataFrame(rows, columns=["objective", "pairs", "mean", "low", "high", "tau", "note"])
 
-# %% ../nbs/08_results.ipynb #a10cd7a2
+# %% ../nbs/08_results.ipynb #f22bb0d0
 def seed_deviation(effects: pd.DataFrame, level: float = 0.95) -> dict:
     "The standard deviation of paired differences pooled over pairs and objectives, with its chi-square interval."
     group = effects[effects["seeds"] > 1]
@@ -576,7 +590,7 @@ def seeds_needed(
     ]
     return pd.DataFrame(rows, columns=["gain", "seeds", "seeds_low", "seeds_high"])
 
-# %% ../nbs/08_results.ipynb #e8840c7c
+# %% ../nbs/08_results.ipynb #dd9f9315
 PAPER_METHODS = ("kd", "kd+sort", "dkd", "dkd+sort")
 
 
@@ -627,7 +641,7 @@ def next_command(marked: pd.DataFrame, preset: str = "paper") -> str | None:
     parameters = f"-p preset {preset} -p pair {pair} -p methods {methods} -p seeds {seed}"
     return f"papermill nbs/run_experiment.ipynb next.ipynb {parameters}"
 
-# %% ../nbs/08_results.ipynb #1b30ea85
+# %% ../nbs/08_results.ipynb #91ef2e2e
 _REPORTED_AS = {"kd+lskd": "lskd", "dkd+lskd": "lskd_dkd", "mlkd+lskd": "lskd_mlkd"}
 
 
@@ -638,7 +652,7 @@ def read_reported(path: str | Path) -> pd.DataFrame:
     reported = pd.read_csv(path, dtype={"arxiv": str})
     return reported.assign(method=reported["method"].str.lower().replace(_REPORTED_AS))
 
-# %% ../nbs/08_results.ipynb #1338c9b8
+# %% ../nbs/08_results.ipynb #db6de22b
 NOT_MEASURED = "–"
 
 
@@ -695,7 +709,7 @@ def comparison_table(
     nothing = (result == "").all(axis=1)  # no report of a method for any pair
     return result[~nothing]
 
-# %% ../nbs/08_results.ipynb #f47523ac
+# %% ../nbs/08_results.ipynb #035d65fa
 _LATEX = {
     "→": r"$\to$",
     "±": r"$\pm$",

@@ -132,6 +132,29 @@ def test_synchronized_batch_norm_is_batch_norm(monkeypatch):
     assert torch.equal(ours.eval()(images), plain.load_state_dict(ours.state_dict()) and plain.eval()(images))
 
 
+def test_an_experiment_of_two_processes_is_recorded_once(tmp_path):
+    "The console command under torchrun: the teacher is trained, kept and read, and each run has one record."
+    options = ["--pair", "r56_r20", "--preset", "quick", "--dataset", "digits", "--epochs", "1", "--train-size", "150", "--test-size", "61",
+               "--methods", "kd,kd+sort", "--device", "cpu", "--precision", "float32"]
+    done = torchrun("--no-python", "sortkd-run", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("records appended to") == 1 and done.stdout.count("This is a quick run") == 1
+    records = [json.loads(line) for line in (tmp_path / "results" / "quick.jsonl").read_text().splitlines()]
+    assert [record["method"]["name"] for record in records] == ["kd", "kd+sort"] and all(record["processes"] == 2 for record in records)
+    teacher, = (tmp_path / "teachers" / "local").glob("*.safetensors")
+    assert len(list((tmp_path / "results" / "runs").glob("*/*/last.safetensors"))) == 2
+
+    alone = subprocess.run(["sortkd-run", *options, "--teacher", teacher, "--results-dir", "alone"], cwd=tmp_path, capture_output=True, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert alone.returncode == 0, alone.stderr
+    for ours, record in zip([json.loads(line) for line in (tmp_path / "alone" / "quick.jsonl").read_text().splitlines()], records):
+        assert record["curve"]["train_loss"] == pytest.approx(ours["curve"]["train_loss"], rel=1e-2)
+        assert record["about_teacher"]["weights_sha256"] == ours["about_teacher"]["weights_sha256"]
+        assert record["result"]["changed_rows"] == ours["result"]["changed_rows"]
+    refused = torchrun("--no-python", "sortkd-run", *options, "--workers", "2", cwd=tmp_path)
+    assert refused.returncode != 0 and "workers is 2" in refused.stderr
+
+
 @pytest.mark.parametrize("count,rows", [(1, 5), (2, 5), (3, 2), (4, 64)])
 def test_parts_cover_all_rows(count, rows):
     class Stub:

@@ -197,15 +197,78 @@ def test_bad_speed_parameters_are_named(changes, words, tmp_path):
 
 def test_every_method(folder, tmp_path):
     "All objectives with all repairs that make sense: the record is whole, and the loss falls."
-    from sortkd.losses import list_methods
+    from sortkd.losses import OBJECTIVES, list_methods
     from sortkd.results import check_record
     experiment = small_experiment(folder, methods=",".join(list_methods()), epochs=3, train_size=300, cache="full", results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
-    assert [check_record(record)["method"]["name"] for record in records] == list_methods() and len(records) >= 25
+    assert [check_record(record)["method"]["name"] for record in records] == list_methods() and len(records) >= 48
     for record in records:
-        losses = record["curve"]["train_loss"]
-        if not record["method"]["warmup_epochs"]:  # where the weight of the term grows, so does the loss
-            assert losses[-1] < losses[0], (record["method"]["name"], losses)
+        losses, method = record["curve"]["train_loss"], record["method"]
+        if not method["warmup_epochs"] and method["objective"] != "sld":  # where the weight of a term grows, so does the loss
+            assert losses[-1] < losses[0], (method["name"], losses)
+        objective = OBJECTIVES[method["objective"]]
+        assert ("strong_views" in record) == objective.strong_views and record["recipe"]["lr"] == pytest.approx(min(0.05, objective.lr) * (0.01 if "mlkd" in method["name"] else 1))
+        if objective.learns_temperature:  # it is raised against the student, once the curriculum has begun
+            temperatures = record["curve"]["temperature"]
+            assert len(set(temperatures)) == 3 and all(1 < temperature < 21 for temperature in temperatures)
         if record["method"]["objective"] != "ce":
             changes = record["method"]["repair"] != "none"
             assert record["result"]["changed_rows"] == changes * record["result"]["teacher_wrong_rows"] and record["result"]["teacher_wrong_rows"] > 0
+
+
+def test_a_recorded_run_is_not_run_again(folder, tmp_path):
+    results = str(tmp_path / "results")
+    records = run_experiment(small_experiment(folder, seeds="0,1", results_dir=results), progress=False).records
+    again = run_experiment(small_experiment(folder, seeds="0,1,2", results_dir=results, skip_recorded=True), progress=False).records
+    assert [record["run_id"] for record in again[:4]] == [record["run_id"] for record in records] and len(again) == 6
+    assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 6
+    other = run_experiment(small_experiment(folder, epochs=1, results_dir=results, skip_recorded=True), progress=False).records
+    assert other[0]["run_id"] not in {record["run_id"] for record in again}, "another length is another run"
+    run_experiment(small_experiment(folder, results_dir=results), progress=False)
+    assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 10, "without it every run is run"
+
+
+def wandb_messages(path):
+    "The messages in a run's file: after 7 bytes, blocks of 32 KiB of a LevelDB log, whose pieces have 7 bytes of header each."
+    from wandb.proto import wandb_internal_pb2
+    content, place, message = path.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        message += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield wandb_internal_pb2.Record.FromString(message)
+            message = b""
+
+
+def test_loggers_write_what_the_record_says(folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    results = tmp_path / "results"
+    record, = run_experiment(small_experiment(folder, methods="kd+sort", results_dir=str(results), tensorboard=True, wandb="offline"), progress=False).records
+
+    events = EventAccumulator(str(results / "tensorboard" / record["run_id"])).Reload()
+    for name in ("train_loss", "test_top1", "changed_rows"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(record["curve"][name])
+    assert "kd+sort" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+
+    run, = (results / "wandb").glob("offline-run-*")
+    rows, settings = [], {}
+    for message in wandb_messages(next(run.glob("run-*.wandb"))):
+        if message.HasField("history"):
+            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in message.history.item})
+        if message.HasField("run"):
+            settings |= {item.key: json.loads(item.value_json) for item in message.run.config.update}
+    assert [row["test_top1"] for row in rows] == record["curve"]["test_top1"] and [row["epoch"] for row in rows] == [1, 2]
+    assert settings["method"]["name"] == "kd+sort" and settings["pair"] == "r56_r20"
+
+
+def test_loggers_are_off_unless_asked_for(folder, tmp_path):
+    run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path)), progress=False)
+    assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "wandb").exists()
+    for wrong in ({"wandb": "maybe"}, {"wandb": True}, {"tensorboard": "yes"}, {"skip_recorded": 1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            small_experiment(folder, **wrong)
