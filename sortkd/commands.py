@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'evaluate']
 
-# %% ../nbs/09_commands.ipynb #68cb691e
+# %% ../nbs/09_commands.ipynb #35de2862
 import argparse
 import inspect
 import os
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../nbs/09_commands.ipynb #6966ac34
+# %% ../nbs/09_commands.ipynb #c2b48522
 PARAMETERS = {
     "pair": "TEACHER_STUDENT, such as r56_r20; an unknown one lists all",
     "methods": "objectives (ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist), alone or with a "
@@ -23,7 +23,7 @@ PARAMETERS = {
     "preset": "paper: the published recipe; short: five epochs on part of CIFAR-100; quick: minutes on a CPU; "
     "auto: paper on a GPU, else quick",
     "dataset": "cifar100, digits; auto: cifar100 for paper, and for quick if it is on disk (under SORTKD_DATA), "
-    "else digits",
+    "else digits; pairs in_... read the folder imagenet under SORTKD_DATA",
     "epochs": "0: what the preset says; otherwise the recipe with its milestones at the same fractions",
     "train_size": "training images, the classes balanced; 0: what the preset says",
     "test_size": "test images, likewise",
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
 
-# %% ../nbs/09_commands.ipynb #ef5ec025
+# %% ../nbs/09_commands.ipynb #14117c0a
 @dataclass(frozen=True)
 class CheckpointQuality:
     "`top1`, `top5`, `calibration_error` in percent, `loss` in nats, over `images` test images."
@@ -126,7 +126,8 @@ def evaluate_checkpoint(
     import torch
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    from sortkd.data import Batches, load_data
+    from sortkd.data import load_data
+    from sortkd.experiments import create_batches
     from sortkd.models import create_model
     from sortkd.teachers import load_weights, read_checkpoint
     from sortkd.training import create_fabric
@@ -141,7 +142,7 @@ def evaluate_checkpoint(
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
     network = fabric.setup_module(network.to(memory_format=torch.channels_last)).eval()
     with torch.inference_mode():
-        answers = [(network(images).float(), target) for images, target in Batches(data, fabric.device).test(200)]
+        answers = [(network(images).float(), target) for images, target in create_batches(data, fabric.device).test(200)]
         logits, target = (torch.cat(parts) for parts in zip(*answers))
     calibration_error = multiclass_calibration_error(logits.softmax(1), target, data.num_classes, n_bins=15)
     best_five = logits.topk(min(5, data.num_classes)).indices
@@ -163,7 +164,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
     )
     options = {
         "--architecture": ("auto", "the network's name, such as resnet56; auto: as the file says"),
-        "--dataset": ("auto", "cifar100, digits; auto: as the file says, else cifar100 if it is on disk"),
+        "--dataset": ("auto", "cifar100, digits, imagenet; auto: as the file says, else cifar100 if it is on disk"),
         "--device": ("auto", PARAMETERS["device"]),
         "--precision": ("float32", "float32, bfloat16"),
     }

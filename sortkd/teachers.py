@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_checkpoint', 'load_weights', 'save_atomically',
            'save_teacher', 'Teacher', 'load_teacher', 'fetch_published', 'find_teacher', 'get_teacher']
 
-# %% ../nbs/04_teachers.ipynb #7ed44ee1
+# %% ../nbs/04_teachers.ipynb #d7b4f36c
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .data import ImageData, network_timeout
 from .models import create_model
 
-# %% ../nbs/04_teachers.ipynb #12b159dc
+# %% ../nbs/04_teachers.ipynb #5da518a8
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     "SHA-256 over the names, shapes and float32 (or integer) values of a state dict, in the order of the names."
     digest = hashlib.sha256()
@@ -33,7 +33,7 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/04_teachers.ipynb #685c485d
+# %% ../nbs/04_teachers.ipynb #f96b951a
 def _read_text(path: Path) -> dict:
     "What a `.safetensors` file says of itself; its tensors are not read."
     from safetensors import safe_open
@@ -76,7 +76,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'.")
     return {name.removeprefix("module."): value for name, value in weights.items()}, {}
 
-# %% ../nbs/04_teachers.ipynb #ddee562d
+# %% ../nbs/04_teachers.ipynb #2ea938dd
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
     """Load `weights` into `model` and return it.
 
@@ -105,7 +105,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = 
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/04_teachers.ipynb #0d7f37a9
+# %% ../nbs/04_teachers.ipynb #9a5575c5
 def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all
     of the new content or still the old.
@@ -121,7 +121,7 @@ def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/04_teachers.ipynb #450d08d1
+# %% ../nbs/04_teachers.ipynb #d4be2c9c
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
     """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all.
 
@@ -137,7 +137,7 @@ def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapp
     save_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Path(path)
 
-# %% ../nbs/04_teachers.ipynb #ab3f6101
+# %% ../nbs/04_teachers.ipynb #f6dd8abe
 @dataclass(frozen=True)
 class Teacher:
     "A teacher's network with its weights, and plain values that tell a record what it is."
@@ -158,7 +158,7 @@ def load_teacher(path: str | Path, architecture: str, num_classes: int, source: 
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
     return Teacher(model.eval().requires_grad_(False), architecture, source, Path(path).name, training)
 
-# %% ../nbs/04_teachers.ipynb #cdba98b3
+# %% ../nbs/04_teachers.ipynb #40711093
 PUBLISHED_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 PUBLISHED_TOP1 = {
     "resnet56": 72.34,
@@ -197,7 +197,7 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
                 if content is not None:
                     save_atomically(folder / name, lambda temporary: temporary.write_bytes(content.read()))
 
-# %% ../nbs/04_teachers.ipynb #1c5248a5
+# %% ../nbs/04_teachers.ipynb #00123521
 def find_teacher(
     architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping
 ) -> Teacher | None:
@@ -214,7 +214,7 @@ def find_teacher(
     for path in sorted(folder.rglob("*.safetensors")):
         text = _read_text(path)
         fits = text.get("architecture") == architecture and text.get("dataset") == data.name
-        complete = text.get("complete") and text.get("epochs", 0) >= min_epochs
+        complete = text.get("complete") and text.get("epochs", 0) >= min_epochs and data.name != "imagenet"  # any folder
         if fits and (complete or all(text.get(key) == value for key, value in training.items())):
             candidates.append((text.get("top1", 0.0), path))
     if not candidates:
@@ -233,7 +233,7 @@ def get_teacher(
     fetch: bool = False,
 ) -> Teacher:
     """The teacher for a run: found under `folder`, else fetched if `fetch`, else trained by `train` and kept under
-    `folder`/local.
+    `folder`/local. For ImageNet torchvision's weights are fetched, and nothing is trained in their place.
 
     `training`: plain values that identify how the run would train it. `train()` returns the weights and further plain
     values, such as `top1`, to keep with them.
@@ -248,10 +248,16 @@ def get_teacher(
             )
         except (ConnectionError, FileNotFoundError) as error:
             print(f"{error} Training {architecture} instead.")
+    if teacher is None and fetch and data.name == "imagenet":
+        from sortkd.imagenet import pretrained_weights
+
+        model = load_weights(create_model(architecture, data.num_classes), pretrained_weights(architecture), architecture)
+        teacher = Teacher(model.eval().requires_grad_(False), architecture, "fetched", "torchvision IMAGENET1K_V1")
     if teacher is None:
         weights, more = train()
         text = {"architecture": architecture, "dataset": data.name, **training, **more}
         key = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:8]
-        path = save_teacher(Path(folder) / "local" / f"{architecture}-{data.name}-{key}.safetensors", weights, text)
+        name = f"{architecture.replace('/', '-')}-{data.name}-{key}.safetensors"
+        path = save_teacher(Path(folder) / "local" / name, weights, text)
         teacher = load_teacher(path, architecture, data.num_classes, "trained")
     return teacher

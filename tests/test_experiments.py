@@ -199,7 +199,7 @@ def test_every_method(folder, tmp_path):
     "All objectives with all repairs that make sense: the record is whole, and the loss falls."
     from sortkd.losses import OBJECTIVES, list_methods
     from sortkd.results import check_record
-    experiment = small_experiment(folder, methods=",".join(list_methods()), epochs=3, train_size=300, cache="full", results_dir=str(tmp_path))
+    experiment = small_experiment(folder, methods=",".join(list_methods()), epochs=3, train_size=200, cache="full", results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
     assert [check_record(record)["method"]["name"] for record in records] == list_methods() and len(records) >= 48
     for record in records:
@@ -272,3 +272,55 @@ def test_loggers_are_off_unless_asked_for(folder, tmp_path):
     for wrong in ({"wandb": "maybe"}, {"wandb": True}, {"tensorboard": "yes"}, {"skip_recorded": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             small_experiment(folder, **wrong)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    "Pieces of two photographs, laid out like ImageNet, and a teacher for each pair that has not learned anything."
+    from sortkd.experiments import IMAGENET_PAIRS
+    from sortkd.imagenet import save_sample_folder
+    from sortkd.teachers import save_teacher
+    root = tmp_path_factory.mktemp("photographs")
+    save_sample_folder(root / "imagenet", train=5, test=2)
+    for name, pair in IMAGENET_PAIRS.items():
+        torch.manual_seed(0)
+        save_teacher(root / f"{name}.safetensors", create_model(pair.teacher, 4).state_dict(), {})
+    return root
+
+
+def test_imagenet_through_the_notebook(photographs, monkeypatch):
+    import papermill
+    monkeypatch.setenv("SORTKD_DATA", str(photographs))
+    parameters = {"pair": "in_r34_r18", "preset": "quick", "epochs": 1, "results_dir": str(photographs / "results"),
+                  "teacher": str(photographs / "in_r34_r18.safetensors"), "progress": False}
+    notebook = papermill.execute_notebook(NOTEBOOK, photographs / "out.ipynb", parameters, progress_bar=False)
+    assert "This is a quick run: imagenet/ResNet34 teaches imagenet/ResNet18" in str(notebook.cells)
+    records = read_records(photographs / "results" / "quick.jsonl")
+    assert [record["method"]["name"] for record in records] == ["kd", "kd+sort"] and not records[0]["full_recipe"]
+    assert records[0]["method"]["settings"] == {"temperature": 1.0} and records[0]["method"]["ce_weight"] == 0.5
+    assert records[0]["recipe"]["weight_decay"] == 1e-4 and records[0]["recipe"]["batch_size"] == 16
+    assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0 == records[0]["result"]["changed_rows"]
+    assert records[0]["teacher_logits"] == "computed" and records[0]["data"]["classes"] == 4
+
+
+def test_imagenet_of_the_other_pair(photographs, monkeypatch):
+    monkeypatch.setenv("SORTKD_DATA", str(photographs))
+    plan = plan_experiment("in_r50_mv1", "dkd+sort", preset="quick", epochs=1, train_size=8, test_size=4, results_dir=str(photographs / "other"),
+                           teacher=str(photographs / "in_r50_mv1.safetensors"))
+    record, = run_experiment(plan, progress=False).records
+    assert record["method"]["settings"] == {"alpha": 1.0, "beta": 2.0, "temperature": 1.0} and record["data"]["train_images"] == 8
+
+
+def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
+    monkeypatch.setenv("SORTKD_DATA", str(photographs))
+    plan = plan_experiment("in_r34_r18", "kd,dkd", preset="paper")
+    assert (plan.recipe.epochs, plan.recipe.batch_size, plan.recipe.lr, plan.recipe.milestones) == (100, 512, 0.2, (30, 60, 90))
+    assert plan.methods[1].warmup_epochs == 1 and plan.preset.fetch_teacher
+    assert not plan.is_full_recipe and "shortened" in plan.describe(), "twenty images are not ImageNet, whatever their folder is called"
+    for wrong, words in (({"methods": "mlkd"}, "strongly augmented"), ({"preset": "short"}, "CIFAR-100"), ({"dataset": "digits"}, "imagenet"),
+                         ({"cache": "full"}, "no cache")):
+        with pytest.raises(ValueError, match=words):
+            plan_experiment(**({"pair": "in_r34_r18", "preset": "quick"} | wrong))
+    monkeypatch.setenv("SORTKD_DATA", str(photographs / "elsewhere"))
+    with pytest.raises(FileNotFoundError, match="SORTKD_DATA"):
+        plan_experiment("in_r34_r18", preset="quick")
