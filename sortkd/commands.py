@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'evaluate']
 
-# %% ../nbs/09_commands.ipynb #35de2862
+# %% ../nbs/09_commands.ipynb #6cf48d23
 import argparse
 import inspect
 import os
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../nbs/09_commands.ipynb #c2b48522
+# %% ../nbs/09_commands.ipynb #f9c0cdd7
 PARAMETERS = {
     "pair": "TEACHER_STUDENT, such as r56_r20; an unknown one lists all",
     "methods": "objectives (ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist), alone or with a "
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
 
-# %% ../nbs/09_commands.ipynb #14117c0a
+# %% ../nbs/09_commands.ipynb #26f59d27
 @dataclass(frozen=True)
 class CheckpointQuality:
     "`top1`, `top5`, `calibration_error` in percent, `loss` in nats, over `images` test images."

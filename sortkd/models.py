@@ -7,7 +7,7 @@ __all__ = ['Features', 'Network', 'BasicBlock', 'Bottleneck', 'ResNet', 'WideBlo
            'MobileNetV2', 'ShuffleUnitV1', 'ShuffleNetV1', 'ShuffleUnitV2', 'ShuffleDownUnitV2', 'ShuffleNetV2',
            'list_models', 'create_model']
 
-# %% ../nbs/02_models.ipynb #f6f73ec6
+# %% ../nbs/02_models.ipynb #fe6123a3
 import difflib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/02_models.ipynb #73301188
+# %% ../nbs/02_models.ipynb #7a7f40c6
 class Features(NamedTuple):
     "What a network computed on the way to its logits."
     maps: list[Tensor]  # The output of each stage, the stem first, each (N, channels, height, width)
     pooled: Tensor      # The input of the classifier, (N, channels)
 
-# %% ../nbs/02_models.ipynb #830ed9f1
+# %% ../nbs/02_models.ipynb #34226bb0
 class Network(nn.Module):
     "Stages, the mean over the image, a linear classifier; families define `stages`, `final_steps`, `classifier_name`."
     classifier_name = "fc"  # Key of the classifier in the state dict
@@ -64,7 +64,7 @@ class Network(nn.Module):
             logits = self.classifier_layer(pooled.to(self.classifier_layer.weight.dtype))
         return (logits, Features(maps, pooled)) if return_features else logits
 
-# %% ../nbs/02_models.ipynb #a5483d86
+# %% ../nbs/02_models.ipynb #520bceec
 def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     "A convolution without bias, padded to keep the size of the image at stride 1."
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False)
@@ -81,14 +81,14 @@ def _initialise(network: Network, linear_std: float | None = None) -> None:
         nn.init.normal_(network.classifier_layer.weight, std=linear_std)
         nn.init.zeros_(network.classifier_layer.bias)
 
-# %% ../nbs/02_models.ipynb #c741f06c
+# %% ../nbs/02_models.ipynb #e38d03bc
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     "The identity where the shape stays (an empty sequence, which has no keys), else a projection."
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
     return nn.Sequential(_convolution(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
-# %% ../nbs/02_models.ipynb #5dbd3211
+# %% ../nbs/02_models.ipynb #d7e2cd22
 class BasicBlock(nn.Module):
     "Residual block of two 3x3 convolutions (1512.03385, figure 5 left); `shortcut_name` is the key of the shortcut."
     expansion = 1  # Channels that leave the block, over the channels of its 3x3 convolution
@@ -129,7 +129,7 @@ class Bottleneck(nn.Module):
         residual = self.bn3(self.conv3(residual))
         return F.relu(residual + self.get_submodule(self.shortcut_name)(maps))
 
-# %% ../nbs/02_models.ipynb #7af6b3a4
+# %% ../nbs/02_models.ipynb #13fc636a
 class ResNet(Network):
     "Stages of residual blocks, halving the resolution from the second on (1512.03385, section 4.2 or table 1)."
     def __init__(self, block: type[BasicBlock] | type[Bottleneck], repeats: tuple[int, ...], widths: tuple[int, ...],
@@ -153,7 +153,7 @@ class ResNet(Network):
     def stages(self):
         return (self.conv1, self.bn1, F.relu), *((self.get_submodule(name),) for name in self.stage_names)
 
-# %% ../nbs/02_models.ipynb #f33158be
+# %% ../nbs/02_models.ipynb #fb9fa7af
 class WideBlock(nn.Module):
     "Residual block with normalisation and ReLU before its convolutions (1605.07146, figure 1a)."
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -193,7 +193,7 @@ class WideResNet(Network):
     def final_steps(self):
         return self.bn1, F.relu
 
-# %% ../nbs/02_models.ipynb #f90a90c7
+# %% ../nbs/02_models.ipynb #2c966f3b
 def _halve(maps: Tensor) -> Tensor:
     return F.max_pool2d(maps, 2)
 
@@ -222,7 +222,7 @@ class VGG(Network):
         return ((self.block0,), (_halve, self.block1), (_halve, self.block2), (_halve, self.block3),
                 (_halve_if_large, self.block4))
 
-# %% ../nbs/02_models.ipynb #6537437e
+# %% ../nbs/02_models.ipynb #a68d5f11
 class InvertedResidual(nn.Module):
     "1x1 expansion, 3x3 depthwise, linear 1x1 projection; a shortcut where the shape stays (1801.04381, table 1)."
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
@@ -266,7 +266,7 @@ class MobileNetV2(Network):
     def final_steps(self):
         return (self.conv2,)
 
-# %% ../nbs/02_models.ipynb #e57820ab
+# %% ../nbs/02_models.ipynb #29a37c0f
 class ShuffleUnitV1(nn.Module):
     "Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1; `out_channels` count the shortcut (1707.01083, figure 2 b, c)."
     def __init__(self, in_channels: int, out_channels: int, stride: int, first_groups: int, groups: int = 3):
@@ -311,7 +311,7 @@ class ShuffleNetV1(Network):
     def stages(self):
         return (self.conv1, self.bn1, F.relu), (self.layer1,), (self.layer2,), (self.layer3,)
 
-# %% ../nbs/02_models.ipynb #f5ca3ef8
+# %% ../nbs/02_models.ipynb #c5cc243f
 class ShuffleUnitV2(nn.Module):
     "One half of the channels passes, the other is convolved, then the halves are shuffled (1807.11164, figure 3c)."
     def __init__(self, channels: int):
@@ -378,7 +378,7 @@ class ShuffleNetV2(Network):
     def final_steps(self):
         return self.conv2, self.bn2, F.relu
 
-# %% ../nbs/02_models.ipynb #0e7585f9
+# %% ../nbs/02_models.ipynb #9331bc14
 _cifar = dict(block=BasicBlock, widths=(16, 16, 32, 64))
 _cifar_x4 = dict(block=BasicBlock, widths=(32, 64, 128, 256))
 _imagenet = dict(widths=(64, 64, 128, 256, 512), shortcut_name="shortcut", classifier_name="linear")
@@ -414,7 +414,7 @@ def list_models() -> list[str]:
     "The names that `create_model` knows, by family and size."
     return list(_networks)
 
-# %% ../nbs/02_models.ipynb #c4713efd
+# %% ../nbs/02_models.ipynb #62d15e09
 def create_model(name: str, num_classes: int = 100) -> Network:
     """A freshly initialised network: images (N, 3, height, width) to logits (N, `num_classes`). ValueError if unknown.
 

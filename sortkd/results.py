@@ -8,7 +8,7 @@ __all__ = ['RECORD_SCHEMA', 'CIFAR100_CHECKSUM', 'PAPER_METHODS', 'NOT_MEASURED'
            'pool_effects', 'seed_deviation', 'seeds_needed', 'paper_grid', 'mark_measured', 'measured_rates',
            'missing_cost', 'next_command', 'read_reported', 'method_title', 'comparison_table', 'write_table']
 
-# %% ../nbs/08_results.ipynb #257c2310
+# %% ../nbs/08_results.ipynb #199c2afa
 import json
 import math
 import re
@@ -29,7 +29,7 @@ from .losses import OBJECTIVES, _method_name
 from .teachers import PUBLISHED_TOP1, save_atomically
 from .training import Recipe
 
-# %% ../nbs/08_results.ipynb #9bef2db6
+# %% ../nbs/08_results.ipynb #1855d156
 def _object(**fields) -> dict:
     return {
         "type": "object",
@@ -90,7 +90,7 @@ RECORD_SCHEMA = _object(
 )
 RECORD_SCHEMA = {"$schema": Draft202012Validator.META_SCHEMA["$id"], "title": "A run of sortkd", **RECORD_SCHEMA}
 
-# %% ../nbs/08_results.ipynb #05d6a1c3
+# %% ../nbs/08_results.ipynb #707acc79
 class RecordError(ValueError):
     "A record that cannot be used; the message names the record, the field, its value, and what was expected."
 
@@ -147,7 +147,7 @@ def check_record(record: dict) -> dict:
             raise error(field, value, expected)
     return record
 
-# %% ../nbs/08_results.ipynb #92f3bfb0
+# %% ../nbs/08_results.ipynb #9da5ca0d
 CIFAR100_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
 
 
@@ -255,7 +255,7 @@ def synthetic_records(
         for seed in range(seeds)
     ]
 
-# %% ../nbs/08_results.ipynb #5d189dda
+# %% ../nbs/08_results.ipynb #e7ffb386
 _LATER_METHOD_FIELDS = ("standardize",)  # records from before these existed lack them, and mean the default
 
 
@@ -419,7 +419,7 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
     order = ["preset", "pair", "method", "seed", "finished"]
     return frame[~again].sort_values(order).reset_index(drop=True), left_out.reset_index(drop=True)
 
-# %% ../nbs/08_results.ipynb #18d6df17
+# %% ../nbs/08_results.ipynb #90521bb3
 _SAME_IN_A_TABLE = {
     (): ["preset", "recipe", "data_checksum", "train_images", "test_images", "precision", "synthetic"],
     ("pair",): ["teacher", "student", "teacher_sha256"],
@@ -456,7 +456,7 @@ def select_paper(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     "The runs of the published recipe on all of CIFAR-100, and no others; further conditions as in `select`."
     return select(frame[frame["not_paper"].isna()], **conditions)
 
-# %% ../nbs/08_results.ipynb #6c068c46
+# %% ../nbs/08_results.ipynb #f1cedf12
 def paired_effects(
     frame: pd.DataFrame, outcome: str = "last_top1", repair: str = "sort", level: float = 0.95
 ) -> pd.DataFrame:
@@ -501,7 +501,7 @@ def _sign_flip_test(differences: np.ndarray) -> float:
     )  # exact up to 16 seeds
     return float(test.pvalue)
 
-# %% ../nbs/08_results.ipynb #6e1a5a98
+# %% ../nbs/08_results.ipynb #9924fdc6
 def pool_effects(effects: pd.DataFrame, level: float = 0.95, shared_variance: bool = True) -> pd.DataFrame:
     """A random-effects summary over pairs, one row for each objective of `paired_effects`.
 
@@ -544,7 +544,7 @@ def pool_effects(effects: pd.DataFrame, level: float = 0.95, shared_variance: bo
         rows.append(row)
     return pd.DataFrame(rows, columns=["objective", "pairs", "mean", "low", "high", "tau", "note"])
 
-# %% ../nbs/08_results.ipynb #f22bb0d0
+# %% ../nbs/08_results.ipynb #09d20785
 def seed_deviation(effects: pd.DataFrame, level: float = 0.95) -> dict:
     "The standard deviation of paired differences pooled over pairs and objectives, with its chi-square interval."
     group = effects[effects["seeds"] > 1]
@@ -590,7 +590,7 @@ def seeds_needed(
     ]
     return pd.DataFrame(rows, columns=["gain", "seeds", "seeds_low", "seeds_high"])
 
-# %% ../nbs/08_results.ipynb #dd9f9315
+# %% ../nbs/08_results.ipynb #c9794b3e
 PAPER_METHODS = ("kd", "kd+sort", "dkd", "dkd+sort")
 
 
@@ -641,7 +641,7 @@ def next_command(marked: pd.DataFrame, preset: str = "paper") -> str | None:
     parameters = f"-p preset {preset} -p pair {pair} -p methods {methods} -p seeds {seed}"
     return f"papermill nbs/run_experiment.ipynb next.ipynb {parameters}"
 
-# %% ../nbs/08_results.ipynb #91ef2e2e
+# %% ../nbs/08_results.ipynb #16462ae1
 _REPORTED_AS = {"kd+lskd": "lskd", "dkd+lskd": "lskd_dkd", "mlkd+lskd": "lskd_mlkd"}
 
 
@@ -652,7 +652,7 @@ def read_reported(path: str | Path) -> pd.DataFrame:
     reported = pd.read_csv(path, dtype={"arxiv": str})
     return reported.assign(method=reported["method"].str.lower().replace(_REPORTED_AS))
 
-# %% ../nbs/08_results.ipynb #db6de22b
+# %% ../nbs/08_results.ipynb #e22f1365
 NOT_MEASURED = "–"
 
 
@@ -709,7 +709,7 @@ def comparison_table(
     nothing = (result == "").all(axis=1)  # no report of a method for any pair
     return result[~nothing]
 
-# %% ../nbs/08_results.ipynb #035d65fa
+# %% ../nbs/08_results.ipynb #19ab2539
 _LATEX = {
     "→": r"$\to$",
     "±": r"$\pm$",

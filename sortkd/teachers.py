@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_checkpoint', 'load_weights', 'save_atomically',
            'save_teacher', 'Teacher', 'load_teacher', 'fetch_published', 'find_teacher', 'get_teacher']
 
-# %% ../nbs/04_teachers.ipynb #d7b4f36c
+# %% ../nbs/04_teachers.ipynb #96d9df0e
 import hashlib
 import json
 import os
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .data import ImageData, network_timeout
 from .models import create_model
 
-# %% ../nbs/04_teachers.ipynb #5da518a8
+# %% ../nbs/04_teachers.ipynb #490000a5
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     "SHA-256 over the names, shapes and float32 (or integer) values of a state dict, in the order of the names."
     digest = hashlib.sha256()
@@ -33,7 +33,7 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/04_teachers.ipynb #f96b951a
+# %% ../nbs/04_teachers.ipynb #4d5c1e36
 def _read_text(path: Path) -> dict:
     "What a `.safetensors` file says of itself; its tensors are not read."
     from safetensors import safe_open
@@ -76,7 +76,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'.")
     return {name.removeprefix("module."): value for name, value in weights.items()}, {}
 
-# %% ../nbs/04_teachers.ipynb #2ea938dd
+# %% ../nbs/04_teachers.ipynb #ba32b034
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
     """Load `weights` into `model` and return it.
 
@@ -105,7 +105,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = 
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/04_teachers.ipynb #9a5575c5
+# %% ../nbs/04_teachers.ipynb #df900b52
 def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all
     of the new content or still the old.
@@ -121,7 +121,7 @@ def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/04_teachers.ipynb #d4be2c9c
+# %% ../nbs/04_teachers.ipynb #b7b55f7c
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
     """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all.
 
@@ -137,7 +137,7 @@ def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapp
     save_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Path(path)
 
-# %% ../nbs/04_teachers.ipynb #f6dd8abe
+# %% ../nbs/04_teachers.ipynb #54dfd351
 @dataclass(frozen=True)
 class Teacher:
     "A teacher's network with its weights, and plain values that tell a record what it is."
@@ -158,7 +158,7 @@ def load_teacher(path: str | Path, architecture: str, num_classes: int, source: 
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
     return Teacher(model.eval().requires_grad_(False), architecture, source, Path(path).name, training)
 
-# %% ../nbs/04_teachers.ipynb #40711093
+# %% ../nbs/04_teachers.ipynb #f1a8f5d3
 PUBLISHED_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 PUBLISHED_TOP1 = {
     "resnet56": 72.34,
@@ -197,7 +197,7 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
                 if content is not None:
                     save_atomically(folder / name, lambda temporary: temporary.write_bytes(content.read()))
 
-# %% ../nbs/04_teachers.ipynb #00123521
+# %% ../nbs/04_teachers.ipynb #7986415b
 def find_teacher(
     architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping
 ) -> Teacher | None:
