@@ -23,7 +23,7 @@ from torchvision.datasets import CIFAR100
 
 from sortkd.data import (
     Batches, ImageData, Views, batch_bounds, crop, draw_views, has_cifar100, load_cifar100, load_data, load_digits,
-    normalize, number_of_views, pad_images, seeded_generator, view_id, views_of,
+    normalize, number_of_views, pad_images, seeded_generator, strong_views, view_id, views_of,
 )
 
 CIFAR_FILES = ("train", "test", "meta")
@@ -128,7 +128,7 @@ def test_cifar100(cifar100):
 
 @pytest.mark.parametrize("name", ["cifar10", "CIFAR100", "", None])
 def test_unknown_data(name):
-    with pytest.raises(ValueError, match=f"unknown data set {name!r}: choose 'cifar100', 'digits' or 'auto'"):
+    with pytest.raises(ValueError, match=f"unknown data set {name!r}: choose 'cifar100', 'digits', 'imagenet' or 'auto'"):
         load_data(name)
 
 
@@ -570,6 +570,40 @@ def test_test_batches_are_plain(device, digits):
         digits.test_images.permute(0, 3, 1, 2).double() / 255, digits.mean, digits.std)
     torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
     assert images.dtype == torch.float64 and torch.equal(targets, digits.test_targets)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_test_batches_of_several_ranks_are_the_batches_of_one(ranks):
+    batches = Batches(toy_data(test=23))
+    parts = [list(batches.test(5, rank, ranks)) for rank in range(ranks)]
+    whole = list(batches.test(5))
+    assert {len(part) for part in parts} == {len(whole)}
+    for number, (images, targets) in enumerate(whole):
+        assert torch.equal(torch.cat([part[number][0] for part in parts]), images)
+        assert torch.equal(torch.cat([part[number][1] for part in parts]), targets)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strong_views_are_of_the_kind_they_say(device, digits):
+    images = random_images(640, 32).clamp(min=1).to(device)  # without black, so that what is cut out can be seen
+    state = torch.random.get_rng_state()
+    strong, again, other = strong_views(images, 0, 3), strong_views(images, 0, 3), strong_views(images, 0, 4)
+    assert torch.equal(state, torch.random.get_rng_state()), "nobody else's randomness is touched"
+    assert strong.dtype == torch.uint8 and strong.shape == images.shape and strong.device == images.device
+    assert torch.equal(strong, again) and not torch.equal(strong, other)
+    assert (strong != images).flatten(1).any(1).double().mean() > 0.95
+    plain = strong_views(torch.full((640, 32, 32, 3), 128, dtype=torch.uint8), 0, 3)
+    black = (plain == 0).all(3)  # the square, and what an operation has moved in from outside or darkened
+    shares = black.flatten(1).double().mean(1)
+    assert 0.01 < shares.median() < 0.3
+    one = black[(shares > 0.1) & (shares < 0.2)][0].nonzero()
+    assert len(one) > 100
+
+
+def test_strong_views_differ_within_a_batch():
+    flat = torch.full((64, 32, 32, 3), 100, dtype=torch.uint8)
+    assert len(strong_views(flat, "seed").flatten(1).unique(dim=0)) >= 4  # groups of 16, each with a square of its own
+    assert strong_views(flat[:0], 0).shape == (0, 32, 32, 3)
 
 
 def test_batches_of_a_wrong_dtype():
