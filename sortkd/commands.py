@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARAMETERS', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'evaluate']
 
-# %% ../nbs/09_commands.ipynb #6cf48d23
+# %% ../nbs/09_commands.ipynb #8b4d5e09
 import argparse
 import inspect
 import os
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# %% ../nbs/09_commands.ipynb #f9c0cdd7
+# %% ../nbs/09_commands.ipynb #6b6271bd
 PARAMETERS = {
     "pair": "TEACHER_STUDENT, such as r56_r20; an unknown one lists all",
     "methods": "objectives (ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist), alone or with a "
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
 
-# %% ../nbs/09_commands.ipynb #26f59d27
+# %% ../nbs/09_commands.ipynb #0ce0883b
 @dataclass(frozen=True)
 class CheckpointQuality:
     "`top1`, `top5`, `calibration_error` in percent, `loss` in nats, over `images` test images."

@@ -7,7 +7,7 @@ __all__ = ['STRONG_GROUP', 'seeded_generator', 'ImageData', 'has_cifar100', 'net
            'load_data', 'Views', 'number_of_views', 'view_id', 'views_of', 'draw_views', 'pad_images', 'crop',
            'normalize', 'strong_views', 'batch_bounds', 'Batches']
 
-# %% ../nbs/03_data.ipynb #ee92b91a
+# %% ../nbs/03_data.ipynb #2e57e7cf
 import functools
 import hashlib
 import operator
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-# %% ../nbs/03_data.ipynb #2ae6bfe0
+# %% ../nbs/03_data.ipynb #1f8b9d6a
 def _whole_number(name, value, minimum=0) -> int:
     "`value` as an int of at least `minimum`; TypeError or ValueError names it otherwise."
     if isinstance(value, bool) or not hasattr(type(value), "__index__"):
@@ -39,7 +39,7 @@ def seeded_generator(*key: str | int) -> torch.Generator:
     generator.manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little"))
     return generator
 
-# %% ../nbs/03_data.ipynb #590244db
+# %% ../nbs/03_data.ipynb #c99699b6
 def _checksum(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -47,7 +47,7 @@ def _checksum(*tensors: torch.Tensor) -> str:
         digest.update(tensor.cpu().contiguous().numpy())
     return digest.hexdigest()
 
-# %% ../nbs/03_data.ipynb #144ee18d
+# %% ../nbs/03_data.ipynb #10330903
 def _balanced_choice(targets, size, generator) -> torch.Tensor:
     "Ascending indices of `size` images, their classes as equal in number as possible."
     order = torch.randperm(len(targets), generator=generator)
@@ -58,7 +58,7 @@ def _balanced_choice(targets, size, generator) -> torch.Tensor:
     rank[torch.argsort(shuffled, stable=True)] = torch.arange(len(order)) - first
     return order[torch.argsort(rank, stable=True)[:size]].sort().values
 
-# %% ../nbs/03_data.ipynb #be359b5c
+# %% ../nbs/03_data.ipynb #bf112ef9
 @dataclass(frozen=True, eq=False, repr=False)
 class ImageData:
     """A training and a test split of square colour images, with what a recipe must know to augment and normalise them.
@@ -141,7 +141,7 @@ class ImageData:
             kept |= {f"{split}_images": images[index], f"{split}_targets": targets[index]}
         return replace(self, **kept)
 
-# %% ../nbs/03_data.ipynb #7a5f986e
+# %% ../nbs/03_data.ipynb #368a5582
 def _cifar100_folder(root) -> Path:
     root = Path(root or os.environ.get("SORTKD_DATA") or "data").expanduser()
     return root / "cifar-100-python"
@@ -151,7 +151,7 @@ def has_cifar100(root: str | Path | None = None) -> bool:
     "Whether the folder `cifar-100-python` is under `root`; `load_cifar100` checks the files in it."
     return _cifar100_folder(root).is_dir()
 
-# %% ../nbs/03_data.ipynb #9e198e22
+# %% ../nbs/03_data.ipynb #cce827f0
 @contextmanager
 def network_timeout(seconds: float = 20.0) -> Iterator[None]:
     "Inside, a new connection that stays silent for `seconds` fails. For the whole process; torchvision sets no limit."
@@ -162,7 +162,7 @@ def network_timeout(seconds: float = 20.0) -> Iterator[None]:
     finally:
         socket.setdefaulttimeout(before)
 
-# %% ../nbs/03_data.ipynb #a7023574
+# %% ../nbs/03_data.ipynb #946398ff
 def _download_cifar100(folder: Path) -> None:
     "Place the published files at `folder`, whole or not at all."
     from torchvision.datasets import CIFAR100
@@ -181,7 +181,7 @@ def _download_cifar100(folder: Path) -> None:
             "or use load_data('digits'), which needs no download."
         ) from error
 
-# %% ../nbs/03_data.ipynb #9760318b
+# %% ../nbs/03_data.ipynb #0dcca57b
 def _check_cifar100(folder: Path) -> None:
     "ValueError unless each file's MD5 is the published one; no file is unpickled."
     from torchvision.datasets import CIFAR100
@@ -222,7 +222,7 @@ def load_cifar100(root: str | Path | None = None, download: bool = True) -> Imag
         tuple(train.classes), mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761), pad=4, flip=True,
     )
 
-# %% ../nbs/03_data.ipynb #5a69ba59
+# %% ../nbs/03_data.ipynb #4a440100
 def load_digits(image_size: int = 16) -> ImageData:
     "Scikit-learn's handwritten digits as colour images: a stand-in that needs no download. `image_size` is at least 8."
     from sklearn.datasets import load_digits as read_digits
@@ -241,7 +241,7 @@ def load_digits(image_size: int = 16) -> ImageData:
     return ImageData("digits", images[train], targets[train], images[test], targets[test],
                      tuple(map(str, digits.target_names)), mean=(mean,) * 3, std=(std,) * 3, pad=2, flip=False)
 
-# %% ../nbs/03_data.ipynb #dbcefe19
+# %% ../nbs/03_data.ipynb #b74dc3a7
 def load_data(name: str = "auto", root: str | Path | None = None) -> ImageData:
     """The data set `name`: "cifar100", "digits", "imagenet" (files, see `sortkd.imagenet.load_image_folder`), or "auto"
     (cifar100 if it is on disk, else digits; never downloads).
@@ -260,7 +260,7 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageData:
         return load_image_folder(root and Path(root) / "imagenet")
     raise ValueError(f"unknown data set {name!r}: choose 'cifar100', 'digits', 'imagenet' or 'auto'")
 
-# %% ../nbs/03_data.ipynb #3d368a1f
+# %% ../nbs/03_data.ipynb #20ea82f4
 class Views(NamedTuple):
     "Which view of which image: four tensors of shape (N,)."
 
@@ -298,7 +298,7 @@ def views_of(index: torch.Tensor, ids: torch.Tensor | int, pad: int, flip: bool)
     mirrored = ids % 2 == 1 if flip else torch.zeros_like(ids, dtype=torch.bool)
     return Views(index, crop_id // (2 * pad + 1), crop_id % (2 * pad + 1), mirrored)
 
-# %% ../nbs/03_data.ipynb #2354ae1f
+# %% ../nbs/03_data.ipynb #dc734720
 def draw_views(num_images: int, pad: int, flip: bool, seed: int, epoch: int) -> Views:
     "One random view of each of `num_images` images, in random order, a function of its arguments alone. On the CPU."
     num_images, seed, epoch = (
@@ -308,7 +308,7 @@ def draw_views(num_images: int, pad: int, flip: bool, seed: int, epoch: int) -> 
     ids = torch.randint(number_of_views(pad, flip), (num_images,), generator=generator)
     return views_of(order, ids, pad, flip)
 
-# %% ../nbs/03_data.ipynb #e9aa53d6
+# %% ../nbs/03_data.ipynb #9b21026d
 def pad_images(images: torch.Tensor, pad: int) -> torch.Tensor:
     "uint8 (N, H, W, 3) with `pad` black pixels on each side: (N, H + 2 pad, W + 2 pad, 3)."
     count, height, width, channels = images.shape
@@ -325,7 +325,7 @@ def crop(padded: torch.Tensor, views: Views, image_size: int) -> torch.Tensor:
     columns = left[:, None] + torch.where(flip[:, None], offset.flip(0), offset)
     return padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-# %% ../nbs/03_data.ipynb #8f9dfc13
+# %% ../nbs/03_data.ipynb #cfe8d45e
 @functools.lru_cache(maxsize=16)
 def _scale_and_shift(mean, std, height, width, device):
     mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
@@ -341,7 +341,7 @@ def normalize(images: torch.Tensor, mean, std, dtype: torch.dtype = torch.float3
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), *images.shape[1:3], images.device)
     return torch.addcmul(shift, images.float(), scale).to(dtype).permute(0, 3, 1, 2)
 
-# %% ../nbs/03_data.ipynb #4fb06e11
+# %% ../nbs/03_data.ipynb #cfc5d223
 STRONG_GROUP = 16  # images that share their operations
 
 
@@ -357,15 +357,15 @@ def strong_views(images: torch.Tensor, *key: str | int) -> torch.Tensor:
     generator = seeded_generator("strong views", *key)
     order = torch.randperm(len(images), generator=generator)
     magnitudes = torch.randint(31, (len(order),), generator=generator).tolist()
-    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator, on the CPU
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator of the CPU, and that alone
+        torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         for group, magnitude in zip(order.split(STRONG_GROUP), magnitudes):
             group = group.to(images.device)
             augment = v2.RandAugment(num_ops=2, magnitude=magnitude, num_magnitude_bins=31)
             result[group] = cut_out(augment(channels_first[group]))
     return result.permute(0, 2, 3, 1)
 
-# %% ../nbs/03_data.ipynb #022a9ed2
+# %% ../nbs/03_data.ipynb #6c511e11
 def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
     "(start, stop) of each batch of an epoch; a last batch of one image joins the one before it."
     num_images, batch_size = _whole_number("num_images", num_images, 1), _whole_number("batch_size", batch_size, 1)
@@ -374,7 +374,7 @@ def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
         starts.pop()
     return list(zip(starts, [*starts[1:], num_images]))
 
-# %% ../nbs/03_data.ipynb #c08f154c
+# %% ../nbs/03_data.ipynb #2ead84db
 class Batches:
     """`data` on `device`, in batches: the training images padded once, each batch gathered and normalised to `dtype`.
 

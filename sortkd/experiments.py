@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'IMAGENET_PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DATA_TITLES',
            'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'create_batches', 'train_teacher',
            'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
 
-# %% ../nbs/07_experiments.ipynb #a4548e14
+# %% ../nbs/07_experiments.ipynb #552e9d7f
 import difflib
 import fcntl
 import importlib.util
@@ -47,7 +47,7 @@ from sortkd.training import (
     train,
 )
 
-# %% ../nbs/07_experiments.ipynb #0e04c9ab
+# %% ../nbs/07_experiments.ipynb #52ee80b9
 @dataclass(frozen=True)
 class Pair:
     """A teacher and a student, by the names of `sortkd.models`, with DKD's beta and the learning rate that the papers
@@ -75,7 +75,7 @@ PAIRS = {
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
 }
 
-# %% ../nbs/07_experiments.ipynb #91ad2584
+# %% ../nbs/07_experiments.ipynb #b7563224
 IMAGENET_PAIRS = {
     "in_r34_r18": Pair("imagenet/ResNet34", "imagenet/ResNet18", beta=0.5, lr=0.2),
     "in_r50_mv1": Pair("imagenet/ResNet50", "imagenet/MobileNetV1", beta=2.0, lr=0.2),
@@ -90,7 +90,7 @@ _IMAGENET_IMAGES = (1_281_167, 50_000)  # training and validation images of ILSV
 def _published_recipe(pair: Pair) -> Recipe:
     return Recipe(**IMAGENET_RECIPE) if pair in IMAGENET_PAIRS.values() else Recipe(lr=pair.lr)
 
-# %% ../nbs/07_experiments.ipynb #d9b9534e
+# %% ../nbs/07_experiments.ipynb #15efe617
 @dataclass(frozen=True)
 class Preset:
     "How long, on how much, and with which teacher. Sizes of 0 mean all images."
@@ -117,7 +117,7 @@ PRESETS = {
     ("quick", "digits"): Preset(6, 0, 0, SHORT_TEACHER, 400, teacher_min_epochs=1, fetch_teacher=False),
 }
 
-# %% ../nbs/07_experiments.ipynb #696f93fa
+# %% ../nbs/07_experiments.ipynb #c4f2097d
 _EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")  # settings that are counted in epochs
 
 
@@ -142,7 +142,7 @@ def _recipe_for(method: Method, recipe: Recipe, published_length: bool, classes:
     scale = min(1.0, (classes / 100) ** 2) if objective.strong_views and objective.relates_rows else 1.0
     return replace(recipe, lr=min(recipe.lr, objective.lr) * scale)
 
-# %% ../nbs/07_experiments.ipynb #295c10e1
+# %% ../nbs/07_experiments.ipynb #a0a8ca7c
 @dataclass(frozen=True, eq=False)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
@@ -237,7 +237,7 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/07_experiments.ipynb #29aae05c
+# %% ../nbs/07_experiments.ipynb #890baac1
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
@@ -270,7 +270,7 @@ def _seeds(value) -> tuple[int, ...]:
         )
     return tuple(map(int, parts))
 
-# %% ../nbs/07_experiments.ipynb #bd3ee27c
+# %% ../nbs/07_experiments.ipynb #cc134537
 def _check_loggers(tensorboard, wandb) -> None:
     if not isinstance(tensorboard, bool):
         raise ValueError(f"tensorboard is {tensorboard!r}; give True or False.")
@@ -383,7 +383,7 @@ def plan_experiment(
         wandb,
     )
 
-# %% ../nbs/07_experiments.ipynb #2e57b710
+# %% ../nbs/07_experiments.ipynb #a2c8dfab
 SCHEMA_VERSION = 1
 
 
@@ -417,7 +417,7 @@ def read_records(path: str | Path) -> list[dict]:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
-# %% ../nbs/07_experiments.ipynb #5bfa4856
+# %% ../nbs/07_experiments.ipynb #1438399c
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
@@ -470,7 +470,7 @@ def _commit() -> str | None:
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 
-# %% ../nbs/07_experiments.ipynb #3943fa39
+# %% ../nbs/07_experiments.ipynb #52e3f760
 @contextmanager
 def _loggers(experiment: Experiment, run_id: str, settings: dict) -> Iterator[list[Callable[[dict], None]]]:
     "Callbacks that log the rows of a run, under the folders `tensorboard` and `wandb` of the results."
@@ -509,7 +509,7 @@ def _loggers(experiment: Experiment, run_id: str, settings: dict) -> Iterator[li
         for close in closing:
             close()
 
-# %% ../nbs/07_experiments.ipynb #4a09936e
+# %% ../nbs/07_experiments.ipynb #84cb706c
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -611,7 +611,7 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
         fetch=preset.fetch_teacher,
     )
 
-# %% ../nbs/07_experiments.ipynb #29fd72d0
+# %% ../nbs/07_experiments.ipynb #401edf62
 @dataclass(frozen=True, eq=False)
 class Results:
     "What an experiment leaves in memory: its records, as written, and the teacher with the data, for looking closer."
@@ -685,6 +685,8 @@ def _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, pr
     key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
     folder = experiment.results_dir / "runs" / f"{experiment.pair_name}-{method.name}-seed{seed}-{key}"
     if experiment.skip_recorded and (record := _recorded(experiment, fabric, folder.name)):
+        if fabric.is_global_zero:
+            _clean_up(folder)
         return record
     started = fabric.broadcast(_started(folder) if fabric.is_global_zero else "")
     run_id = f"{folder.name}-{started}"
@@ -721,10 +723,14 @@ def _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, pr
         done = {each.get("run_id") for each in _records_so_far(experiment)}
         if run_id not in done:  # it was recorded, but stopped before its checkpoint was removed
             append_record(experiment.records_file, record)
-        for name in ("checkpoint.pt", "started"):
-            (folder / name).unlink(missing_ok=True)
+        _clean_up(folder)
     fabric.barrier()
     return record
+
+
+def _clean_up(folder: Path) -> None:
+    for name in ("checkpoint.pt", "started"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _records_so_far(experiment: Experiment) -> list[dict]:
@@ -774,7 +780,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         content = save({key: value.contiguous() for key, value in weights.items()})
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
-# %% ../nbs/07_experiments.ipynb #eed64922
+# %% ../nbs/07_experiments.ipynb #98527fab
 _worker = {}  # what a worker process keeps between runs
 
 
@@ -826,7 +832,7 @@ def _run_at_once(experiment, cells, teacher, about_teacher, kind, progress) -> l
             raise
     return [futures[method.name, seed].result() for method, seed in cells]
 
-# %% ../nbs/07_experiments.ipynb #4343d528
+# %% ../nbs/07_experiments.ipynb #eb63353c
 def summarize(records: Sequence[dict]):
     "A pandas table with one row for each method of the records, which must be of one pair, preset and data set."
     import pandas as pd
@@ -856,7 +862,7 @@ def summarize(records: Sequence[dict]):
 def _mean_and_std(values) -> str:
     return f"{values.mean():.2f}" if len(values) == 1 else f"{values.mean():.2f} ± {values.std():.2f}"
 
-# %% ../nbs/07_experiments.ipynb #25c7a907
+# %% ../nbs/07_experiments.ipynb #c197487f
 def plot_curves(records: Sequence[dict]):
     "Training loss and test top-1 over the epochs: each method's mean over seeds, their range as a band."
     import matplotlib.pyplot as plt
@@ -884,7 +890,7 @@ def plot_curves(records: Sequence[dict]):
     axes[0].legend(frameon=False)
     return figure
 
-# %% ../nbs/07_experiments.ipynb #ae9aa0c1
+# %% ../nbs/07_experiments.ipynb #7d37e130
 def plot_mistakes(results: Results, count: int = 4):
     """The teacher's worst mistakes on 500 training images (of images in files, 100 test images): its confidences at
     temperature 4 before and after sorting.

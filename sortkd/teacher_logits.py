@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['expected_views', 'TeacherLogits', 'CachedTeacherLogits']
 
-# %% ../nbs/05_teacher_logits.ipynb #14404476
+# %% ../nbs/05_teacher_logits.ipynb #bfa321a4
 import hashlib
 import json
 import mmap
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from .data import Batches, Views, number_of_views, view_id, views_of
 from .teachers import save_atomically, weights_checksum
 
-# %% ../nbs/05_teacher_logits.ipynb #11612209
+# %% ../nbs/05_teacher_logits.ipynb #cfd0c2ff
 def expected_views(num_views: int, draws: int) -> float:
     "How many different ones of `num_views` views of an image `draws` random draws are expected to meet."
     if num_views < 1 or draws < 0:
         raise ValueError(f"num_views must be at least 1 and draws at least 0, but they are {num_views} and {draws}.")
     return num_views * (1 - (1 - 1 / num_views) ** draws)
 
-# %% ../nbs/05_teacher_logits.ipynb #57060572
+# %% ../nbs/05_teacher_logits.ipynb #23d64104
 class TeacherLogits:
     """What `network` says about views of the training images of `batches`, computed whenever it is asked.
 
@@ -71,7 +71,7 @@ class TeacherLogits:
     def close(self) -> None:
         "Nothing is open; the cache has something to finish."
 
-# %% ../nbs/05_teacher_logits.ipynb #a6994f77
+# %% ../nbs/05_teacher_logits.ipynb #542eb866
 def _identity(teacher: TeacherLogits) -> dict:
     "The plain values that determine every number in a cache."
     data = teacher.batches.data
@@ -90,7 +90,7 @@ def _identity(teacher: TeacherLogits) -> dict:
         "precision": teacher.precision,
     }
 
-# %% ../nbs/05_teacher_logits.ipynb #99e5cbca
+# %% ../nbs/05_teacher_logits.ipynb #15133401
 def _create_folder(folder: Path, identity: dict) -> None:
     "Make the files of an empty cache; another process may be faster."
     rows = identity["images"] * number_of_views(identity["pad"], identity["flip"])
@@ -129,7 +129,7 @@ def _map_file(path: Path, dtype: torch.dtype, count: int) -> tuple[mmap.mmap, Te
         mapped = mmap.mmap(file.fileno(), expected)
     return mapped, torch.frombuffer(mapped, dtype=dtype)
 
-# %% ../nbs/05_teacher_logits.ipynb #32a6c1ef
+# %% ../nbs/05_teacher_logits.ipynb #1cac0418
 class CachedTeacherLogits(TeacherLogits):
     """`TeacherLogits` that are computed once for each view and kept in a folder under `cache_dir`, in half precision.
 

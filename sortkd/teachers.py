@@ -6,12 +6,13 @@
 __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_checkpoint', 'load_weights', 'save_atomically',
            'save_teacher', 'Teacher', 'load_teacher', 'fetch_published', 'find_teacher', 'get_teacher']
 
-# %% ../nbs/04_teachers.ipynb #96d9df0e
+# %% ../nbs/04_teachers.ipynb #af2d7672
 import hashlib
 import json
 import os
 import tarfile
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from .data import ImageData, network_timeout
 from .models import create_model
 
-# %% ../nbs/04_teachers.ipynb #490000a5
+# %% ../nbs/04_teachers.ipynb #993f44b8
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     "SHA-256 over the names, shapes and float32 (or integer) values of a state dict, in the order of the names."
     digest = hashlib.sha256()
@@ -33,7 +34,7 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
         digest.update(value.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/04_teachers.ipynb #4d5c1e36
+# %% ../nbs/04_teachers.ipynb #3bb71c5e
 def _read_text(path: Path) -> dict:
     "What a `.safetensors` file says of itself; its tensors are not read."
     from safetensors import safe_open
@@ -76,7 +77,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'.")
     return {name.removeprefix("module."): value for name, value in weights.items()}, {}
 
-# %% ../nbs/04_teachers.ipynb #ba32b034
+# %% ../nbs/04_teachers.ipynb #a13e128c
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
     """Load `weights` into `model` and return it.
 
@@ -105,14 +106,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = 
     model.load_state_dict(weights)
     return model
 
-# %% ../nbs/04_teachers.ipynb #df900b52
+# %% ../nbs/04_teachers.ipynb #235abba7
 def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all
     of the new content or still the old.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # of its own on every machine of a cluster
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -121,7 +122,7 @@ def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/04_teachers.ipynb #b7b55f7c
+# %% ../nbs/04_teachers.ipynb #507fc9a1
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
     """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all.
 
@@ -137,7 +138,7 @@ def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapp
     save_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Path(path)
 
-# %% ../nbs/04_teachers.ipynb #54dfd351
+# %% ../nbs/04_teachers.ipynb #0429cbc5
 @dataclass(frozen=True)
 class Teacher:
     "A teacher's network with its weights, and plain values that tell a record what it is."
@@ -158,7 +159,7 @@ def load_teacher(path: str | Path, architecture: str, num_classes: int, source: 
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
     return Teacher(model.eval().requires_grad_(False), architecture, source, Path(path).name, training)
 
-# %% ../nbs/04_teachers.ipynb #f1a8f5d3
+# %% ../nbs/04_teachers.ipynb #718ee690
 PUBLISHED_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
 PUBLISHED_TOP1 = {
     "resnet56": 72.34,
@@ -197,7 +198,7 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
                 if content is not None:
                     save_atomically(folder / name, lambda temporary: temporary.write_bytes(content.read()))
 
-# %% ../nbs/04_teachers.ipynb #7986415b
+# %% ../nbs/04_teachers.ipynb #6bfdf9d4
 def find_teacher(
     architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping
 ) -> Teacher | None:

@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'STEPS_AHEAD', 'Recipe', 'native_precision', 'create_fabric', 'precision_of', 'Ranks', 'Evaluation',
            'evaluate', 'Lesson', 'Outcome', 'fingerprint', 'train', 'progress_bar']
 
-# %% ../nbs/06_training.ipynb #e94e9ebe
+# %% ../nbs/06_training.ipynb #a947b4b3
 import hashlib
 import json
 import math
@@ -33,7 +33,7 @@ from .teachers import save_atomically
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# %% ../nbs/06_training.ipynb #3301fc7f
+# %% ../nbs/06_training.ipynb #ef255014
 @dataclass(frozen=True)
 class Recipe:
     "How long and with which optimiser a network is trained. The defaults are the field's recipe for CIFAR-100."
@@ -70,7 +70,7 @@ class Recipe:
             self, epochs=epochs, milestones=tuple(round(each * epochs / self.epochs) for each in self.milestones)
         )
 
-# %% ../nbs/06_training.ipynb #50c8bb20
+# %% ../nbs/06_training.ipynb #0fdf3d06
 PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
@@ -127,7 +127,7 @@ def precision_of(fabric: "Fabric") -> str:
     "The name of the precision that `fabric` computes in."
     return next(name for name, spelling in PRECISIONS.items() if spelling == str(fabric._precision.precision))
 
-# %% ../nbs/06_training.ipynb #45be64bc
+# %% ../nbs/06_training.ipynb #65e178bf
 class _SumOverRanks(torch.autograd.Function):
     "Every rank receives the sum of what all hold; what flows back to each is the sum of what flows back to all."
 
@@ -168,7 +168,7 @@ class Ranks:
         "The sum over all ranks; gradients find their way back."
         return values if self.count == 1 else _SumOverRanks.apply(values)
 
-# %% ../nbs/06_training.ipynb #418bc7df
+# %% ../nbs/06_training.ipynb #bb6a1543
 class _SynchronizedBatchNorm(nn.BatchNorm2d):
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
@@ -196,7 +196,7 @@ def _synchronize_batch_norm(network: nn.Module, ranks: Ranks) -> nn.Module:
             module.__class__ = _SynchronizedBatchNorm  # same parameters and buffers under the same names
     return network
 
-# %% ../nbs/06_training.ipynb #bfbb2c40
+# %% ../nbs/06_training.ipynb #23ce42ca
 @dataclass(frozen=True)
 class Evaluation:
     "`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images."
@@ -221,7 +221,7 @@ def evaluate(model: nn.Module, batches: Batches, fabric: "Fabric") -> Evaluation
     count = len(batches.test_targets)
     return Evaluation(100 * correct / count, loss / count, count)
 
-# %% ../nbs/06_training.ipynb #f6bc810c
+# %% ../nbs/06_training.ipynb #ad4ea522
 class Lesson(NamedTuple):
     "What a step learns from. Images are the rank's part of the batch, all else is for all of its rows."
 
@@ -304,7 +304,7 @@ def _side_stream(device: torch.device):
         yield
     torch.cuda.current_stream(device).wait_stream(stream)
 
-# %% ../nbs/06_training.ipynb #f7bc0847
+# %% ../nbs/06_training.ipynb #ae593ae8
 STEPS_AHEAD = 32  # for which the teacher's logits are looked up and repaired at once
 
 
@@ -383,7 +383,7 @@ def _train_epoch(step: _Step, lessons: _Lessons, epoch: int, after_step: Callabl
         return row
     return row | dict(zip(("teacher_wrong_rows", "changed_rows"), lessons.about_teacher.tolist()))
 
-# %% ../nbs/06_training.ipynb #4528cbac
+# %% ../nbs/06_training.ipynb #43f0f9a6
 @dataclass
 class Outcome:
     """What a run leaves: one row an epoch, the weights of the last and of the best test epoch, and the seconds it
@@ -404,7 +404,7 @@ class Outcome:
         "The first of the epochs with the highest test accuracy."
         return max(self.curve, key=lambda row: row["test_top1"])
 
-# %% ../nbs/06_training.ipynb #2de83f1c
+# %% ../nbs/06_training.ipynb #7e24aefd
 def fingerprint(*parts) -> str:
     "A short checksum of values that `json` can write; what a checkpoint uses to know its run."
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -428,7 +428,7 @@ def _load_checkpoint(path: Path, run: str) -> dict:
         )
     return state
 
-# %% ../nbs/06_training.ipynb #0576a6fc
+# %% ../nbs/06_training.ipynb #fc778285
 def train(
     model: nn.Module,
     batches: Batches,

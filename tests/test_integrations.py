@@ -1,0 +1,513 @@
+"Sorting inside the training loops of other libraries: each of the real ones trains as a plain loop written by hand does."
+import copy
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sortkd import sort_logits, swap_logits
+from sortkd.integrations import (
+    DistillationLoss,
+    DistillationTrainerMixin,
+    FrozenTeacher,
+    SortedKDLoss,
+    register_torchdistill,
+)
+from sortkd.losses import create_method, dist_loss, dkd_loss, kd_loss
+
+CLASSES, EPOCHS, LR, BATCH = 5, 2, 0.05, 16
+
+
+class Network(nn.Module):
+    "Small, with batch normalisation, whose mode shows in its logits; takes `images` or `pixel_values`."
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm, self.hidden, self.classifier = nn.BatchNorm1d(12), nn.Linear(12, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, pixel_values):
+        return 3 * self.classifier(torch.tanh(self.hidden(self.norm(pixel_values.flatten(1)))))
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(64, 3, 2, 2, generator=generator) + 0.5,
+                         torch.randint(CLASSES, (64,), generator=generator))
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 30, CLASSES, generator=generator).unbind()
+    return student, 3 * teacher, torch.randint(CLASSES, (30,), generator=generator)
+
+
+def train_by_hand(data, repair=sort_logits, student=None):
+    "KD with a repair at temperature 4, written out without anything from `integrations`."
+    teacher, student = Network(0).eval(), Network(1) if student is None else student
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR)
+    for _ in range(EPOCHS):
+        for images, target in DataLoader(data, BATCH):
+            with torch.no_grad():
+                teacher_logits = repair(teacher(images), target)
+            output = student.train()(pixel_values=images)
+            output = output if isinstance(output, torch.Tensor) else output.logits
+            loss = 0.1 * F.cross_entropy(output, target) + 0.9 * kd_loss(output, teacher_logits, 4.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return student
+
+
+def largest_difference(first, second):
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+def assert_trained_like(network, data, **options):
+    "The weights of the loop by hand, and not those of the same loop without sorting."
+    assert largest_difference(network, train_by_hand(data, **copy.deepcopy(options))) < 1e-5
+    assert largest_difference(network, train_by_hand(data, lambda values, _: values, **copy.deepcopy(options))) > 1e-3
+
+
+# ---- The loss ----
+
+
+def test_importing_needs_none_of_the_libraries():
+    script = ("import sys, sortkd.integrations; names = 'torchdistill lightning pytorch_lightning transformers accelerate timm torchvision'; "
+              "sys.exit(', '.join(name for name in names.split() if name in sys.modules) or 0)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_loss_is_the_method_by_hand(logits):
+    student, teacher, target = logits
+    cross_entropy, repaired = F.cross_entropy(student, target), sort_logits(teacher, target)
+    expected = {
+        ("kd+sort", None): 0.1 * cross_entropy + 0.9 * kd_loss(student, repaired, 4.0),
+        ("kd", None): 0.1 * cross_entropy + 0.9 * kd_loss(student, teacher, 4.0),
+        ("kd+swap", None): 0.1 * cross_entropy + 0.9 * kd_loss(student, swap_logits(teacher, target), 4.0),
+        ("dist+sort", 3): cross_entropy + dist_loss(student, repaired),
+        ("dkd+sort", 5): cross_entropy + 5 / 20 * dkd_loss(student, repaired, target),
+        ("dkd+sort", 20): cross_entropy + dkd_loss(student, repaired, target),
+        ("ce", None): cross_entropy,
+    }
+    for (method, epoch), value in expected.items():
+        torch.testing.assert_close(DistillationLoss(method)(student, teacher, target, epoch), value)
+    assert len({round(value.item(), 5) for value in expected.values()}) == len(expected)
+
+
+def test_loss_takes_settings_and_counts_what_is_wrong(logits):
+    student, teacher, target = logits
+    loss = DistillationLoss("kd+sort", temperature=2.0, ce_weight=0.0, kd_weight=1.0)
+    torch.testing.assert_close(loss(student, teacher, target), kd_loss(student, sort_logits(teacher, target), 2.0))
+    assert torch.equal(loss.teacher_wrong, teacher.argmax(1) != target)
+    assert 0 < loss.teacher_wrong.sum() < len(target)
+    assert loss(student, sort_logits(teacher, target), target).isfinite() and not loss.teacher_wrong.any()
+    assert repr(loss) == "DistillationLoss('kd+sort')"
+
+
+def test_cross_entropy_needs_no_teacher(logits):
+    loss = DistillationLoss("ce")
+    torch.testing.assert_close(loss(logits[0], None, logits[2]), F.cross_entropy(logits[0], logits[2]))
+    assert loss.teacher_wrong is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_widened_before_anything_is_computed(logits, dtype):
+    student, teacher, target = (each.to(dtype) if each.is_floating_point() else each for each in logits)
+    loss = DistillationLoss("kd+sort")(student.requires_grad_(), teacher, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, DistillationLoss("kd+sort")(student.float(), teacher.float(), target), rtol=0, atol=0)
+    wide = DistillationLoss("kd+sort")(*(each.double() for each in logits[:2]), target)
+    assert wide.dtype == torch.float64
+
+
+def test_gradients_reach_the_student_and_a_learned_temperature_only(logits):
+    student, teacher, target = logits
+    student, teacher = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    loss = DistillationLoss("ctkd+sort")
+    loss(student, teacher, target, epoch=5).backward()
+    assert student.grad.abs().sum() > 0 and teacher.grad is None
+    (raw,) = loss.parameters()
+    assert raw.grad.abs().sum() > 0
+    assert not list(DistillationLoss("kd+sort").parameters())
+
+
+@pytest.mark.parametrize(("method", "changes"), [("dkd+sort", {}), ("lskd_dkd", {}), ("ctkd", {}), ("kd", {"warmup_epochs": 3})])
+def test_a_method_that_changes_with_the_epoch_must_know_it(logits, method, changes):
+    with pytest.raises(ValueError, match=r"changes from epoch to epoch"):
+        DistillationLoss(method, **changes)(*logits)
+    first, second = (DistillationLoss(method, **changes)(*logits, epoch=epoch) for epoch in (1, 2))
+    assert method == "ctkd" or first != second  # there the gradient changes, not the value
+
+
+def test_a_warmup_of_nothing_needs_no_epoch(logits):
+    student, teacher, target = logits
+    expected = F.cross_entropy(student, target) + dkd_loss(student, sort_logits(teacher, target), target)
+    torch.testing.assert_close(DistillationLoss("dkd+sort", warmup_epochs=0)(*logits), expected)
+
+
+@pytest.mark.parametrize("epoch", [0, -1, 1.5, True, "3"])
+def test_epochs_count_from_one(logits, epoch):
+    with pytest.raises(ValueError, match="counted from 1"):
+        DistillationLoss("kd+sort")(*logits, epoch=epoch)
+
+
+@pytest.mark.parametrize("method", ["mlkd", "lskd_mlkd+sort", "sld"])
+def test_methods_with_strong_views_are_refused(method):
+    with pytest.raises(ValueError, match="strongly augmented views"):
+        DistillationLoss(method)
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (lambda student, teacher, target: ({"logits": student}, teacher, target), TypeError, "of type dict"),
+    (lambda student, teacher, target: (student.long(), teacher, target), TypeError, "int64"),
+    (lambda student, teacher, target: (student, None, target), TypeError, "teacher_logits.*NoneType"),
+    (lambda student, teacher, target: (student[None], teacher[None], target[None]), ValueError, r"\(N, C\)"),
+    (lambda student, teacher, target: (student, teacher[:, :4], target), ValueError, "the same classes"),
+    (lambda student, teacher, target: (student, teacher[:7], target), ValueError, "one shape"),
+    (lambda student, teacher, target: (student, teacher, target[:7]), ValueError, "need a target of shape"),
+    (lambda student, teacher, target: (student, teacher, F.one_hot(target, CLASSES).float()), TypeError, "class indices"),
+    (lambda student, teacher, target: (student, teacher, target - 100), ValueError, "target holds"),
+])
+def test_bad_input_is_named(logits, change, error, message):
+    for method in ("kd", "kd+sort"):
+        with pytest.raises(error, match=message):
+            DistillationLoss(method)(*change(*logits))
+
+
+def test_unknown_methods_and_settings_are_refused():
+    with pytest.raises(ValueError, match="Did you mean 'kd\\+sort'"):
+        DistillationLoss("kd+sorted")
+    with pytest.raises(ValueError, match="no setting beta"):
+        DistillationLoss("kd+sort", beta=2.0)
+
+
+# ---- The teacher ----
+
+
+def test_frozen_teacher_is_no_part_of_what_surrounds_it(data):
+    images, network = data.tensors[0], Network(0)
+    expected = copy.deepcopy(network).eval()(images)
+    whole = nn.ModuleDict({"student": Network(1), "teacher": FrozenTeacher(network)}).train()
+    assert torch.equal(whole["teacher"](images), expected) and torch.equal(whole["teacher"](images), expected)
+    assert not whole["teacher"](images).requires_grad and not network.training
+    assert {name.split(".")[0] for name in whole.state_dict()} == {"student"}
+    assert len(list(whole.parameters())) == len(list(Network(1).parameters()))
+    whole.load_state_dict(copy.deepcopy(whole.state_dict()), strict=True)
+    for parameter in network.parameters():
+        assert not parameter.requires_grad
+
+
+def test_frozen_teacher_follows_moves_and_copies(data):
+    teacher = nn.Sequential(FrozenTeacher(Network(0)))
+    assert teacher.double()(data.tensors[0].double()).dtype == torch.float64
+    assert teacher.to("meta")[0].network.classifier.weight.is_meta
+    original = FrozenTeacher(Network(0))
+    clone = copy.deepcopy(original)
+    assert clone.network is not original.network
+    assert torch.equal(clone(data.tensors[0]), original(pixel_values=data.tensors[0]))
+    file = io.BytesIO()
+    torch.save(original, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(data.tensors[0]), original(data.tensors[0]))
+    with pytest.raises(TypeError, match="nn.Module"):
+        FrozenTeacher(lambda images: images)
+
+
+# ---- A torchvision and a timm network ----
+
+
+def test_any_two_networks():
+    import timm
+    import torchvision
+
+    torch.manual_seed(0)
+    teacher = FrozenTeacher(torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES))
+    student = timm.create_model("test_vit", img_size=32, num_classes=CLASSES)
+    images, target = torch.randn(20, 3, 32, 32), torch.arange(20) % CLASSES
+    optimizer, loss_function = torch.optim.AdamW(student.parameters(), lr=5e-3), DistillationLoss("kd+sort")
+    losses = []
+    for _ in range(12):
+        loss = loss_function(student(images), teacher(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert torch.equal(loss_function.teacher_wrong, teacher(images).argmax(1) != target)
+
+
+# ---- torchdistill ----
+
+CONFIG = """
+sortkd: !import_call {key: 'sortkd.integrations.register_torchdistill'}
+
+num_epochs: 2
+train_data_loader:
+  dataset_id: 'data'
+  sampler:
+    class_or_func: !import_get {key: 'torch.utils.data.SequentialSampler'}
+  kwargs: {batch_size: 16}
+teacher: {forward_proc: 'forward_batch_only', requires_grad: False}
+student: {forward_proc: 'forward_batch_only'}
+optimizer: {key: 'SGD', kwargs: {lr: 0.05}}
+pre_epoch_process: 'sortkd_pre_epoch'
+criterion:
+  key: 'WeightedSumLoss'
+  kwargs:
+    sub_terms:
+      distillation:
+        criterion: {key: 'SortedKDLoss', kwargs: {method: 'kd+sort'}}
+        weight: 1.0
+"""
+
+
+@pytest.fixture
+def make_box(tmp_path, data):
+    from torchdistill.common.yaml_util import load_yaml_file
+    from torchdistill.core.distillation import get_distillation_box
+
+    def make(config=CONFIG, teacher=None):
+        path = tmp_path / "config.yaml"
+        path.write_text(config)
+        teacher = Network(0) if teacher is None else teacher
+        return get_distillation_box(teacher, Network(1), {"data": data}, load_yaml_file(path), torch.device("cpu"), None, False, 1)
+
+    return make
+
+
+def train_box(box):
+    losses = []
+    for epoch in range(box.num_epochs):
+        box.pre_epoch_process(epoch=epoch)
+        for images, target, supplement in box.train_data_loader:
+            loss = box.forward_process(images, target, supplement)
+            losses.append(loss.item())
+            box.post_forward_process(loss=loss)
+        box.post_epoch_process()
+    return losses
+
+
+def test_torchdistill_trains_like_the_loop_by_hand(make_box, data):
+    box = make_box()
+    assert box.teacher_model.training, "the teacher arrives in training mode"
+    train_box(box)
+    assert not box.teacher_model.training
+    assert_trained_like(box.student_model, data)
+    assert largest_difference(box.teacher_model, Network(0)) == 0
+
+
+def test_torchdistill_first_loss_by_hand(make_box, data):
+    images, target = data[:BATCH]
+    student, teacher = Network(1)(images), sort_logits(Network(0).eval()(images).detach(), target)
+    expected = {"kd+sort": 0.1 * F.cross_entropy(student, target) + 0.9 * kd_loss(student, teacher, 4.0),
+                "dkd+sort', beta: 2.0, method: 'dkd+sort": F.cross_entropy(student, target) + 1 / 20 * dkd_loss(student, teacher, target, beta=2.0)}
+    for method, value in expected.items():
+        box = make_box(CONFIG.replace("kd+sort", method))
+        assert train_box(box)[0] == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_torchdistill_weights_and_places(make_box, data):
+    "A term of weight 3 on logits that a hook recorded: before the factor 3 that the networks apply."
+    hooks = "forward_hook: {input: [], output: ['classifier']}"
+    config = CONFIG.replace("requires_grad: False", f"requires_grad: False, {hooks}")
+    config = config.replace("student: {", f"student: {{{hooks}, ").replace("weight: 1.0", "weight: 3.0")
+    config = config.replace("'kd+sort'", "'kd+sort', student_module_path: 'classifier', teacher_module_path: 'classifier', ce_weight: 0.0")
+    images, target = data[:BATCH]
+    student, teacher = Network(1)(images) / 3, Network(0).eval()(images).detach() / 3
+    expected = 3 * 0.9 * kd_loss(student, sort_logits(teacher, target), 4.0)
+    assert train_box(make_box(config))[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_torchdistill_passes_the_epoch_on(make_box, data):
+    box = make_box(CONFIG.replace("kd+sort", "dkd+sort"))
+    (criterion, _), = box.criterion.term_dict.values()
+    for epoch in (0, 6):
+        box.pre_epoch_process(epoch=epoch)
+        assert criterion.epoch == epoch + 1
+        images, target = data[:BATCH]
+        with torch.no_grad():
+            student, teacher = box.student_model(images), box.teacher_model(images)
+        value = create_method("dkd+sort").loss(student, sort_logits(teacher, target), target, epoch + 1)
+        assert box.forward_process(images, target, {}).item() == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_torchdistill_says_what_is_missing(make_box, data):
+    box = make_box(CONFIG.replace("kd+sort", "dkd+sort").replace("pre_epoch_process: 'sortkd_pre_epoch'", ""))
+    box.pre_epoch_process(epoch=0)
+    with pytest.raises(ValueError, match="pre_epoch_process: 'sortkd_pre_epoch'"):
+        box.forward_process(*data[:BATCH], {})
+    with pytest.raises(ValueError, match="Did you mean 'kd\\+sort'"):
+        make_box(CONFIG.replace("kd+sort", "kd+sorted"))
+    with pytest.raises(ValueError, match="ctkd learns its temperature"):
+        SortedKDLoss("ctkd")
+
+
+def test_torchdistill_leaves_a_teacher_that_learns_in_its_mode(make_box):
+    box = make_box(CONFIG.replace("requires_grad: False", "requires_grad: True"))
+    box.pre_epoch_process(epoch=0)
+    assert box.teacher_updatable and box.teacher_model.training
+
+
+def test_torchdistill_that_is_not_there(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchdistill"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchdistill", None)
+    with pytest.raises(ImportError, match="pip install torchdistill"):
+        register_torchdistill()
+
+
+# ---- Lightning ----
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_trains_like_the_loop_by_hand(data, tmp_path):
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher, self.loss = Network(1), FrozenTeacher(Network(0)), DistillationLoss("kd+sort")
+
+        def training_step(self, batch, batch_index):
+            images, target = batch
+            loss = self.loss(self.student(images), self.teacher(images), target, self.current_epoch + 1)
+            self.log("wrong", self.loss.teacher_wrong.float().mean(), on_step=False, on_epoch=True)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=LR)
+
+    module = Module().train()
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=EPOCHS, logger=False, enable_checkpointing=False,
+                                enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    trainer.fit(module, DataLoader(data, BATCH))
+    assert_trained_like(module.student, data)
+    images, target = data.tensors
+    wrong = (Network(0).eval()(images).argmax(1) != target).float().mean().item()
+    assert 0 < wrong < 1 and trainer.callback_metrics["wrong"].item() == pytest.approx(wrong)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
+    assert {name.split(".")[0] for name in saved} == {"student"}
+    Module().load_state_dict(saved, strict=True)
+
+
+# ---- Hugging Face ----
+
+
+@pytest.fixture
+def make_trainer(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
+        pass
+
+    def make(model, distillation_loss=None, teacher="the usual", train=True, batch_size=BATCH, compute_loss_func=None, **settings):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, optim="sgd", lr_scheduler_type="constant", learning_rate=LR, max_grad_norm=0.0,
+            num_train_epochs=EPOCHS, train_sampling_strategy="sequential", per_device_train_batch_size=batch_size,
+            dataloader_pin_memory=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **settings)
+        examples = [{"pixel_values": images, "labels": int(target)} for images, target in data]
+        trainer = DistillationTrainer(
+            model=model, args=arguments, train_dataset=examples, eval_dataset=examples, compute_loss_func=compute_loss_func,
+            teacher=Network(0) if teacher == "the usual" else teacher,
+            distillation_loss=DistillationLoss("kd+sort") if distillation_loss is None else distillation_loss)
+        if train:
+            trainer.train()
+        return trainer
+
+    return make
+
+
+@pytest.fixture
+def vit():
+    "A network of the library, whose forward takes any keyword: it announces that it scales its loss itself."
+    import transformers
+
+    torch.manual_seed(2)
+    config = transformers.ViTConfig(image_size=2, patch_size=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                                    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=CLASSES)
+    return transformers.ViTForImageClassification(config)
+
+
+def test_trainer_trains_like_the_loop_by_hand(make_trainer, vit, data):
+    assert_trained_like(make_trainer(copy.deepcopy(vit)).model, data, student=vit)
+
+
+def test_trainer_takes_networks_that_return_logits_alone(make_trainer, data):
+    trainer = make_trainer(Network(1), remove_unused_columns=False, label_names=["labels"])
+    assert_trained_like(trainer.model, data)
+    images, target = data.tensors
+    with torch.no_grad():
+        expected = trainer.model.eval()(images)
+    predicted = trainer.predict(trainer.eval_dataset)
+    torch.testing.assert_close(torch.from_numpy(predicted.predictions), expected)
+    assert predicted.metrics["test_loss"] == pytest.approx(F.cross_entropy(expected, target).item(), rel=1e-4)
+
+
+def test_trainer_accumulates_gradients(make_trainer, vit, data):
+    trainer = make_trainer(copy.deepcopy(vit), batch_size=BATCH // 2, gradient_accumulation_steps=2)
+    assert_trained_like(trainer.model, data, student=vit)
+    wrong = make_trainer(copy.deepcopy(vit), batch_size=BATCH // 2, gradient_accumulation_steps=2, train=False)
+    wrong.model_accepts_loss_kwargs = True  # what the Trainer finds out about this network, and the mixin withdraws
+    wrong.train()
+    assert largest_difference(wrong.model, trainer.model) > 1e-3
+
+
+def test_trainer_passes_the_epoch_on(make_trainer, vit):
+    epochs = []
+
+    class Listening(DistillationLoss):
+        def forward(self, student_logits, teacher_logits, target, epoch=None):
+            epochs.append(epoch)
+            return super().forward(student_logits, teacher_logits, target, epoch)
+
+    make_trainer(vit, Listening("dkd+sort"))
+    assert epochs == [1] * 4 + [2] * 4
+
+
+def test_trainer_evaluates_the_model_alone(make_trainer, vit, data):
+    trainer = make_trainer(vit)
+    trainer.teacher = None
+    images, target = data.tensors
+    measured = trainer.evaluate()["eval_loss"]
+    with torch.no_grad():
+        expected = F.cross_entropy(trainer.model.eval()(pixel_values=images).logits, target).item()
+    assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def test_trainer_without_a_teacher_trains_with_cross_entropy(make_trainer, vit, data):
+    trainer = make_trainer(copy.deepcopy(vit), DistillationLoss("ce"), teacher=None)
+    optimizer = torch.optim.SGD(vit.parameters(), lr=LR)
+    for _ in range(EPOCHS):
+        for images, target in DataLoader(data, BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(vit.train()(pixel_values=images).logits, target).backward()
+            optimizer.step()
+    assert largest_difference(trainer.model, vit) < 1e-5
+
+
+def test_trainer_refuses_what_would_have_no_effect(make_trainer, vit):
+    for options, error, message in (
+        ({"distillation_loss": "kd+sort"}, TypeError, r"DistillationLoss\('kd\+sort'\)"),
+        ({"distillation_loss": DistillationLoss("ctkd")}, ValueError, "learns its temperature"),
+        ({"teacher": None}, ValueError, "needs a teacher"),
+        ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor"),
+        ({"compute_loss_func": lambda outputs, labels, **_: 0.0}, ValueError, "compute_loss_func"),
+    ):
+        with pytest.raises(error, match=message):
+            make_trainer(vit, train=False, **options)
+    trainer = make_trainer(vit, train=False)
+    for mode in (True, False):
+        with pytest.raises(ValueError, match="'labels', but it holds pixel_values.*remove_unused_columns=False"):
+            trainer.compute_loss(vit.train(mode), {"pixel_values": torch.zeros(2, 3, 2, 2)})
