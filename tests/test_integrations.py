@@ -1,4 +1,5 @@
-"Sorting inside the training loops of other libraries: each of the real ones trains as a plain loop written by hand does."
+"Sorting inside the training loops of other libraries: each trains as a plain loop written by hand does."
+
 import copy
 import io
 import subprocess
@@ -38,8 +39,9 @@ class Network(nn.Module):
 @pytest.fixture
 def data():
     generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(64, 3, 2, 2, generator=generator) + 0.5,
-                         torch.randint(CLASSES, (64,), generator=generator))
+    return TensorDataset(
+        torch.randn(64, 3, 2, 2, generator=generator) + 0.5, torch.randint(CLASSES, (64,), generator=generator)
+    )
 
 
 @pytest.fixture
@@ -81,9 +83,12 @@ def assert_trained_like(network, data, **options):
 
 
 def test_importing_needs_none_of_the_libraries():
-    script = ("import sys, sortkd.integrations; names = 'torchdistill lightning pytorch_lightning transformers accelerate timm torchvision'; "
-              "sys.exit(', '.join(name for name in names.split() if name in sys.modules) or 0)")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    script = (
+        "import sys, sortkd.integrations; "
+        "names = 'torchdistill lightning pytorch_lightning transformers accelerate timm torchvision'; "
+        "sys.exit(', '.join(name for name in names.split() if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -125,7 +130,9 @@ def test_half_precision_is_widened_before_anything_is_computed(logits, dtype):
     student, teacher, target = (each.to(dtype) if each.is_floating_point() else each for each in logits)
     loss = DistillationLoss("kd+sort")(student.requires_grad_(), teacher, target)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, DistillationLoss("kd+sort")(student.float(), teacher.float(), target), rtol=0, atol=0)
+    torch.testing.assert_close(
+        loss, DistillationLoss("kd+sort")(student.float(), teacher.float(), target), rtol=0, atol=0
+    )
     wide = DistillationLoss("kd+sort")(*(each.double() for each in logits[:2]), target)
     assert wide.dtype == torch.float64
 
@@ -141,7 +148,9 @@ def test_gradients_reach_the_student_and_a_learned_temperature_only(logits):
     assert not list(DistillationLoss("kd+sort").parameters())
 
 
-@pytest.mark.parametrize(("method", "changes"), [("dkd+sort", {}), ("lskd_dkd", {}), ("ctkd", {}), ("kd", {"warmup_epochs": 3})])
+@pytest.mark.parametrize(
+    ("method", "changes"), [("dkd+sort", {}), ("lskd_dkd", {}), ("ctkd", {}), ("kd", {"warmup_epochs": 3})]
+)
 def test_a_method_that_changes_with_the_epoch_must_know_it(logits, method, changes):
     with pytest.raises(ValueError, match=r"changes from epoch to epoch"):
         DistillationLoss(method, **changes)(*logits)
@@ -167,17 +176,24 @@ def test_methods_with_strong_views_are_refused(method):
         DistillationLoss(method)
 
 
-@pytest.mark.parametrize(("change", "error", "message"), [
-    (lambda student, teacher, target: ({"logits": student}, teacher, target), TypeError, "of type dict"),
-    (lambda student, teacher, target: (student.long(), teacher, target), TypeError, "int64"),
-    (lambda student, teacher, target: (student, None, target), TypeError, "teacher_logits.*NoneType"),
-    (lambda student, teacher, target: (student[None], teacher[None], target[None]), ValueError, r"\(N, C\)"),
-    (lambda student, teacher, target: (student, teacher[:, :4], target), ValueError, "the same classes"),
-    (lambda student, teacher, target: (student, teacher[:7], target), ValueError, "one shape"),
-    (lambda student, teacher, target: (student, teacher, target[:7]), ValueError, "need a target of shape"),
-    (lambda student, teacher, target: (student, teacher, F.one_hot(target, CLASSES).float()), TypeError, "class indices"),
-    (lambda student, teacher, target: (student, teacher, target - 100), ValueError, "target holds"),
-])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda student, teacher, target: ({"logits": student}, teacher, target), TypeError, "of type dict"),
+        (lambda student, teacher, target: (student.long(), teacher, target), TypeError, "int64"),
+        (lambda student, teacher, target: (student, None, target), TypeError, "teacher_logits.*NoneType"),
+        (lambda student, teacher, target: (student[None], teacher[None], target[None]), ValueError, r"\(N, C\)"),
+        (lambda student, teacher, target: (student, teacher[:, :4], target), ValueError, "the same classes"),
+        (lambda student, teacher, target: (student, teacher[:7], target), ValueError, "one shape"),
+        (lambda student, teacher, target: (student, teacher, target[:7]), ValueError, "need a target of shape"),
+        (
+            lambda student, teacher, target: (student, teacher, F.one_hot(target, CLASSES).float()),
+            TypeError,
+            "class indices",
+        ),
+        (lambda student, teacher, target: (student, teacher, target - 100), ValueError, "target holds"),
+    ],
+)
 def test_bad_input_is_named(logits, change, error, message):
     for method in ("kd", "kd+sort"):
         with pytest.raises(error, match=message):
@@ -231,12 +247,17 @@ def test_any_two_networks():
     import torchvision
 
     torch.manual_seed(0)
-    teacher = FrozenTeacher(torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES))
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES)
     student = timm.create_model("test_vit", img_size=32, num_classes=CLASSES)
     images, target = torch.randn(20, 3, 32, 32), torch.arange(20) % CLASSES
+    with torch.no_grad():  # an untrained teacher that tells the images apart: statistics of them, and larger logits
+        for _ in range(30):
+            network(images)
+        network.fc.weight.mul_(50)
+    teacher = FrozenTeacher(network)
     optimizer, loss_function = torch.optim.AdamW(student.parameters(), lr=5e-3), DistillationLoss("kd+sort")
     losses = []
-    for _ in range(12):
+    for _ in range(25):
         loss = loss_function(student(images), teacher(images), target)
         optimizer.zero_grad()
         loss.backward()
@@ -244,6 +265,10 @@ def test_any_two_networks():
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert torch.equal(loss_function.teacher_wrong, teacher(images).argmax(1) != target)
+    with torch.no_grad():  # the student has learned the truth, which only the repair tells the teacher
+        accuracy = (student(images).argmax(1) == target).float().mean()
+    assert accuracy > 0.8
+    assert loss_function.teacher_wrong.float().mean() > 0.5
 
 
 # ---- torchdistill ----
@@ -280,7 +305,9 @@ def make_box(tmp_path, data):
         path = tmp_path / "config.yaml"
         path.write_text(config)
         teacher = Network(0) if teacher is None else teacher
-        return get_distillation_box(teacher, Network(1), {"data": data}, load_yaml_file(path), torch.device("cpu"), None, False, 1)
+        return get_distillation_box(
+            teacher, Network(1), {"data": data}, load_yaml_file(path), torch.device("cpu"), None, False, 1
+        )
 
     return make
 
@@ -309,8 +336,11 @@ def test_torchdistill_trains_like_the_loop_by_hand(make_box, data):
 def test_torchdistill_first_loss_by_hand(make_box, data):
     images, target = data[:BATCH]
     student, teacher = Network(1)(images), sort_logits(Network(0).eval()(images).detach(), target)
-    expected = {"kd+sort": 0.1 * F.cross_entropy(student, target) + 0.9 * kd_loss(student, teacher, 4.0),
-                "dkd+sort', beta: 2.0, method: 'dkd+sort": F.cross_entropy(student, target) + 1 / 20 * dkd_loss(student, teacher, target, beta=2.0)}
+    expected = {
+        "kd+sort": 0.1 * F.cross_entropy(student, target) + 0.9 * kd_loss(student, teacher, 4.0),
+        "dkd+sort', beta: 2.0, method: 'dkd+sort": F.cross_entropy(student, target)
+        + 1 / 20 * dkd_loss(student, teacher, target, beta=2.0),
+    }
     for method, value in expected.items():
         box = make_box(CONFIG.replace("kd+sort", method))
         assert train_box(box)[0] == pytest.approx(value.item(), rel=1e-5)
@@ -321,7 +351,9 @@ def test_torchdistill_weights_and_places(make_box, data):
     hooks = "forward_hook: {input: [], output: ['classifier']}"
     config = CONFIG.replace("requires_grad: False", f"requires_grad: False, {hooks}")
     config = config.replace("student: {", f"student: {{{hooks}, ").replace("weight: 1.0", "weight: 3.0")
-    config = config.replace("'kd+sort'", "'kd+sort', student_module_path: 'classifier', teacher_module_path: 'classifier', ce_weight: 0.0")
+    config = config.replace(
+        "'kd+sort'", "'kd+sort', student_module_path: 'classifier', teacher_module_path: 'classifier', ce_weight: 0.0"
+    )
     images, target = data[:BATCH]
     student, teacher = Network(1)(images) / 3, Network(0).eval()(images).detach() / 3
     expected = 3 * 0.9 * kd_loss(student, sort_logits(teacher, target), 4.0)
@@ -330,7 +362,7 @@ def test_torchdistill_weights_and_places(make_box, data):
 
 def test_torchdistill_passes_the_epoch_on(make_box, data):
     box = make_box(CONFIG.replace("kd+sort", "dkd+sort"))
-    (criterion, _), = box.criterion.term_dict.values()
+    ((criterion, _),) = box.criterion.term_dict.values()
     for epoch in (0, 6):
         box.pre_epoch_process(epoch=epoch)
         assert criterion.epoch == epoch + 1
@@ -388,8 +420,16 @@ def test_lightning_trains_like_the_loop_by_hand(data, tmp_path):
             return torch.optim.SGD(self.parameters(), lr=LR)
 
     module = Module().train()
-    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=EPOCHS, logger=False, enable_checkpointing=False,
-                                enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=EPOCHS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
     trainer.fit(module, DataLoader(data, BATCH))
     assert_trained_like(module.student, data)
     images, target = data.tensors
@@ -412,16 +452,42 @@ def make_trainer(data, tmp_path, monkeypatch):
     class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
         pass
 
-    def make(model, distillation_loss=None, teacher="the usual", train=True, batch_size=BATCH, compute_loss_func=None, **settings):
+    def make(
+        model,
+        distillation_loss=None,
+        teacher="the usual",
+        train=True,
+        batch_size=BATCH,
+        compute_loss_func=None,
+        **settings,
+    ):
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), use_cpu=True, optim="sgd", lr_scheduler_type="constant", learning_rate=LR, max_grad_norm=0.0,
-            num_train_epochs=EPOCHS, train_sampling_strategy="sequential", per_device_train_batch_size=batch_size,
-            dataloader_pin_memory=False, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, **settings)
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            learning_rate=LR,
+            max_grad_norm=0.0,
+            num_train_epochs=EPOCHS,
+            train_sampling_strategy="sequential",
+            per_device_train_batch_size=batch_size,
+            dataloader_pin_memory=False,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **settings,
+        )
         examples = [{"pixel_values": images, "labels": int(target)} for images, target in data]
         trainer = DistillationTrainer(
-            model=model, args=arguments, train_dataset=examples, eval_dataset=examples, compute_loss_func=compute_loss_func,
+            model=model,
+            args=arguments,
+            train_dataset=examples,
+            eval_dataset=examples,
+            compute_loss_func=compute_loss_func,
             teacher=Network(0) if teacher == "the usual" else teacher,
-            distillation_loss=DistillationLoss("kd+sort") if distillation_loss is None else distillation_loss)
+            distillation_loss=DistillationLoss("kd+sort") if distillation_loss is None else distillation_loss,
+        )
         if train:
             trainer.train()
         return trainer
@@ -435,8 +501,17 @@ def vit():
     import transformers
 
     torch.manual_seed(2)
-    config = transformers.ViTConfig(image_size=2, patch_size=1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                                    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=CLASSES)
+    config = transformers.ViTConfig(
+        image_size=2,
+        patch_size=1,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=CLASSES,
+    )
     return transformers.ViTForImageClassification(config)
 
 
