@@ -33,6 +33,7 @@ PARAMETERS = {
     "results_dir": "where records, as PRESET.jsonl, and the students' weights are kept",
     "device": "cpu, cuda; auto: a GPU if there is one",
     "precision": "float32, bfloat16; auto: bfloat16 where the hardware computes in it",
+    "deterministic": "the same numbers twice also on a GPU, where that takes slower kernels; a CPU needs nothing",
     "cache": "teacher logits, one for each of an image's views: auto: kept as they are met, where the disk has room; "
     "full: all computed beforehand; off: computed in every epoch",
     "cache_dir": "where they are kept; auto: teacher_logits in results_dir",
