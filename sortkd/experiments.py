@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAIRS', 'IMAGENET_PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DATA_TITLES', 'SCHEMA_VERSION', 'Pair', 'Preset', 'Experiment',
            'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'create_batches', 'train_teacher',
-           'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
+           'Results', 'run_experiment', 'plan_repetition', 'compare_runs', 'summarize', 'plot_curves', 'plot_mistakes']
 
 # %% ../nbs/07_experiments.ipynb #552e9d7f
 import difflib
@@ -39,7 +39,15 @@ from .losses import OBJECTIVES, Method, create_method
 from .models import create_model
 from .sorting import sort_logits
 from .teacher_logits import CachedTeacherLogits, TeacherLogits, expected_views
-from .teachers import Teacher, get_teacher, load_teacher, refuse_links, save_atomically, weights_checksum
+from sortkd.teachers import (
+    Teacher,
+    get_teacher,
+    load_teacher,
+    read_checkpoint,
+    refuse_links,
+    save_atomically,
+    weights_checksum,
+)
 from sortkd.training import (
     Outcome,
     Ranks,
@@ -982,6 +990,103 @@ def _run_at_once(experiment, runs, teacher, kind, progress, stop) -> list[dict]:
                 process.terminate()
             raise
     return [futures[run.run_id].result() for run in runs]
+
+# %% ../nbs/07_experiments.ipynb #68ef166a
+def plan_repetition(
+    record: dict,
+    teacher: str = "auto",
+    teachers_dir: str = "teachers",
+    results_dir: str = "results/repeated",
+    cache_dir: str = "auto",
+) -> Experiment:
+    """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
+
+    `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded weights, else the
+    teacher is made as a run would. Raises `ValueError` for a record without what is needed, and, naming the fields, if
+    this version of the code, the data or the teacher would make it another run.
+    """
+    record = _plain(record)
+    try:
+        full, data, wanted = record["full_recipe"], record["data"], record["about_teacher"]["weights_sha256"]
+        threads = record["machine"]["threads"]
+        parameters = {
+            "pair": record["pair"],
+            "methods": record["method"]["name"],
+            "seeds": str(record["seed"]),
+            "preset": record["preset"],
+            "dataset": data["name"],
+            "epochs": 0 if full else record["recipe"]["epochs"],
+            "train_size": 0 if full else data["train_images"],
+            "test_size": 0 if full else data["test_images"],
+            "device": record["device"],
+            "precision": record["precision"],
+            "deterministic": record.get("deterministic", False),
+            "cache": "off" if record["teacher_logits"] == "computed" else "auto",
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the record does not say enough to be repeated: {error} is missing or of another form.") from error
+    torch.set_num_threads(threads)
+    if teacher == "auto":
+        teacher = _file_with_weights(wanted, record["about_teacher"]["file"], teachers_dir) or "auto"
+    folders = {"teachers_dir": teachers_dir, "results_dir": results_dir, "cache_dir": cache_dir}
+    experiment = plan_experiment(**parameters, teacher=teacher, **folders)
+    planned = _plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
+    changed = _differences(_plain(planned.settings | {"data": planned.about_data}), record)
+    if experiment.teacher_file is not None:
+        found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
+        changed |= _differences({"weights_sha256": found.as_record()["weights_sha256"]}, record["about_teacher"])
+    if changed:
+        raise ValueError(
+            "this would be another run than the recorded one: "
+            + "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there" for name, (now, then) in changed.items())
+            + "."
+        )
+    return experiment
+
+
+def _file_with_weights(checksum: str, name: str, folder: str | Path) -> Path | None:
+    "The file called `name` under `folder` that holds the weights with this checksum."
+    for path in sorted(Path(folder).rglob(Path(name).name)):
+        # As a network reads them: what is kept in half precision is compared in float32.
+        if path.is_file() and weights_checksum(read_checkpoint(path)[0]) == checksum:
+            return path
+    return None
+
+
+def _plain(values: dict) -> dict:
+    "As it reads in a file: tuples are lists."
+    return json.loads(json.dumps(values))
+
+
+def _differences(now: dict, then: dict, path: str = "") -> dict[str, tuple]:
+    "The places in which nested plain values differ from those recorded: name, value now, value then."
+    changed = {}
+    for key, value in now.items():
+        other = then.get(key) if isinstance(then, dict) else None
+        if isinstance(value, dict):
+            changed |= _differences(value, other, f"{path}{key}.")
+        elif value != other:
+            changed[path + key] = (value, other)
+    return changed
+
+
+def compare_runs(first: dict, second: dict) -> list[str]:
+    "In which numbers two records of the same run differ, a sentence each; none if they are the same to the bit."
+    curves = [{key: values for key, values in record["curve"].items() if key != "seconds"} for record in (first, second)]
+    numbers = [curve | {"weights": record["result"]["student_sha256"]} for curve, record in zip(curves, (first, second))]
+    names = [name for name in numbers[0] | numbers[1] if numbers[0].get(name) != numbers[1].get(name)]
+    if not names:
+        return []
+    around = _differences(
+        {key: second.get(key) for key in ("machine", "versions", "commit")}
+        | {"about_teacher": {"weights_sha256": second["about_teacher"]["weights_sha256"]}},
+        first,
+    )
+    return [
+        f"{', '.join(names)} differ; last top-1 was {first['result']['last_top1']:.2f} and is "
+        f"{second['result']['last_top1']:.2f}.",
+        *(f"{name} was {then!r} and is {now!r}." for name, (now, then) in around.items()),
+    ]
 
 # %% ../nbs/07_experiments.ipynb #eb63353c
 def summarize(records: Sequence[dict]):
