@@ -9,7 +9,9 @@ __all__ = ['PARAMETERS', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'eva
 import argparse
 import inspect
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +35,7 @@ PARAMETERS = {
     "results_dir": "where records, as PRESET.jsonl, and the students' weights are kept",
     "device": "cpu, cuda; auto: a GPU if there is one",
     "precision": "float32, bfloat16; auto: bfloat16 where the hardware computes in it",
+    "deterministic": "the same numbers twice also on a GPU, where that takes slower kernels; a CPU needs nothing",
     "cache": "teacher logits, one for each of an image's views: auto: kept as they are met, where the disk has room; "
     "full: all computed beforehand; off: computed in every epoch",
     "cache_dir": "where they are kept; auto: teacher_logits in results_dir",
@@ -57,37 +60,59 @@ def _run_parser() -> argparse.ArgumentParser:
         kind = {"action": "store_true"} if isinstance(default, bool) else {"type": type(default)}
         parser.add_argument(option, default=default, help=PARAMETERS[name], **kind)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--from-record",
+        metavar="FILE[:RUN_ID]",
+        help="repeat the run of a record, in results_dir (without it results/repeated), and tell whether it is the same; "
+        "only folders and the teacher may be given besides",
+    )
     return parser
 
 
-def _ends_cleanly(work: Callable[[], None], again: str) -> int:
+class _Terminated(KeyboardInterrupt):
+    "Asked to end by SIGTERM, as a scheduler does before it kills: nothing to be treated differently than Ctrl-C."
+
+
+def _terminate(number, frame):
+    raise _Terminated
+
+
+def _ends_cleanly(work: Callable[[], int | None], again: str) -> int:
     "The exit status of `work()`: errors that a user can mend become one line."
+    in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may receive signals
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
-        work()
-    except KeyboardInterrupt:
+        return work() or 0
+    except KeyboardInterrupt as stop:
         print(f"\nstopped. {again}", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("SORTKD_TRACEBACK"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The command `sortkd-run`; `arguments` are by default the shell's. Returns the exit status: 0, 1 for an error that
-    it has named in a line (with its stack if the environment has SORTKD_TRACEBACK), 2 for an unknown option.
+    it has named in a line (with its stack if the environment has SORTKD_TRACEBACK), 2 for an unknown option, 3 for a
+    repetition with other numbers, 130 when it was interrupted and 143 when it was terminated.
     """
     # Before PyTorch is loaded: on a busy CPU, threads that spin while they wait cost more than the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    given = vars(_run_parser().parse_args(arguments))
-    progress = not given.pop("quiet")
+    parser = _run_parser()
+    given = vars(parser.parse_args(arguments))
+    progress, source = not given.pop("quiet"), given.pop("from_record")
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started; the only one that talks
 
     def work():
         from sortkd.experiments import plan_experiment, run_experiment, summarize
 
+        if source is not None:
+            return _repeat(source, {name: value for name, value in given.items() if value != parser.get_default(name)}, progress)
         experiment = plan_experiment(**given)
         if first:
             print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
@@ -98,6 +123,36 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(results.records)} records appended to {experiment.records_file}")
 
     return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
+
+
+def _repeat(source: str, given: dict, progress: bool) -> int:
+    from sortkd.experiments import compare_runs, plan_repetition, run_experiment
+
+    others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir"}
+    if others:
+        raise ValueError(f"with --from-record the record says {', '.join(sorted(others))}; give only folders and the teacher.")
+    record = _find_record(source)
+    experiment = plan_repetition(record, **given)
+    print(f"Repeating {record['run_id']}. {experiment.describe()}", flush=True)
+    again, = run_experiment(experiment, progress).records
+    differences = compare_runs(record, again)
+    print("\n".join(["Not the same:", *differences]) if differences else "The same: curve and weights agree to the bit.")
+    return 3 if differences else 0
+
+
+def _find_record(source: str) -> dict:
+    "The record that FILE or FILE:RUN_ID names."
+    from sortkd.experiments import read_records
+
+    path, _, run_id = (source, "", "") if Path(source).is_file() else source.rpartition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file of records {path or source!r}; give FILE, or FILE:RUN_ID.")
+    records = [each for each in read_records(path) if isinstance(each, dict) and each.get("run_id")]
+    found = [each for each in records if not run_id or each["run_id"] == run_id]
+    if len(found) != 1:
+        names = "\n".join(each["run_id"] for each in records[:20])
+        raise ValueError(f"{path} has {len(found)} records {f'called {run_id!r}' if run_id else ''}; name one of its runs:\n{names}")
+    return found[0]
 
 # %% ../nbs/09_commands.ipynb #0ce0883b
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAIRS', 'IMAGENET_PAIRS', 'SHORT_TEACHER', 'PRESETS', 'DATA_TITLES', 'SCHEMA_VERSION', 'Pair', 'Preset', 'Experiment',
            'plan_experiment', 'append_record', 'read_records', 'describe_machine', 'create_batches', 'train_teacher',
-           'Results', 'run_experiment', 'summarize', 'plot_curves', 'plot_mistakes']
+           'Results', 'run_experiment', 'plan_repetition', 'compare_runs', 'summarize', 'plot_curves', 'plot_mistakes']
 
 # %% ../nbs/07_experiments.ipynb #552e9d7f
 import difflib
@@ -14,19 +14,24 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
+import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from .data import Batches, ImageData, load_data, normalize, number_of_views
 from .imagenet import IMAGENET_RECIPE, ImageFolderBatches, ImageFolderData
@@ -34,7 +39,15 @@ from .losses import OBJECTIVES, Method, create_method
 from .models import create_model
 from .sorting import sort_logits
 from .teacher_logits import CachedTeacherLogits, TeacherLogits, expected_views
-from .teachers import Teacher, get_teacher, load_teacher, save_atomically, weights_checksum
+from sortkd.teachers import (
+    Teacher,
+    get_teacher,
+    load_teacher,
+    read_checkpoint,
+    refuse_links,
+    save_atomically,
+    weights_checksum,
+)
 from sortkd.training import (
     Outcome,
     Ranks,
@@ -158,6 +171,7 @@ class Experiment:
     full_data: ImageData
     device: str
     precision: str
+    deterministic: bool
     teacher_file: Path | None
     teachers_dir: Path
     results_dir: Path
@@ -271,9 +285,35 @@ def _seeds(value) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 # %% ../nbs/07_experiments.ipynb #cc134537
+def _check_folder(name: str, folder, within: Sequence[str] = (), written: bool = False) -> None:
+    "`within`: what will be written in the folder; `written`: whether that is sure."
+    try:
+        fits = isinstance(folder, str | Path) and bool(str(folder)) and (Path(folder).is_dir() or not Path(folder).exists())
+    except (OSError, ValueError):  # a name that no file can have
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} is {str(folder)!r:.200}; give the path of a folder, which is made if it does not exist.")
+    try:
+        refuse_links(folder, *(Path(folder) / each for each in within))
+    except ValueError as error:
+        raise ValueError(f"{name} is {str(folder)!r}: {error}") from error
+    there = next(each for each in (Path(folder).absolute(), *Path(folder).absolute().parents) if each.exists())
+    try:
+        if written:
+            tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(
+            f"{name} is {str(folder)!r}, but nothing can be written in {there} ({error.strerror}); name another folder."
+        ) from error
+
+# %% ../nbs/07_experiments.ipynb #88384b9c
+def _true_or_false(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; give True or False.")
+
+
 def _check_loggers(tensorboard, wandb) -> None:
-    if not isinstance(tensorboard, bool):
-        raise ValueError(f"tensorboard is {tensorboard!r}; give True or False.")
+    _true_or_false("tensorboard", tensorboard)
     _choice("wandb", wandb, ["off", "offline", "online"])
     for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb != "off")):
         if wanted and importlib.util.find_spec(package) is None:
@@ -294,6 +334,7 @@ def plan_experiment(
     results_dir: str = "results",
     device: str = "auto",
     precision: str = "auto",
+    deterministic: bool = False,
     cache: str = "auto",
     cache_dir: str = "auto",
     workers: int = 1,
@@ -318,9 +359,9 @@ def plan_experiment(
         _count(name, value)
     _choice("cache", cache, ["auto", "full", "off"]), _count("workers", workers, 1)
     _check_loggers(tensorboard, wandb)
-    if not isinstance(skip_recorded, bool):
-        raise ValueError(f"skip_recorded is {skip_recorded!r}; give True or False.")
-    fabric = create_fabric(device, precision)
+    for name, value in (("skip_recorded", skip_recorded), ("deterministic", deterministic)):
+        _true_or_false(name, value)
+    fabric = create_fabric(device, precision, deterministic)
     if fabric.world_size > 1 and workers > 1:
         raise ValueError(
             f"workers is {workers}, but {fabric.world_size} processes already share every batch; use workers=1 there."
@@ -337,13 +378,9 @@ def plan_experiment(
             "use preset='quick' or dataset='cifar100'."
         )
     cache_dir = Path(results_dir) / "teacher_logits" if cache_dir == "auto" else cache_dir
-    for name, folder in (("teachers_dir", teachers_dir), ("results_dir", results_dir), ("cache_dir", cache_dir)):
-        if (
-            not isinstance(folder, str | Path)
-            or not str(folder)
-            or (Path(folder).exists() and not Path(folder).is_dir())
-        ):
-            raise ValueError(f"{name} is {folder!r}; give the path of a folder, which is made if it does not exist.")
+    _check_folder("teachers_dir", teachers_dir, ["local"])
+    _check_folder("results_dir", results_dir, ["runs", "tensorboard", "wandb", f"{preset}.jsonl"], written=True)
+    _check_folder("cache_dir", cache_dir)
 
     full_data = load_data("imagenet" if from_files else dataset if preset == "quick" else "cifar100")
     chosen_preset = PRESETS[preset, full_data.name]
@@ -372,6 +409,7 @@ def plan_experiment(
         full_data,
         device,
         precision_of(fabric),
+        deterministic,
         None if teacher == "auto" else Path(teacher),
         Path(teachers_dir),
         Path(results_dir),
@@ -390,30 +428,41 @@ SCHEMA_VERSION = 1
 def append_record(path: str | Path, record: dict) -> None:
     """Append `record` as one line of JSON to `path`; safe with several writers.
 
-    `ValueError` if it holds NaN or an infinity.
+    `ValueError` if it holds NaN or an infinity, or if `path` is a link; `OSError` if it cannot be written, and then the
+    file is as it was.
     """
-    line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+    line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    refuse_links(path)
+    with open(path, "a+b", buffering=0) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            line = (
-                line if file.read(1) == b"\n" else "\n" + line
-            )  # an earlier writer lost power in the middle of a line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            line = b"\n" + line  # an earlier writer was killed in the middle of a line
+        try:
+            written = file.write(line)
+            while written < len(line):  # a disk that fills takes a part, and refuses the rest
+                written += file.write(line[written:])
+            os.fsync(file.fileno())
+        except BaseException as error:
+            file.truncate(size)
+            if not isinstance(error, OSError):
+                raise
+            raise OSError(
+                error.errno,
+                f"the record could not be appended to {path} ({error.strerror}), which is as it was. The run is kept: "
+                "free space and give the same command again",
+            ) from error
 
 
 def read_records(path: str | Path) -> list[dict]:
     "All records in a file; a damaged line is left out with a warning that names it."
     records = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:  # neither JSON nor UTF-8
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
@@ -472,13 +521,13 @@ def _commit() -> str | None:
 
 # %% ../nbs/07_experiments.ipynb #52e3f760
 @contextmanager
-def _loggers(experiment: Experiment, run_id: str, settings: dict) -> Iterator[list[Callable[[dict], None]]]:
+def _loggers(experiment: Experiment, run) -> Iterator[list[Callable[[dict], None]]]:
     "Callbacks that log the rows of a run, under the folders `tensorboard` and `wandb` of the results."
-    callbacks, closing = [], []
+    callbacks, closing, settings = [], [], {**run.settings, "data": run.about_data}
     if experiment.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(experiment.results_dir / "tensorboard" / run_id)
+        writer = SummaryWriter(experiment.results_dir / "tensorboard" / run.run_id)
         writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 
         def log_scalars(row):
@@ -492,17 +541,17 @@ def _loggers(experiment: Experiment, run_id: str, settings: dict) -> Iterator[li
         import wandb
 
         experiment.results_dir.mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
+        logger = wandb.init(
             project="sortkd",
-            name=run_id.rsplit("-", 7)[0],
+            name=run.folder.name.rpartition("-")[0],
             group=f"{experiment.pair_name}-{experiment.preset_name}",
             dir=experiment.results_dir,
             mode=experiment.wandb,
             config=settings,
             settings=wandb.Settings(silent=True),
         )
-        callbacks.append(lambda row: run.log(row, step=row["epoch"]))
-        closing.append(run.finish)
+        callbacks.append(lambda row: logger.log(row, step=row["epoch"]))
+        closing.append(logger.finish)
     try:
         yield callbacks
     finally:
@@ -542,15 +591,17 @@ def train_teacher(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    deterministic: bool = False,
     runs_dir: str | Path = "results/runs",
+    stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> tuple[dict, dict]:
-    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`.
+    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `stop` as for `train`.
 
     Returns the last weights and plain values about them. `save_teacher` keeps both:
     `save_teacher(path, weights, {"architecture": architecture, "dataset": data.name, **values})`.
     """
-    fabric = create_fabric(device, precision)
+    fabric = create_fabric(device, precision, deterministic)
     training = _teacher_training(architecture, data, recipe, seed)
     name = f"teacher-{architecture.replace('/', '-')}-{fingerprint(architecture, training)}.pt"
     checkpoint, batches = Path(runs_dir) / name, create_batches(data, fabric.device)
@@ -562,6 +613,7 @@ def train_teacher(
         fabric,
         seed=seed,
         checkpoint=checkpoint,
+        stop=stop,
         progress=f"teacher {architecture}" if progress else False,
     )
     values = {
@@ -576,10 +628,17 @@ def train_teacher(
     values = fabric.broadcast(values)  # all processes keep the same file
     if fabric.is_global_zero:
         checkpoint.unlink(missing_ok=True)
+        _remove_leftovers(checkpoint.parent, name)
     return outcome.last_weights, values
 
 
-def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
+def _remove_leftovers(folder: Path, name: str = "") -> None:
+    "Remove what killed writers of `name` have left in `folder`; nobody else may be writing it."
+    for path in folder.rglob(f".{name}*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _teacher_of(experiment: Experiment, progress: bool, stop: Callable[[], bool] | None = None) -> Teacher:
     pair, preset = experiment.pair, experiment.preset
     if experiment.teacher_file is not None:
         return load_teacher(experiment.teacher_file, pair.teacher, experiment.data.num_classes)
@@ -596,7 +655,9 @@ def _teacher_of(experiment: Experiment, progress: bool) -> Teacher:
             preset.teacher_recipe,
             device=experiment.device,
             precision=experiment.precision,
+            deterministic=experiment.deterministic,
             runs_dir=experiment.results_dir / "runs",
+            stop=stop,
             progress=progress,
         )
         return weights, values | {"complete": data is experiment.full_data}
@@ -622,26 +683,37 @@ class Results:
     batches: Batches
 
 
-def run_experiment(experiment: Experiment, progress: bool = True) -> Results:
+def run_experiment(
+    experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None
+) -> Results:
     """Find or make the teacher, train a student for every seed and method, and append a record of each to
     `experiment.records_file`; `experiment.workers` of them at once, each in a process of its own.
+
+    After an interruption the same call goes on: what was recorded is taken from its record, and the run that was under
+    way continues. `stop`: as for `train`, and picklable if there are workers; it ends the call with `Stopped`.
     """
-    fabric = create_fabric(experiment.device, experiment.precision)
-    teacher = _teacher_of(experiment, progress)
+    fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
+    teacher = _teacher_of(experiment, progress, stop)
     fabric.barrier()
     batches = create_batches(experiment.data, fabric.device)
     teacher_logits = _teacher_logits(experiment, teacher, batches)
     about_teacher = teacher.as_record() | {"top1": evaluate(teacher.model, batches, fabric).top1}
     if experiment.cache == "full":
         teacher_logits.fill(progress)
-    cells = [(method, seed) for seed in experiment.seeds for method in experiment.methods]
-    if experiment.workers > 1:
-        records = _run_at_once(experiment, cells, teacher, about_teacher, teacher_logits.kind, progress)
+    runs = [
+        _plan_run(experiment, method, seed, teacher_logits.kind, about_teacher)
+        for seed in experiment.seeds
+        for method in experiment.methods
+    ]
+    started = fabric.broadcast([_started(run, experiment) for run in runs] if fabric.is_global_zero else [])
+    runs = [replace(run, started=time) for run, time in zip(runs, started)]
+    if experiment.workers > 1 and runs:
+        records = _run_at_once(experiment, runs, teacher, teacher_logits.kind, progress, stop)
     else:
-        records = [
-            _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, progress)
-            for method, seed in cells
-        ]
+        records = [_run_one(experiment, run, teacher_logits, fabric, progress, stop) for run in runs]
+    if fabric.is_global_zero:
+        for run in runs:
+            (run.folder / "started").unlink(missing_ok=True)
     return Results(experiment, records, teacher, batches)
 
 
@@ -656,8 +728,25 @@ def _teacher_logits(experiment: Experiment, teacher: Teacher, batches: Batches) 
     return TeacherLogits(teacher.model, batches, experiment.precision)
 
 
-def _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, progress, callbacks=()) -> dict:
-    data, recipe = experiment.data, experiment.recipe_for(method)
+@dataclass(frozen=True)
+class _Run:
+    "One run: what its record will say that it depends on, its folder, named after all that, and when it was started."
+
+    method: Method
+    seed: int
+    settings: dict
+    about_data: dict
+    about_teacher: dict
+    folder: Path
+    started: str = ""
+
+    @property
+    def run_id(self) -> str:
+        return f"{self.folder.name}-{self.started}"
+
+
+def _plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about_teacher: dict) -> _Run:
+    data = experiment.data
     settings = {
         "pair": experiment.pair_name,
         "teacher": experiment.pair.teacher,
@@ -666,11 +755,12 @@ def _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, pr
         "seed": seed,
         "preset": experiment.preset_name,
         "full_recipe": experiment.is_full_recipe,
-        "recipe": asdict(recipe),
-        "device": fabric.device.type,
-        "precision": precision_of(fabric),
+        "recipe": asdict(experiment.recipe_for(method)),
+        "device": experiment.device,
+        "precision": experiment.precision,
+        **({"deterministic": True} if experiment.deterministic else {}),
         "channels_last": True,
-        "teacher_logits": teacher_logits.kind if method.uses_teacher else None,
+        "teacher_logits": kind if method.uses_teacher else None,
         **({"strong_views": "teacher logits computed"} if method.strong_views else {}),
     }
     about_data = {
@@ -684,77 +774,134 @@ def _run_one(experiment, method, seed, teacher_logits, about_teacher, fabric, pr
     }
     key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
     folder = experiment.results_dir / "runs" / f"{experiment.pair_name}-{method.name}-seed{seed}-{key}"
-    if experiment.skip_recorded and (record := _recorded(experiment, fabric, folder.name)):
-        if fabric.is_global_zero:
-            _clean_up(folder)
-        return record
-    started = fabric.broadcast(_started(folder) if fabric.is_global_zero else "")
-    run_id = f"{folder.name}-{started}"
-    log = _loggers(experiment, run_id, {**settings, "data": about_data}) if fabric.is_global_zero else nullcontext([])
-    with log as loggers:
-        outcome = train(
-            _initial_model(experiment.pair.student, data.num_classes, seed),
-            teacher_logits.batches,
-            method,
-            recipe,
-            fabric,
-            teacher=teacher_logits,
-            seed=seed,
-            checkpoint=folder / "checkpoint.pt",
-            run=about_teacher["weights_sha256"],
-            callbacks=[*callbacks, *loggers],
-            progress=f"{method.name}, seed {seed}" if progress else False,
-        )
-    record = {
-        "schema": SCHEMA_VERSION,
-        "run_id": run_id,
-        "started": started,
-        "finished": _now(),
-        **settings,
-        "data": about_data,
-        "about_teacher": about_teacher,
-        **({"processes": fabric.world_size} if fabric.world_size > 1 else {}),
-        **describe_machine(fabric.device.type),
-        "curve": {key: [row[key] for row in outcome.curve] for key in outcome.last},
-        "result": _result(outcome, len(data.train_targets) * recipe.epochs),
-    }
-    if fabric.is_global_zero:
-        _keep_weights(folder / started, outcome)
-        done = {each.get("run_id") for each in _records_so_far(experiment)}
-        if run_id not in done:  # it was recorded, but stopped before its checkpoint was removed
-            append_record(experiment.records_file, record)
-        _clean_up(folder)
-    fabric.barrier()
+    return _Run(method, seed, settings, about_data, about_teacher, folder)
+
+
+def _run_one(experiment, run, teacher_logits, fabric, progress, stop=None, callbacks=()) -> dict:
+    first = fabric.is_global_zero
+    with _one_at_a_time(run) if first else nullcontext():
+        record = fabric.broadcast(_recorded(experiment, run) if first else None)
+        if record is None:
+            record = _train_and_record(experiment, run, teacher_logits, fabric, progress, stop, callbacks)
+        if first:
+            for name in ("checkpoint.pt", "sessions.jsonl"):
+                (run.folder / name).unlink(missing_ok=True)
+            _remove_leftovers(run.folder)
+        fabric.barrier()
     return record
 
 
-def _clean_up(folder: Path) -> None:
-    for name in ("checkpoint.pt", "started"):
-        (folder / name).unlink(missing_ok=True)
+def _train_and_record(experiment, run, teacher_logits, fabric, progress, stop, callbacks) -> dict:
+    data, recipe, first = experiment.data, experiment.recipe_for(run.method), fabric.is_global_zero
+    session = _Session(run.folder / "sessions.jsonl", describe_machine(fabric.device.type))
+    with _loggers(experiment, run) if first else nullcontext([]) as loggers:
+        outcome = train(
+            _initial_model(experiment.pair.student, data.num_classes, run.seed),
+            teacher_logits.batches,
+            run.method,
+            recipe,
+            fabric,
+            teacher=teacher_logits,
+            seed=run.seed,
+            checkpoint=run.folder / "checkpoint.pt",
+            run=run.about_teacher["weights_sha256"],
+            callbacks=[session, *callbacks, *loggers],
+            stop=stop,
+            progress=f"{run.method.name}, seed {run.seed}" if progress else False,
+        )
+    record = {
+        "schema": SCHEMA_VERSION,
+        "run_id": run.run_id,
+        "started": run.started,
+        "finished": _now(),
+        **run.settings,
+        "data": run.about_data,
+        "about_teacher": run.about_teacher,
+        **({"processes": fabric.world_size} if fabric.world_size > 1 else {}),
+        **session.about,
+        **session.earlier(),
+        "curve": {key: [row[key] for row in outcome.curve] for key in outcome.last},
+        "result": _result(outcome, len(data.train_targets) * recipe.epochs),
+    }
+    if first:
+        _keep_weights(run.folder / run.started, outcome)
+        append_record(experiment.records_file, record)
+    return record
+
+
+class _Session:
+    """Notes with the first epoch that it is called for which machine trains from there on, so that the record of a run
+    that was interrupted tells all of them.
+    """
+
+    def __init__(self, path: Path, about: dict):
+        self.path, self.about, self.began = path, about, False
+
+    def __call__(self, row: dict) -> None:
+        if not self.began:
+            append_record(self.path, {"first_epoch": row["epoch"], **self.about})
+            self.began = True
+
+    def earlier(self) -> dict:
+        "For the record: `sessions`, unless there was only one."
+        sessions = {}
+        for each in read_records(self.path) if self.path.exists() else []:
+            # An epoch that was lost with its session was trained again in a later one.
+            sessions = {epoch: other for epoch, other in sessions.items() if epoch < each["first_epoch"]}
+            sessions[each["first_epoch"]] = each
+        return {"sessions": list(sessions.values())} if len(sessions) > 1 else {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime(_TIME)
+
+
+_TIME = "%Y-%m-%dT%H-%M-%S.%fZ"
 
 
 def _records_so_far(experiment: Experiment) -> list[dict]:
     return read_records(experiment.records_file) if experiment.records_file.exists() else []
 
 
-def _recorded(experiment: Experiment, fabric, key: str) -> dict | None:
-    "The first record of a run with the settings, data and teacher that `key` stands for."
-    found = None
-    if fabric.is_global_zero:
-        runs = (each for each in _records_so_far(experiment) if str(each.get("run_id", "")).startswith(f"{key}-"))
-        found = next(runs, None)
-    return fabric.broadcast(found)
+def _recorded(experiment: Experiment, run: _Run) -> dict | None:
+    """The record of this run, if an interrupted call, or another one at the same time, has made it; with
+    `skip_recorded` of any run with the same settings, data and teacher.
+    """
+    wanted = f"{run.folder.name}-" if experiment.skip_recorded else run.run_id
+    return next((each for each in _records_so_far(experiment) if str(each.get("run_id", "")).startswith(wanted)), None)
 
 
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
+def _started(run: _Run, experiment: Experiment) -> str:
+    "When the call was first made that `run` belongs to; it is kept until the whole call has ended."
+    path = run.folder / "started"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(run.folder, *run.folder.iterdir())
+    if not path.exists():
+        with FileLock(run.folder / "started.lock"):
+            if not path.exists():
+                taken = {each.get("run_id") for each in _records_so_far(experiment)}
+                time = datetime.strptime(_now(), _TIME)
+                while f"{run.folder.name}-{time.strftime(_TIME)}" in taken:  # the clock stands still, or was set back
+                    time += timedelta(microseconds=1)
+                save_atomically(path, lambda temporary: temporary.write_text(time.strftime(_TIME)))
+    started = path.read_text()
+    if not re.fullmatch(r"[0-9T.-]+Z", started):  # it becomes a part of a path
+        raise ValueError(f"{path} does not hold a time, but {started!r:.40}; remove the folder to start the run again.")
+    return started
 
 
-def _started(folder: Path) -> str:
-    "When the run in `folder` was first started; the same after an interruption."
-    if not (folder / "started").exists():
-        save_atomically(folder / "started", lambda path: path.write_text(_now()))
-    return (folder / "started").read_text()
+@contextmanager
+def _one_at_a_time(run: _Run) -> Iterator[None]:
+    lock = FileLock(run.folder / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another process is at {run.method.name}, seed {run.seed} ({lock.lock_file}); waiting for it.", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _result(outcome: Outcome, rows: int) -> dict:
@@ -784,35 +931,43 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
 _worker = {}  # what a worker process keeps between runs
 
 
-def _start_worker(experiment, teacher, about_teacher, threads, events):
+def _start_worker(experiment, teacher, threads, events, stop):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    fabric = create_fabric(experiment.device, experiment.precision)
+    fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
     teacher_logits = _teacher_logits(experiment, teacher, create_batches(experiment.data, fabric.device))
-    _worker["constant"] = (teacher_logits, about_teacher, fabric, False)
+    _worker["constant"] = (teacher_logits, fabric, False, stop)
     _worker["experiment"], _worker["events"] = experiment, events
 
 
-def _run_in_worker(method, seed):
+def _end_with_parent():
+    "A process that was killed takes its workers along: what they have saved is kept, and nobody would collect the rest."
+    torch.multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _run_in_worker(run):
     def report(row):
-        _worker["events"].put(f"{method.name}, seed {seed}: epoch {row['epoch']}, top-1 {row['test_top1']:.1f}")
+        _worker["events"].put(f"{run.method.name}, seed {run.seed}: epoch {row['epoch']}, top-1 {row['test_top1']:.1f}")
 
-    return _run_one(_worker["experiment"], method, seed, *_worker["constant"], [report])
+    return _run_one(_worker["experiment"], run, *_worker["constant"], [report])
 
 
-def _run_at_once(experiment, cells, teacher, about_teacher, kind, progress) -> list[dict]:
+def _run_at_once(experiment, runs, teacher, kind, progress, stop) -> list[dict]:
     context = torch.multiprocessing.get_context("spawn")  # a GPU cannot be used in a forked process
     events = context.SimpleQueue()
-    workers, epochs = min(experiment.workers, len(cells)), experiment.recipe.epochs * len(cells)
+    workers, epochs = min(experiment.workers, len(runs)), experiment.recipe.epochs * len(runs)
     experiment = replace(experiment, cache="off" if kind == TeacherLogits.kind else "full")  # as in this process
     teacher = replace(teacher, model=teacher.model.cpu())
-    arguments = (experiment, teacher, about_teacher, max(1, torch.get_num_threads() // workers), events)
+    arguments = (experiment, teacher, max(1, torch.get_num_threads() // workers), events, stop)
     with (
         ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool,
         progress_bar(progress and f"{workers} runs at once", "", epochs, 0, "epoch") as bar,
     ):
         # Method by method: runs with one seed see the same views, and side by side each would compute their logits.
-        by_method = sorted(cells, key=lambda cell: experiment.methods.index(cell[0]))
-        futures = {(method.name, seed): pool.submit(_run_in_worker, method, seed) for method, seed in by_method}
+        by_method = sorted(runs, key=lambda run: experiment.methods.index(run.method))
+        futures = {run.run_id: pool.submit(_run_in_worker, run) for run in by_method}
         pending = set(futures.values())
         try:
             while pending:
@@ -827,10 +982,111 @@ def _run_at_once(experiment, cells, teacher, about_teacher, kind, progress) -> l
                 "a worker process died, perhaps for want of memory; what it had saved is kept. "
                 f"Give the same command again to go on, with fewer workers than {experiment.workers} if it recurs."
             ) from error
-        except BaseException:
+        except Exception:
             pool.shutdown(cancel_futures=True)  # those that run are waited for, and end with their own record
             raise
-    return [futures[method.name, seed].result() for method, seed in cells]
+        except BaseException:  # asked to end now
+            for process in torch.multiprocessing.active_children():
+                process.terminate()
+            raise
+    return [futures[run.run_id].result() for run in runs]
+
+# %% ../nbs/07_experiments.ipynb #68ef166a
+def plan_repetition(
+    record: dict,
+    teacher: str = "auto",
+    teachers_dir: str = "teachers",
+    results_dir: str = "results/repeated",
+    cache_dir: str = "auto",
+) -> Experiment:
+    """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
+
+    `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded weights, else the
+    teacher is made as a run would. Raises `ValueError` for a record without what is needed, and, naming the fields, if
+    this version of the code, the data or the teacher would make it another run.
+    """
+    record = _plain(record)
+    try:
+        full, data, wanted = record["full_recipe"], record["data"], record["about_teacher"]["weights_sha256"]
+        threads = record["machine"]["threads"]
+        parameters = {
+            "pair": record["pair"],
+            "methods": record["method"]["name"],
+            "seeds": str(record["seed"]),
+            "preset": record["preset"],
+            "dataset": data["name"],
+            "epochs": 0 if full else record["recipe"]["epochs"],
+            "train_size": 0 if full else data["train_images"],
+            "test_size": 0 if full else data["test_images"],
+            "device": record["device"],
+            "precision": record["precision"],
+            "deterministic": record.get("deterministic", False),
+            "cache": "off" if record["teacher_logits"] == "computed" else "auto",
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"the record does not say enough to be repeated: {error} is missing or of another form.") from error
+    torch.set_num_threads(threads)
+    if teacher == "auto":
+        teacher = _file_with_weights(wanted, record["about_teacher"]["file"], teachers_dir) or "auto"
+    folders = {"teachers_dir": teachers_dir, "results_dir": results_dir, "cache_dir": cache_dir}
+    experiment = plan_experiment(**parameters, teacher=teacher, **folders)
+    planned = _plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
+    changed = _differences(_plain(planned.settings | {"data": planned.about_data}), record)
+    if experiment.teacher_file is not None:
+        found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
+        changed |= _differences({"weights_sha256": found.as_record()["weights_sha256"]}, record["about_teacher"])
+    if changed:
+        raise ValueError(
+            "this would be another run than the recorded one: "
+            + "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there" for name, (now, then) in changed.items())
+            + "."
+        )
+    return experiment
+
+
+def _file_with_weights(checksum: str, name: str, folder: str | Path) -> Path | None:
+    "The file called `name` under `folder` that holds the weights with this checksum."
+    for path in sorted(Path(folder).rglob(Path(name).name)):
+        # As a network reads them: what is kept in half precision is compared in float32.
+        if path.is_file() and weights_checksum(read_checkpoint(path)[0]) == checksum:
+            return path
+    return None
+
+
+def _plain(values: dict) -> dict:
+    "As it reads in a file: tuples are lists."
+    return json.loads(json.dumps(values))
+
+
+def _differences(now: dict, then: dict, path: str = "") -> dict[str, tuple]:
+    "The places in which nested plain values differ from those recorded: name, value now, value then."
+    changed = {}
+    for key, value in now.items():
+        other = then.get(key) if isinstance(then, dict) else None
+        if isinstance(value, dict):
+            changed |= _differences(value, other, f"{path}{key}.")
+        elif value != other:
+            changed[path + key] = (value, other)
+    return changed
+
+
+def compare_runs(first: dict, second: dict) -> list[str]:
+    "In which numbers two records of the same run differ, a sentence each; none if they are the same to the bit."
+    curves = [{key: values for key, values in record["curve"].items() if key != "seconds"} for record in (first, second)]
+    numbers = [curve | {"weights": record["result"]["student_sha256"]} for curve, record in zip(curves, (first, second))]
+    names = [name for name in numbers[0] | numbers[1] if numbers[0].get(name) != numbers[1].get(name)]
+    if not names:
+        return []
+    around = _differences(
+        {key: second.get(key) for key in ("machine", "versions", "commit")}
+        | {"about_teacher": {"weights_sha256": second["about_teacher"]["weights_sha256"]}},
+        first,
+    )
+    return [
+        f"{', '.join(names)} differ; last top-1 was {first['result']['last_top1']:.2f} and is "
+        f"{second['result']['last_top1']:.2f}.",
+        *(f"{name} was {then!r} and is {now!r}." for name, (now, then) in around.items()),
+    ]
 
 # %% ../nbs/07_experiments.ipynb #eb63353c
 def summarize(records: Sequence[dict]):

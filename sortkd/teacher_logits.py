@@ -11,16 +11,16 @@ import json
 import mmap
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from .data import Batches, Views, number_of_views, view_id, views_of
-from .teachers import save_atomically, weights_checksum
+from .teachers import refuse_links, save_atomically, weights_checksum
 
 # %% ../nbs/05_teacher_logits.ipynb #cfd0c2ff
 def expected_views(num_views: int, draws: int) -> float:
@@ -92,30 +92,30 @@ def _identity(teacher: TeacherLogits) -> dict:
 
 # %% ../nbs/05_teacher_logits.ipynb #15133401
 def _create_folder(folder: Path, identity: dict) -> None:
-    "Make the files of an empty cache; another process may be faster."
+    "Make the files of an empty cache, unless another process has just made them."
     rows = identity["images"] * number_of_views(identity["pad"], identity["flip"])
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        for name, size in (("logits.bin", rows * identity["classes"] * 2), ("computed.bin", rows)):
-            with open(staging / name, "wb") as file:
-                reserve = getattr(os, "posix_fallocate", None)  # not on every system
-                reserve(file.fileno(), 0, size) if reserve else file.truncate(size)
-        save_atomically(staging / "about.json", lambda path: path.write_text(json.dumps(identity, indent=1)))
-        try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f".{folder.name}.lock"):
+            if folder.exists():
+                return
+            staging = folder.parent / f".{folder.name}.making"
+            shutil.rmtree(staging, ignore_errors=True)  # from a process that was killed here
+            staging.mkdir()
+            for name, size in (("logits.bin", rows * identity["classes"] * 2), ("computed.bin", rows)):
+                with open(staging / name, "wb") as file:
+                    reserve = getattr(os, "posix_fallocate", None)  # not on every system
+                    reserve(file.fileno(), 0, size) if reserve else file.truncate(size)
+            save_atomically(staging / "about.json", lambda path: path.write_text(json.dumps(identity, indent=1)))
             staging.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
     except OSError as error:
+        shutil.rmtree(folder.parent / f".{folder.name}.making", ignore_errors=True)
         raise OSError(
             error.errno,
             f"the cache of teacher logits needs {rows * (identity['classes'] * 2 + 1) / 1e9:.2f} GB under "
             f"{folder.parent} and could not be made ({error.strerror}); free space, name another folder, or run "
             "without it (cache='off')",
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _map_file(path: Path, dtype: torch.dtype, count: int) -> tuple[mmap.mmap, Tensor]:
@@ -155,6 +155,7 @@ class CachedTeacherLogits(TeacherLogits):
         self.num_views = number_of_views(self.pad, self.flip)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = Path(cache_dir) / key[:16]
+        refuse_links(self.folder, *Path(cache_dir).glob(f".{self.folder.name}.*"), *self.folder.glob("*"))
         if not self.folder.exists():
             _create_folder(self.folder, identity)
         self._check_identity(identity)

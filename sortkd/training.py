@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'STEPS_AHEAD', 'Recipe', 'native_precision', 'create_fabric', 'precision_of', 'Ranks', 'Evaluation',
-           'evaluate', 'Lesson', 'Outcome', 'fingerprint', 'train', 'progress_bar']
+           'evaluate', 'Lesson', 'Outcome', 'fingerprint', 'Stopped', 'train', 'progress_bar']
 
 # %% ../nbs/06_training.ipynb #a947b4b3
 import hashlib
+import io
 import json
 import math
 import logging
@@ -84,11 +85,12 @@ def native_precision(device: str) -> str:
     return "bfloat16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")) else "float32"
 
 
-def create_fabric(device: str = "auto", precision: str = "auto") -> "Fabric":
+def create_fabric(device: str = "auto", precision: str = "auto", deterministic: bool = False) -> "Fabric":
     """The library object that places models and tensors and runs the backward pass.
 
     `device`: `cpu`, `cuda` or `auto` (a GPU if there is one); `precision`: `float32`, `bfloat16` or `auto` (see
-    `native_precision`). In a process that `torchrun` has started it joins the others.
+    `native_precision`). `deterministic`: on a GPU, for the whole process, only kernels that give the same numbers twice.
+    In a process that `torchrun` has started it joins the others.
     Raises `ValueError` for other names and for a GPU that is not there.
     """
     for name, value, allowed in (
@@ -101,6 +103,8 @@ def create_fabric(device: str = "auto", precision: str = "auto") -> "Fabric":
         raise ValueError("device is 'cuda', but PyTorch finds no GPU on this machine; choose 'auto' or 'cpu'.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        _choose_kernels(deterministic)
     from lightning_fabric import Fabric
     from lightning_fabric.strategies import DDPStrategy
 
@@ -121,6 +125,14 @@ def create_fabric(device: str = "auto", precision: str = "auto") -> "Fabric":
     )
     fabric.launch()
     return fabric
+
+
+def _choose_kernels(deterministic: bool) -> None:
+    if deterministic:  # read when CUDA first multiplies matrices
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # A warning names an operation that has no such kernel: max pooling without overlaps needs none, but is named too.
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
 def precision_of(fabric: "Fabric") -> str:
@@ -414,6 +426,17 @@ def _weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
+class Stopped(Exception):
+    "A run has been asked to stop, and has saved its state: the next call goes on from there."
+
+
+def _save_checkpoint(path: Path, state: dict) -> None:
+    # Into memory first: a disk that is full is an OSError of Python's, which torch.save would turn into its own assertion.
+    content = io.BytesIO()
+    torch.save(state, content)
+    save_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
+
+
 def _load_checkpoint(path: Path, run: str) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -442,6 +465,7 @@ def train(
     checkpoint_seconds: float = 30.0,
     run: str = "",
     callbacks: Sequence[Callable[[dict], None]] = (),
+    stop: Callable[[], bool] | None = None,
     progress: bool | str = False,
 ) -> Outcome:
     """Train `model` on `batches` with `method`, for the epochs of `recipe`, and return the curve and the weights.
@@ -453,11 +477,12 @@ def train(
     `run`: what the checkpoint must additionally agree in, such as the checksum of the teacher's weights.
     `callbacks`: each is called with the row of every epoch: epoch, lr, train_loss, train_top1, test_loss, test_top1
     (percent), seconds, with a teacher teacher_wrong_rows and changed_rows, and temperature where it is learned.
+    `stop`: asked after every epoch but the last; when it is true, the checkpoint is written and `Stopped` raised.
     `progress`: show a bar with loss, top-1 and remaining time; a string names it.
-    Of several processes the first alone writes the checkpoint, and calls the callbacks.
+    Of several processes the first alone writes the checkpoint, calls the callbacks, and asks `stop`.
 
-    Raises `ValueError` for a missing teacher or another run's checkpoint, and `FloatingPointError` when the loss is
-    no longer finite.
+    Raises `ValueError` for a missing teacher or another run's checkpoint, `FloatingPointError` when the loss is no
+    longer finite, and `OSError` when the checkpoint cannot be written; the one before it is kept.
     """
     if method.uses_teacher and teacher is None:
         raise ValueError(f"method {method.name!r} distils from a teacher, but teacher is None.")
@@ -509,7 +534,7 @@ def train(
             "seconds": outcome.seconds,
         }
         if ranks.index == 0:
-            save_atomically(checkpoint, lambda path: torch.save(state, path))
+            _save_checkpoint(Path(checkpoint), state)
         if teacher is not None:
             teacher.close()
 
@@ -542,9 +567,9 @@ def train(
             outcome.seconds += row["seconds"]
             if outcome.best is row:
                 outcome.best_weights = _weights_on_cpu(student)
-            if checkpoint is not None and (
-                epoch == recipe.epochs or time.monotonic() - last_save >= checkpoint_seconds
-            ):
+            last = epoch == recipe.epochs
+            stops = not last and stop is not None and fabric.broadcast(ranks.index == 0 and stop())
+            if checkpoint is not None and (last or stops or time.monotonic() - last_save >= checkpoint_seconds):
                 save()
                 last_save = time.monotonic()
             bar.set_postfix_str(
@@ -552,6 +577,8 @@ def train(
             )
             for callback in callbacks if ranks.index == 0 else ():
                 callback(row)
+            if stops:
+                raise Stopped(f"{method.name} was asked to stop after epoch {epoch} of {recipe.epochs}.")
     outcome.last_weights = _weights_on_cpu(student)
     return outcome
 
