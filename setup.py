@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
@@ -15,9 +15,18 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author=settings["author"],
-    license="MIT",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        f"Intended Audience :: {settings['audience']}",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+        *(f"Programming Language :: Python :: {tested}" for tested in ["3 :: Only", *settings["tested_pythons"].split()]),
+    ],
     keywords=settings["keywords"],
-    packages=find_packages(include=["sortkd", "sortkd.*"]),
+    packages=["sortkd"],
+    package_data={"sortkd": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "workflow")},

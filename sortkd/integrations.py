@@ -7,6 +7,7 @@ __all__ = ['DistillationLoss', 'FrozenTeacher', 'SortedKDLoss', 'register_torchd
 
 # %% ../nbs/11_bring_your_own.ipynb #17e9ca71
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class DistillationLoss(nn.Module):
         return repr(self.method.name)
 
 
-def _widen(logits: Tensor, name: str) -> Tensor:
+def _widen(logits: object, name: str) -> Tensor:
     "`logits` in float32 or wider."
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         described = f"a tensor of {logits.dtype}" if isinstance(logits, Tensor) else f"of type {type(logits).__name__}"
@@ -132,7 +133,9 @@ class SortedKDLoss(DistillationLoss):
         self.teacher_place = teacher_module_path, teacher_module_io
         self.epoch: int | None = None
 
-    def forward(self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor, *_, **__) -> Tensor:
+    def forward(  # type: ignore[override]  # it is torchdistill that calls it
+        self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor, *_, **__
+    ) -> Tensor:
         if self.epoch is None and self._needs_epoch:
             raise ValueError(
                 f"{self.method.name} changes from epoch to epoch; add pre_epoch_process: 'sortkd_pre_epoch' to the "
@@ -191,6 +194,10 @@ class DistillationTrainerMixin:
     a `compute_loss_func`, which would have no effect.
     """
 
+    args: Any  # these three are the Trainer's
+    state: Any
+    compute_loss_func: Any
+
     def __init__(self, *arguments, teacher: nn.Module | None, distillation_loss: DistillationLoss, **named):
         if not isinstance(distillation_loss, DistillationLoss):
             raise TypeError(
@@ -218,8 +225,9 @@ class DistillationTrainerMixin:
             )
         outputs = _as_mapping(model(**inputs))
         if model.training:
-            uses_teacher = self.distillation_loss.method.uses_teacher
-            teacher_logits = _as_mapping(self.teacher(**inputs))["logits"] if uses_teacher else None
+            teacher_logits = None
+            if self.teacher is not None and self.distillation_loss.method.uses_teacher:
+                teacher_logits = _as_mapping(self.teacher(**inputs))["logits"]
             epoch = int(self.state.epoch or 0) + 1
             loss = self.distillation_loss(outputs["logits"], teacher_logits, target, epoch)
         else:

@@ -270,7 +270,7 @@ def _why_not_paper(record: dict) -> str | None:
     except ValueError as error:
         return str(error)
     published = json.loads(json.dumps(asdict(_recipe_for(method, Recipe(lr=pair.lr), True))))
-    method = asdict(method)
+    method_fields = asdict(method)
     pairs = [
         ("preset", record["preset"], "paper"),
         ("full_recipe", record["full_recipe"], True),
@@ -280,9 +280,9 @@ def _why_not_paper(record: dict) -> str | None:
         ("test_images", data["test_images"], 10_000),
         *((name, recipe.get(name), value) for name, value in published.items()),
     ]
-    absent = {name: value for name, value in method.items() if name in _LATER_METHOD_FIELDS}
+    absent = {name: value for name, value in method_fields.items() if name in _LATER_METHOD_FIELDS}
     stated = absent | record["method"]
-    pairs += [(f"method {name}", stated.get(name), value) for name, value in method.items()]
+    pairs += [(f"method {name}", stated.get(name), value) for name, value in method_fields.items()]
     for name, value, expected in pairs:
         if value != expected:
             return f"{name} is {value}, not {expected}"
@@ -369,7 +369,7 @@ _SAME_RUN = [
 ]
 
 
-_NOT_EVIDENCE = ("benchmarks.jsonl", "quick.jsonl")  # times of parts, not runs; and a demonstration
+_NOT_EVIDENCE = ("benchmarks.jsonl", "installations.jsonl", "quick.jsonl")  # no runs; and a demonstration
 
 
 def _lines(source) -> Iterable[tuple[Path, int, bytes]]:

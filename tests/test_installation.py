@@ -1,0 +1,129 @@
+"What is promised of installations is what was tried, and the audit tells a vulnerable package from a silent service."
+import json
+import re
+import runpy
+import subprocess
+import sys
+from configparser import ConfigParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def settings():
+    parser = ConfigParser(delimiters=["="], interpolation=None)
+    parser.read(ROOT / "settings.ini", encoding="utf-8")
+    return parser["DEFAULT"]
+
+
+@pytest.fixture
+def package(monkeypatch):
+    "What setup.py tells setuptools."
+    setuptools, told = pytest.importorskip("setuptools"), {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: told.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    return told
+
+
+def test_the_promise_is_what_was_tried(settings):
+    "A new requirement, bound or Python takes a run of .ci/install-matrix."
+    bounds = {}
+    for requirement in map(Requirement, settings["requirements"].split()):
+        bound, = requirement.specifier  # one bound each, below
+        assert bound.operator == ">=", requirement
+        bounds[requirement.name] = Version(bound.version)
+    records = list(map(json.loads, (ROOT / "results" / "installations.jsonl").read_text().splitlines()))
+    for python in settings["tested_pythons"].split():
+        tried = {each["versions"]: {name: Version(version) for name, version in each["installed"].items()}
+                 for each in records if each["python"].startswith(f"{python}.")}
+        assert tried.keys() == {"lowest", "oldest-torch", "newest"}, python
+        assert tried["lowest"] == bounds, python
+        assert all(tried["oldest-torch"][name] == bounds[name] for name in ("torch", "torchvision"))
+        assert tried["newest"].keys() == bounds.keys() and tried["newest"]["torch"] > bounds["torch"]
+
+
+def test_everyone_promises_the_same(settings, package):
+    pythons = settings["tested_pythons"].split()
+    assert settings["min_python"] == pythons[0] and package["python_requires"] == f">={pythons[0]}"
+    assert f"With Python {pythons[0]} or newer" in (ROOT / "README.md").read_text()
+    classifiers = [each.rpartition(" ")[2] for each in package["classifiers"] if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", each)]
+    assert classifiers == pythons and package["install_requires"] == settings["requirements"].split()
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    assert jobs["checks"]["strategy"]["matrix"]["python"] == jobs["installations"]["strategy"]["matrix"]["python"] == pythons
+
+
+def test_the_package_is_the_modules_and_their_types(package):
+    assert package["packages"] == ["sortkd"] and not [path for path in (ROOT / "sortkd").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert package["package_data"] == {"sortkd": ["py.typed"]} and (ROOT / "sortkd" / "py.typed").exists()
+    assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+FLAW = {"id": "GHSA-0000", "summary": "runs what it reads", "schema_version": "1.0.0", "affected": [
+    {"package": {"name": "tqdm", "ecosystem": "PyPI"}, "ranges": [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "4.67"}]}]}]}
+
+
+@pytest.fixture
+def service():
+    "A vulnerability service on this machine; `answers` maps a package's name to a status and an answer."
+    answers = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            status, answer = answers.get(asked["package"]["name"], (200, {}))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield answers, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def audit(folder, url):
+    (folder / "requirements.txt").write_text("tqdm==4.66.0\npandas==2.2.0\n")
+    return subprocess.run([sys.executable, ROOT / ".ci" / "audit", "-s", "osv", "--osv-url", url, "--no-deps", "--disable-pip", "-r", "requirements.txt"],
+                          cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_an_audit_without_a_finding(service, tmp_path):
+    done = audit(tmp_path, service[1])
+    assert (done.returncode, done.stdout) == (0, "2 packages audited, 0 vulnerabilities known\n"), done.stderr
+
+
+def test_an_audit_names_what_is_vulnerable(service, tmp_path):
+    service[0]["tqdm"] = 200, {"vulns": [FLAW]}
+    done = audit(tmp_path, service[1])
+    assert done.returncode == 1 and "tqdm 4.66.0: GHSA-0000, mended in 4.67: runs what it reads" in done.stdout
+    assert "2 packages audited, 1 vulnerabilities known" in done.stdout
+
+
+@pytest.mark.parametrize("silence", ["fails", "is not there"])
+def test_an_audit_that_nobody_answers_is_not_made(service, tmp_path, silence):
+    answers, url = service
+    answers["pandas"] = 503, {}
+    done = audit(tmp_path, url if silence == "fails" else "http://127.0.0.1:9")
+    assert done.returncode == 3 and done.stdout.startswith("The audit was NOT made: ") and len(done.stdout.splitlines()) == 1
+
+
+def test_an_audit_of_packages_that_nobody_knows_is_not_made(tmp_path, monkeypatch):
+    "pip-audit itself is content with them: a mirror of PyPI without advisories would look like a clean audit."
+    unknown = {"dependencies": [{"name": "tqdm", "skip_reason": "Dependency not found on PyPI"}], "fixes": []}
+    (tmp_path / "pip_audit.py").write_text(f"print({json.dumps(unknown)!r})")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = audit(tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 3 and done.stdout == "The audit was NOT made: of 1 packages the service knows none.\n"
