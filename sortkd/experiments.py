@@ -705,15 +705,15 @@ def run_experiment(
         for seed in experiment.seeds
         for method in experiment.methods
     ]
-    started = fabric.broadcast([_started(run, experiment) for run in runs] if fabric.is_global_zero else [])
-    runs = [replace(run, started=time) for run, time in zip(runs, started)]
+    command = experiment.results_dir / "runs" / f"started-{fingerprint(sorted(run.folder.name for run in runs))}"
+    started = fabric.broadcast(_started(command, runs, experiment) if fabric.is_global_zero and runs else "")
+    runs = [replace(run, started=started) for run in runs]
     if experiment.workers > 1 and runs:
         records = _run_at_once(experiment, runs, teacher, teacher_logits.kind, progress, stop)
     else:
         records = [_run_one(experiment, run, teacher_logits, fabric, progress, stop) for run in runs]
     if fabric.is_global_zero:
-        for run in runs:
-            (run.folder / "started").unlink(missing_ok=True)
+        command.unlink(missing_ok=True)
     return Results(experiment, records, teacher, batches)
 
 
@@ -779,12 +779,12 @@ def _plan_run(experiment: Experiment, method: Method, seed: int, kind: str, abou
 
 def _run_one(experiment, run, teacher_logits, fabric, progress, stop=None, callbacks=()) -> dict:
     first = fabric.is_global_zero
-    with _one_at_a_time(run) if first else nullcontext():
-        record = fabric.broadcast(_recorded(experiment, run) if first else None)
+    with _one_at_a_time(run) if first else nullcontext() as waited:
+        record = fabric.broadcast(_recorded(experiment, run, waited) if first else None)
         if record is None:
             record = _train_and_record(experiment, run, teacher_logits, fabric, progress, stop, callbacks)
         elif first and not experiment.skip_recorded:
-            print(f"{run.method.name}, seed {run.seed}: already recorded, on {record['finished'][:10]}, by this command.")
+            print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}.")
         if first:
             for name in ("checkpoint.pt", "sessions.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)
@@ -865,43 +865,49 @@ def _records_so_far(experiment: Experiment) -> list[dict]:
     return read_records(experiment.records_file) if experiment.records_file.exists() else []
 
 
-def _recorded(experiment: Experiment, run: _Run) -> dict | None:
-    """The record of this run, if an interrupted call, or another one at the same time, has made it; with
-    `skip_recorded` of any run with the same settings, data and teacher.
+def _recorded(experiment: Experiment, run: _Run, waited: bool) -> dict | None:
+    """The record of this run, if an interrupted call, or one that it has waited for, has made it; with `skip_recorded`
+    of any run with the same settings, data and teacher.
     """
-    wanted = f"{run.folder.name}-" if experiment.skip_recorded else run.run_id
-    return next((each for each in _records_so_far(experiment) if str(each.get("run_id", "")).startswith(wanted)), None)
+    wanted = f"{run.folder.name}-" if experiment.skip_recorded or waited else run.run_id
+    found = [each for each in _records_so_far(experiment) if str(each.get("run_id", "")).startswith(wanted)]
+    return found[-1 if waited else 0] if found else None
 
 
-def _started(run: _Run, experiment: Experiment) -> str:
-    "When the call was first made that `run` belongs to; it is kept until the whole call has ended."
-    path = run.folder / "started"
-    run.folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(run.folder, *run.folder.iterdir())
-    if not path.exists():
-        with FileLock(run.folder / "started.lock"):
-            if not path.exists():
-                taken = {each.get("run_id") for each in _records_so_far(experiment)}
-                time = datetime.strptime(_now(), _TIME)
-                while f"{run.folder.name}-{time.strftime(_TIME)}" in taken:  # the clock stands still, or was set back
-                    time += timedelta(microseconds=1)
-                save_atomically(path, lambda temporary: temporary.write_text(time.strftime(_TIME)))
-    started = path.read_text()
+def _started(path: Path, runs: Sequence[_Run], experiment: Experiment) -> str:
+    "When the call with these runs was first made, kept in the file `path` until it has ended."
+    for run in runs:
+        refuse_links(run.folder, *(run.folder.iterdir() if run.folder.is_dir() else ()))
+    lock = path.with_name("started.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_links(path, lock)
+    with FileLock(lock):
+        if not path.exists():
+            taken = {each.get("run_id") for each in _records_so_far(experiment)}
+            time = datetime.strptime(_now(), _TIME)
+            while any(replace(run, started=time.strftime(_TIME)).run_id in taken for run in runs):
+                time += timedelta(microseconds=1)  # the clock stands still, or was set back
+            save_atomically(path, lambda temporary: temporary.write_text(time.strftime(_TIME)))
+            _remove_leftovers(path.parent, "started")
+        started = path.read_text()
     if not re.fullmatch(r"[0-9T.-]+Z", started):  # it becomes a part of a path
-        raise ValueError(f"{path} does not hold a time, but {started!r:.40}; remove the folder to start the run again.")
+        raise ValueError(f"{path} does not hold a time, but {started!r:.40}; remove it to start the runs again.")
     return started
 
 
 @contextmanager
-def _one_at_a_time(run: _Run) -> Iterator[None]:
-    lock = FileLock(run.folder / "run.lock")
+def _one_at_a_time(run: _Run) -> Iterator[bool]:
+    "Holds the lock of the run, and tells whether it had to wait for it."
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(run.folder / "run.lock"), False
     try:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is at {run.method.name}, seed {run.seed} ({lock.lock_file}); waiting for it.", flush=True)
+        waited = True
         lock.acquire()
     try:
-        yield
+        yield waited
     finally:
         lock.release()
 
