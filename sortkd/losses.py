@@ -12,15 +12,23 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .sorting import _check_arguments, _check_range, _find_wrong_rows, sort_logits, swap_logits
+from .sorting import _check_arguments, _check_range, _describe, _find_wrong_rows, sort_logits, swap_logits
 
 # %% ../nbs/01_losses.ipynb #38e10e21
+def _check_floating(name: str, logits: Tensor):
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, but they are {_describe(logits)}.")
+
+
 def _check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None):
+    _check_floating("student_logits", student_logits)
+    _check_floating("teacher_logits", teacher_logits)
     if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
         raise ValueError(
             "student_logits and teacher_logits need one shape (N, C) or (..., C), but they have "
@@ -30,18 +38,20 @@ def _check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor
         raise ValueError(
             f"a distillation loss needs at least two classes, but logits have shape {tuple(student_logits.shape)}."
         )
-    if target is not None and target.shape != student_logits.shape[:-1]:
+    if not student_logits.numel():
         raise ValueError(
-            f"logits of shape {tuple(student_logits.shape)} need a target of shape {tuple(student_logits.shape[:-1])}, "
-            f"but it has {tuple(target.shape)}."
+            f"logits of shape {tuple(student_logits.shape)} have no rows, so their loss has no mean; "
+            "leave out a batch in which nothing counts."
         )
     if target is not None:
-        _check_range(target, student_logits, -1)
+        _check_range(target, student_logits, _check_arguments(student_logits, target, -1))
 
 
 def _check_temperature(temperature: float | Tensor):
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature must be greater than 0, but it is {temperature!r}.")
+    if isinstance(temperature, Tensor):
+        return
+    if not isinstance(temperature, Real) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be greater than 0 and finite, but it is {temperature!r:.60}.")
 
 # %% ../nbs/01_losses.ipynb #f94765c7
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
@@ -49,7 +59,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar, in nats.
-    Raises `ValueError` for shapes that differ or a temperature that is not positive.
+    Raises `ValueError` for shapes that differ, logits without rows and a temperature that is not positive and finite,
+    `TypeError` for logits that are not floating point; so do the losses below.
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
     """
     _check_logits(student_logits, teacher_logits)
@@ -105,6 +116,7 @@ def standardize(logits: Tensor) -> Tensor:
 
     Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), algorithm 1.
     """
+    _check_floating("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 2:
         raise ValueError(
             f"standardize needs logits (..., C) with at least two classes, but they have shape {tuple(logits.shape)}."
@@ -183,6 +195,8 @@ def mlkd_loss(
     weak, strong = (student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)
     for logits in (weak, strong):
         _check_logits(*logits)
+        if logits[0].ndim != 2:
+            raise ValueError(f"mlkd_loss needs logits (N, C), but they have shape {tuple(logits[0].shape)}.")
     _check_temperature(temperature)
     confidence = F.softmax(teacher_logits, dim=-1)
     rows, classes = _share_up_to_median(confidence.amax(1)), _share_up_to_median(confidence.sum(0))
@@ -469,12 +483,21 @@ class Method:
         strong: tuple[Tensor, Tensor] | None = None,
         temperature: LearnedTemperature | None = None,
     ) -> Tensor:
-        """The scalar training loss in `epoch`, counted from 1.
+        """The scalar training loss in `epoch`, counted from 1, the mean over the rows of logits `(N, C)`.
 
+        `target` `(N,)`: class indices from 0 to C - 1; none is ignored, so leave out rows that shall not count.
         `repaired_logits` is what `repair_logits` returned, or None for `ce`. `strong`: the student's and the repaired
         teacher's logits of the strong views; `temperature`: what `create_temperature` made; for methods that have them.
-        Raises `ValueError` if one of these is missing.
+        Raises `ValueError` if one of these is missing, for shapes that do not fit, a target out of range (on a GPU the
+        device asserts) and a batch without rows, `TypeError` for other dtypes. NaN, and an infinity that leaves a row
+        without a distribution, are not refused, which would stall a GPU: then the loss is not finite, and `train`
+        stops.
         """
+        for name, logits in (("student_logits", student_logits), *([("strong", strong[0])] if strong else [])):
+            _check_floating(name, logits)
+            if logits.ndim != 2 or not len(logits):
+                raise ValueError(f"{name} must have shape (N, C) and at least one row, but it is {tuple(logits.shape)}.")
+            _check_range(target, logits, _check_arguments(logits, target, 1))
         loss = self.ce_weight * F.cross_entropy(student_logits, target)
         if self.strong_views:
             if strong is None:
@@ -482,6 +505,8 @@ class Method:
             loss = loss + self.ce_weight * F.cross_entropy(strong[0], target)
         if self.uses_teacher:
             views = [(student_logits, repaired_logits), *([strong] if self.strong_views else [])]
+            for view in views:
+                _check_logits(*view)
             loss = loss + self.kd_weight * self._term(views, target, epoch, temperature)
         return loss
 
@@ -529,18 +554,18 @@ def create_method(name: str, **changes: float) -> Method:
 
     `changes` replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
     `alpha`, `beta`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`, `student_teaches_after`).
-    Raises `ValueError` for a name or a change that does not exist, and for a repair that makes no sense for the
-    objective.
+    Raises `ValueError` for a name or a change that does not exist, a change that is no finite number, and a repair that
+    makes no sense for the objective.
     """
     objective, _, repair = str(name).partition("+")
-    if name not in list_methods():
+    if not isinstance(name, str) or name not in list_methods():
         if objective in OBJECTIVES and repair in REPAIRS and (reason := _objection(objective, repair)):
             raise ValueError(f"there is no method {name!r}: {reason}.")
         if objective in OBJECTIVES and repair == OBJECTIVES[objective].repair:
             raise ValueError(f"there is no method {name!r}: {objective!r} alone is its name.")
-        close = difflib.get_close_matches(str(name), list_methods(), n=1)
+        close = difflib.get_close_matches(str(name)[:100], list_methods(), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"there is no method {name!r}; the methods are {', '.join(list_methods())}.{hint}")
+        raise ValueError(f"there is no method {name!r:.100}; the methods are {', '.join(list_methods())}.{hint}")
     entry = OBJECTIVES[objective]
     numbers = {"ce_weight": entry.ce_weight, "kd_weight": entry.kd_weight, "warmup_epochs": entry.warmup_epochs}
     unknown = changes.keys() - numbers.keys() - entry.settings.keys()
@@ -549,6 +574,9 @@ def create_method(name: str, **changes: float) -> Method:
             f"method {name!r} has no setting {', '.join(sorted(unknown))}; "
             f"it has {', '.join([*numbers, *entry.settings])}."
         )
+    for key, value in changes.items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{key} of {name} must be a finite number, but it is {value!r:.60}.")
     numbers |= {key: value for key, value in changes.items() if key in numbers}
     settings = {key: changes.get(key, default) for key, default in entry.settings.items()}
     return Method(

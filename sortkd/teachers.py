@@ -11,17 +11,21 @@ __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_chec
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import tempfile
+import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
-from .data import ImageData, network_timeout
+from .data import ImageData, network_timeout, one_at_a_time
 from .models import create_model
 
 # %% ../nbs/04_teachers.ipynb #993f44b8
@@ -42,7 +46,11 @@ def _read_text(path: Path) -> dict:
 
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("sortkd", "{}"))
+            text = json.loads((file.metadata() or {}).get("sortkd", "{}"))
+        for name in ("epochs", "top1"):  # which are compared
+            if not isinstance(text.get(name, 0), int | float):
+                raise ValueError(f"{name} is no number")
+        return text
     except Exception as error:
         raise ValueError(f"{path} is damaged or no .safetensors file; replace or remove it.") from error
 
@@ -52,11 +60,18 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     PyTorch's).
 
     A PyTorch file may hold the state dict itself or have it under `model`. No code in a file is run.
-    Raises `FileNotFoundError`, or `ValueError` for a file that is damaged or holds no state dict.
+    Raises `TypeError` for what is no path, `FileNotFoundError`, or `ValueError` for a file that is damaged or holds no
+    state dict.
     """
+    if not isinstance(path, str | Path):
+        raise TypeError(f"a checkpoint is named by its path, but this is {path!r:.200}.")
+    try:
+        is_there = Path(path).is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        is_there = False
+    if not is_there:
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r:.200}; give the path of a .safetensors or PyTorch file.")
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; give the path of a .safetensors or PyTorch file.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -73,7 +88,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     if (
         not isinstance(weights, dict)
         or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
+        or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items())
     ):
         raise ValueError(f"{path} holds no state dict: expected tensors by name, at the top or under 'model'.")
     return {name.removeprefix("module."): value for name, value in weights.items()}, {}
@@ -82,7 +97,8 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
     """Load `weights` into `model` and return it.
 
-    `ValueError` with the first differences if they are another network's or have other classes.
+    `ValueError` with the first differences if they are another network's or have other classes, and with the first name
+    of weights that are no numbers, or not finite.
     """
     expected = model.state_dict()
     missing, surplus = (
@@ -104,6 +120,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = 
             f"{origin} is not a checkpoint of this {type(model).__name__}: {'; '.join([*differences, *reshaped[:1]])}. "
             "Choose the checkpoint of this network, trained on as many classes."
         )
+    for name, value in weights.items():
+        real = expected[name].is_floating_point()
+        plain = value.layout == torch.strided and not (value.is_meta or value.is_quantized or value.is_complex())
+        if not plain or (real and not value.is_floating_point()):
+            raise ValueError(f"{origin} holds {name} as {value.dtype}, {value.layout}; expected are plain floating-point tensors.")
+        if real and not value.isfinite().all():
+            raise ValueError(f"{origin} holds NaN or infinity in {name}: its training has failed. Choose another checkpoint.")
     model.load_state_dict(weights)
     return model
 
@@ -194,25 +217,36 @@ def _published_member(architecture: str) -> str:
 def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
     """Download the archive of published CIFAR-100 teachers and keep the known members under `folder`, laid out alike.
 
-    `ConnectionError` if it cannot be had.
+    `ConnectionError` if it cannot be had or is damaged, and then nothing is kept; `ValueError` if a link is in the way.
     """
-    from torchvision.datasets.utils import download_url
-
-    folder = Path(folder)
+    folder, names = Path(folder), [_published_member(architecture) for architecture in PUBLISHED_TOP1]
+    refuse_links(*{folder / part for name in names for part in (name, *Path(name).parents)})
     with tempfile.TemporaryDirectory() as staging:
         try:
             with network_timeout():
-                download_url(url, staging, "archive.tar")
-        except (OSError, RuntimeError) as error:
-            raise ConnectionError(f"the published teachers could not be downloaded from {url} ({error}).") from error
-        with tarfile.open(Path(staging) / "archive.tar") as archive:
-            for name in map(_published_member, PUBLISHED_TOP1):
-                try:
-                    content = archive.extractfile(name)
-                except KeyError:
-                    continue
-                if content is not None:
-                    save_atomically(folder / name, lambda temporary: temporary.write_bytes(content.read()))
+                _download(url, Path(staging) / "archive.tar")
+            with tarfile.open(Path(staging) / "archive.tar", "r:") as archive:
+                plain = {member.name: member for member in archive if member.isreg() and not member.issparse()}
+                contents = {name: archive.extractfile(plain[name]).read() for name in names if name in plain}
+        except (OSError, HTTPException, tarfile.TarError) as error:
+            raise ConnectionError(f"the published teachers could not be had from {url} ({error}).") from error
+    for name, content in contents.items():
+        save_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
+
+
+def _download(url: str, path: Path) -> None:
+    "The whole of what is at `url`, to `path`; no step on the way may leave the scheme of `url`, such as HTTPS."
+    with urllib.request.build_opener(_SameScheme).open(url) as response, open(path, "wb") as file:
+        shutil.copyfileobj(response, file, 1 << 20)
+        if missing := getattr(response, "length", None):  # announced, but not sent
+            raise URLError(f"the last {missing} bytes are missing")
+
+
+class _SameScheme(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, address):
+        if not address.startswith(f"{request.type}:"):
+            raise URLError(f"it redirects to {address}")
+        return super().redirect_request(request, file, code, message, headers, address)
 
 # %% ../nbs/04_teachers.ipynb #6bfdf9d4
 def find_teacher(
@@ -228,7 +262,7 @@ def find_teacher(
     if data.name == "cifar100" and published.is_file():
         return load_teacher(published, architecture, data.num_classes, "found")
     candidates = []
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(each for each in folder.rglob("*.safetensors") if each.is_file()):
         text = _read_text(path)
         fits = text.get("architecture") == architecture and text.get("dataset") == data.name
         complete = text.get("complete") and text.get("epochs", 0) >= min_epochs and data.name != "imagenet"  # any folder
@@ -253,28 +287,50 @@ def get_teacher(
     `folder`/local. For ImageNet torchvision's weights are fetched, and nothing is trained in their place.
 
     `training`: plain values that identify how the run would train it. `train()` returns the weights and further plain
-    values, such as `top1`, to keep with them.
+    values, such as `top1`, to keep with them. Of several processes that need a teacher one makes it; the others wait.
+    Raises `OSError` before any training if nothing can be kept under `folder`, `ValueError` if links are in the way.
     """
+    folder, name = Path(folder), f"{architecture.replace('/', '-')}-{data.name}"
     training = json.loads(json.dumps(training))  # as it reads in a file: tuples are lists
-    teacher = find_teacher(architecture, data, folder, min_epochs, training)
-    if teacher is None and fetch and data.name == "cifar100" and architecture in PUBLISHED_TOP1:
-        try:
-            fetch_published(folder)
-            teacher = load_teacher(
-                Path(folder) / _published_member(architecture), architecture, data.num_classes, "fetched"
-            )
-        except (ConnectionError, FileNotFoundError) as error:
-            print(f"{error} Training {architecture} instead.")
+
+    def find() -> Teacher | None:
+        return find_teacher(architecture, data, folder, min_epochs, training)
+
+    teacher = find()  # a folder that can only be read will do
     if teacher is None and fetch and data.name == "imagenet":
         from sortkd.imagenet import pretrained_weights
 
         model = load_weights(create_model(architecture, data.num_classes), pretrained_weights(architecture), architecture)
         teacher = Teacher(model.eval().requires_grad_(False), architecture, "fetched", "torchvision IMAGENET1K_V1")
     if teacher is None:
-        weights, more = train()
-        text = {"architecture": architecture, "dataset": data.name, **training, **more}
-        key = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:8]
-        name = f"{architecture.replace('/', '-')}-{data.name}-{key}.safetensors"
-        path = save_teacher(Path(folder) / "local" / name, weights, text)
-        teacher = load_teacher(path, architecture, data.num_classes, "trained")
+        refuse_links(folder, folder / "local")
+        _check_writable(folder / "local")
+        with one_at_a_time(folder / "local" / f".{name}.lock", f"making the teacher {architecture}"):
+            teacher = find() or _make_teacher(architecture, data, folder, name, training, train, fetch)
     return teacher
+
+
+def _check_writable(folder: Path) -> None:
+    "Before the work, whether `folder` takes what it will leave."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(error.errno, f"no teacher can be kept in {folder} ({error.strerror}); name another folder") from error
+
+
+def _make_teacher(architecture, data, folder, name, training, train, fetch) -> Teacher:
+    "Fetch or train; nobody else is making the same one."
+    if fetch and data.name == "cifar100" and architecture in PUBLISHED_TOP1:
+        try:
+            fetch_published(folder)
+            return load_teacher(folder / _published_member(architecture), architecture, data.num_classes, "fetched")
+        except (ConnectionError, FileNotFoundError) as error:
+            print(f"{error} Training {architecture} instead.")
+    for left in (folder / "local").glob(f".{name}-*.tmp"):  # by a writer that was killed
+        left.unlink(missing_ok=True)
+    weights, more = train()
+    text = {"architecture": architecture, "dataset": data.name, **training, **more}
+    key = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:8]
+    path = save_teacher(folder / "local" / f"{name}-{key}.safetensors", weights, text)
+    return load_teacher(path, architecture, data.num_classes, "trained")
