@@ -783,6 +783,8 @@ def _run_one(experiment, run, teacher_logits, fabric, progress, stop=None, callb
         record = fabric.broadcast(_recorded(experiment, run) if first else None)
         if record is None:
             record = _train_and_record(experiment, run, teacher_logits, fabric, progress, stop, callbacks)
+        elif first and not experiment.skip_recorded:
+            print(f"{run.method.name}, seed {run.seed}: already recorded, on {record['finished'][:10]}, by this command.")
         if first:
             for name in ("checkpoint.pt", "sessions.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)

@@ -369,7 +369,7 @@ _SAME_RUN = [
 ]
 
 
-_NOT_EVIDENCE = ("benchmarks.jsonl", "installations.jsonl", "quick.jsonl")  # no runs; and a demonstration
+_NOT_EVIDENCE = ("benchmarks.jsonl", "faults.jsonl", "installations.jsonl", "quick.jsonl")  # no runs; and a demonstration
 
 
 def _lines(source) -> Iterable[tuple[Path, int, bytes]]:

@@ -13,7 +13,7 @@ import torch
 
 from sortkd.commands import PARAMETERS, evaluate, evaluate_checkpoint, run
 from sortkd.data import load_digits
-from sortkd.experiments import plan_experiment, read_records
+from sortkd.experiments import append_record, plan_experiment, read_records
 from sortkd.models import create_model
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
@@ -110,3 +110,19 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr("sortkd.experiments.run_experiment", interrupt)
     assert run([*SMALL, "--results-dir", str(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
+
+
+def test_from_record(tmp_path, capsys):
+    folders = ["--teachers-dir", str(tmp_path / "teachers"), "--results-dir", str(tmp_path / "results")]
+    assert run([*SMALL, *folders, "--methods", "kd,kd+sort"]) == 0
+    path = tmp_path / "results" / "quick.jsonl"
+    record = read_records(path)[1]
+    again = ["--quiet", *folders[:2], "--results-dir", str(tmp_path / "repeated"), "--from-record"]
+    assert run([*again, f"{path}:{record['run_id']}"]) == 0 and "agree to the bit" in capsys.readouterr().out
+    changed = tmp_path / "changed.jsonl"
+    append_record(changed, record | {"result": record["result"] | {"student_sha256": "0" * 64}})
+    assert run([*again, str(changed)]) == 3 and "weights differ" in capsys.readouterr().out
+    assert len(read_records(path)) == 2 and len(read_records(tmp_path / "repeated" / "quick.jsonl")) == 2
+    for arguments, words in (([str(path)], "2 records"), ([f"{path}:nobody"], "0 records"), ([f"{path}x"], "no file of records"), ([str(changed), "--epochs", "5"], "the record says epochs")):
+        assert run([*again, *arguments]) == 1
+        assert words in capsys.readouterr().err

@@ -1,6 +1,7 @@
 "Whole experiments, small: the notebook through papermill, every pair, interruption, refusals, records."
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,11 @@ from conftest import needs_cifar100
 
 import sortkd
 from sortkd.data import Batches, load_digits
-from sortkd.experiments import PAIRS, append_record, plan_experiment, read_records, run_experiment, summarize
+from sortkd.experiments import PAIRS, append_record, compare_runs, plan_experiment, plan_repetition, read_records, run_experiment, summarize
 from sortkd.losses import create_method
 from sortkd.models import create_model
-from sortkd.training import Recipe, create_fabric, train
+from sortkd.teachers import save_atomically
+from sortkd.training import Recipe, Stopped, create_fabric, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 200, "test_size": 100}
@@ -324,3 +326,130 @@ def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(photographs / "elsewhere"))
     with pytest.raises(FileNotFoundError, match="SORTKD_DATA"):
         plan_experiment("in_r34_r18", preset="quick")
+
+
+def stop_in(epochs):
+    "A `stop` that says so when it is asked for the `epochs`-th time."
+    asked = iter([False] * (epochs - 1) + [True])
+    return lambda: next(asked)
+
+
+def same_numbers(one, other):
+    return not compare_runs(one, other)
+
+
+def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
+    settings = {"methods": "kd,kd+sort", "seeds": "0,1", "epochs": 3}
+    whole = run_experiment(small_experiment(folder, **settings, results_dir=str(tmp_path / "whole")), progress=False).records
+    experiment = small_experiment(folder, **settings, results_dir=str(tmp_path / "broken"))
+    for asked in (3, 2, 1):  # in the second run after its first epoch; and in later ones
+        with pytest.raises(Stopped, match="after epoch"):
+            run_experiment(experiment, progress=False, stop=stop_in(asked))
+    records = run_experiment(experiment, progress=False).records
+    written = read_records(tmp_path / "broken" / "quick.jsonl")
+    assert [each["run_id"] for each in written] == [each["run_id"] for each in records] and len(written) == 4
+    assert all(map(same_numbers, whole, records))
+    assert any([session["first_epoch"] for session in each.get("sessions", [])] == [1, 2] for each in written)
+    assert all(session["machine"] == whole[0]["machine"] for each in written for session in each.get("sessions", []))
+    left = {path.name for path in (tmp_path / "broken" / "runs").rglob("*") if path.is_file()}
+    assert left == {"last.safetensors", "best.safetensors", "run.lock", "started.lock"}
+    run_experiment(experiment, progress=False)  # a command that has ended is a new one when it is given again
+    assert len(read_records(tmp_path / "broken" / "quick.jsonl")) == 8
+
+
+def test_stopped_while_the_teacher_is_trained(tmp_path):
+    whole = run_experiment(small_experiment(tmp_path / "whole"), progress=False)
+    experiment = small_experiment(tmp_path)
+    with pytest.raises(Stopped, match="ce was asked"):
+        run_experiment(experiment, progress=False, stop=stop_in(2))
+    results = run_experiment(experiment, progress=False)
+    assert results.teacher.as_record()["weights_sha256"] == whole.teacher.as_record()["weights_sha256"]
+    assert all(map(same_numbers, whole.records, results.records)) and not list(tmp_path.rglob("teacher-*.pt"))
+
+
+class StopNow:
+    def __call__(self):
+        return True
+
+
+def test_workers_stop_too(folder, tmp_path):
+    experiment = small_experiment(folder, methods="kd,kd+sort", workers=2, results_dir=str(tmp_path))
+    with pytest.raises(Stopped):
+        run_experiment(experiment, progress=False, stop=StopNow())
+    assert len(list(tmp_path.rglob("checkpoint.pt"))) >= 1 and not (tmp_path / "quick.jsonl").exists()
+    assert len(run_experiment(experiment, progress=False).records) == len(read_records(tmp_path / "quick.jsonl")) == 2
+
+
+def test_the_same_command_twice_at_once(folder, tmp_path):
+    code = ("import sys, torch; torch.set_num_threads(1); from sortkd.commands import run\n"
+            f"sys.exit(run('--pair r56_r20 --dataset digits --preset quick --epochs 2 --train-size 200 --test-size 100 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [each.wait(timeout=200) for each in started] == [0, 0, 0]
+    records, names = read_records(tmp_path / "quick.jsonl"), [record["method"]["name"] for record in read_records(tmp_path / "quick.jsonl")]
+    # One that began when another had ended is a command of its own; at the same time they share their runs.
+    assert names.count("kd") == names.count("kd+sort") and len({record["run_id"] for record in records}) == len(records) <= 6
+    assert len({record["result"]["student_sha256"] for record in records}) == 2
+
+
+def test_a_clock_that_stands_still(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sortkd.experiments._now", lambda: "2020-01-01T00-00-00.999999Z")
+    experiment = small_experiment(folder, methods="kd", results_dir=str(tmp_path))
+    started = [run_experiment(experiment, progress=False).records[0]["started"] for _ in range(3)]
+    assert started == ["2020-01-01T00-00-00.999999Z", "2020-01-01T00-00-01.000000Z", "2020-01-01T00-00-01.000001Z"]
+    assert len(read_records(tmp_path / "quick.jsonl")) == 3
+
+
+def test_a_line_that_was_cut_hurts_no_other(tmp_path):
+    file, record = tmp_path / "records.jsonl", {"place": "Zürich\u2028\x85", "top1": 70.0}
+    append_record(file, record)
+    file.write_bytes(file.read_bytes() + json.dumps(record, ensure_ascii=False).encode()[:13])  # in the middle of a letter
+    append_record(file, record | {"name": "\udc80"})
+    with pytest.warns(UserWarning, match="line 2,"):
+        assert read_records(file) == [record, record | {"name": "\udc80"}]
+
+
+def test_a_full_disk_leaves_the_records_as_they_were(tmp_path):
+    file = tmp_path / "records.jsonl"
+    append_record(file, {"number": 1})
+    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="as it was.*give the same command again"):
+            append_record(file, {"filling": "x" * 5000})
+        with pytest.raises(OSError, match="kept.txt could not be written.*Free space"):
+            save_atomically(tmp_path / "kept.txt", lambda path: path.write_text("x" * 5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_a_record_is_enough_to_repeat_its_run(folder, tmp_path):
+    for changes in ({"methods": "dkd+sort", "cache": "off", "seeds": "5"}, {"methods": "mlkd", "precision": "float32"}):
+        record, = run_experiment(small_experiment(folder, **changes, results_dir=str(tmp_path / "results")), progress=False).records
+        torch.set_num_threads(2)  # the record knows better
+        again = plan_repetition(json.loads(json.dumps(record)), teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
+        assert torch.get_num_threads() == 1 and again.teacher_file.name == record["about_teacher"]["file"]
+        repeated, = run_experiment(again, progress=False).records
+        assert compare_runs(record, repeated) == []
+    assert len(read_records(tmp_path / "repeated" / "quick.jsonl")) == 2
+
+
+def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
+    record, = run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path / "results")), progress=False).records
+    def repeat(**changes): return plan_repetition(record | changes, teachers_dir=str(folder / "teachers"), results_dir=str(tmp_path / "repeated"))
+    for changes, words in (({"method": record["method"] | {"kd_weight": 0.5}}, "method.kd_weight is 0.9 here and 0.5 there"),
+                           ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"device": "tpu"}, "tpu"), ({"recipe": None}, "does not say enough")):
+        with pytest.raises(ValueError, match=words):
+            repeat(**changes)
+    without_machine = {key: value for key, value in record.items() if key != "machine"}
+    with pytest.raises(ValueError, match="machine"):
+        plan_repetition(without_machine)
+    other = run_experiment(small_experiment(folder, methods="kd", seeds="1", results_dir=str(tmp_path / "results")), progress=False).records[0]
+    assert "weights differ; last top-1 was" in compare_runs(record, other)[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_deterministic_on_a_gpu(folder, tmp_path):
+    experiment = small_experiment(folder, methods="kd,dkd+sort", device="cuda", deterministic=True, results_dir=str(tmp_path))
+    one, two = (run_experiment(experiment, progress=False).records for _ in range(2))
+    assert all(map(same_numbers, one, two)) and one[0]["deterministic"] is True
