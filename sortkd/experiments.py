@@ -593,10 +593,12 @@ def train_teacher(
     precision: str = "auto",
     deterministic: bool = False,
     runs_dir: str | Path = "results/runs",
+    callbacks: Sequence[Callable[[dict], None]] = (),
     stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> tuple[dict, dict]:
-    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `stop` as for `train`.
+    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `callbacks` and `stop` as for
+    `train`.
 
     Returns the last weights and plain values about them. `save_teacher` keeps both:
     `save_teacher(path, weights, {"architecture": architecture, "dataset": data.name, **values})`.
@@ -613,6 +615,7 @@ def train_teacher(
         fabric,
         seed=seed,
         checkpoint=checkpoint,
+        callbacks=callbacks,
         stop=stop,
         progress=f"teacher {architecture}" if progress else False,
     )
@@ -638,7 +641,12 @@ def _remove_leftovers(folder: Path, name: str = "") -> None:
         path.unlink(missing_ok=True)
 
 
-def _teacher_of(experiment: Experiment, progress: bool, stop: Callable[[], bool] | None = None) -> Teacher:
+def _teacher_of(
+    experiment: Experiment,
+    progress: bool,
+    stop: Callable[[], bool] | None = None,
+    callbacks: Sequence[Callable[[dict], None]] = (),
+) -> Teacher:
     pair, preset = experiment.pair, experiment.preset
     if experiment.teacher_file is not None:
         return load_teacher(experiment.teacher_file, pair.teacher, experiment.data.num_classes)
@@ -657,6 +665,7 @@ def _teacher_of(experiment: Experiment, progress: bool, stop: Callable[[], bool]
             precision=experiment.precision,
             deterministic=experiment.deterministic,
             runs_dir=experiment.results_dir / "runs",
+            callbacks=callbacks,
             stop=stop,
             progress=progress,
         )
@@ -684,16 +693,22 @@ class Results:
 
 
 def run_experiment(
-    experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None
+    experiment: Experiment,
+    progress: bool = True,
+    stop: Callable[[], bool] | None = None,
+    callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Results:
     """Find or make the teacher, train a student for every seed and method, and append a record of each to
     `experiment.records_file`; `experiment.workers` of them at once, each in a process of its own.
 
     After an interruption the same call goes on: what was recorded is taken from its record, and the run that was under
     way continues. `stop`: as for `train`, and picklable if there are workers; it ends the call with `Stopped`.
+    `callbacks`: as for `train`, called with every epoch of the teacher and of the students; not with several workers.
     """
+    if callbacks and experiment.workers > 1:
+        raise ValueError(f"callbacks are called in this process only, but workers is {experiment.workers}; use 1.")
     fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
-    teacher = _teacher_of(experiment, progress, stop)
+    teacher = _teacher_of(experiment, progress, stop, callbacks)
     fabric.barrier()
     batches = create_batches(experiment.data, fabric.device)
     teacher_logits = _teacher_logits(experiment, teacher, batches)
@@ -711,7 +726,7 @@ def run_experiment(
     if experiment.workers > 1 and runs:
         records = _run_at_once(experiment, runs, teacher, teacher_logits.kind, progress, stop)
     else:
-        records = [_run_one(experiment, run, teacher_logits, fabric, progress, stop) for run in runs]
+        records = [_run_one(experiment, run, teacher_logits, fabric, progress, stop, callbacks) for run in runs]
     if fabric.is_global_zero:
         command.unlink(missing_ok=True)
     return Results(experiment, records, teacher, batches)
