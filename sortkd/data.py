@@ -290,7 +290,7 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageData:
         from sortkd.imagenet import load_image_folder
 
         return load_image_folder(root and Path(root) / "imagenet")
-    raise ValueError(f"unknown data set {name!r}: choose 'cifar100', 'digits', 'imagenet' or 'auto'")
+    raise ValueError(f"unknown data set {name!r:.200}: choose 'cifar100', 'digits', 'imagenet' or 'auto'")
 
 # %% ../nbs/03_data.ipynb #20ea82f4
 class Views(NamedTuple):

@@ -67,7 +67,7 @@ def list_imagenet_models() -> list[str]:
 
 def _check_name(name) -> None:
     if name not in list_imagenet_models():
-        raise ValueError(f"There is no ImageNet network {name!r}; choose {', '.join(list_imagenet_models())}.")
+        raise ValueError(f"There is no ImageNet network {name!r:.200}; choose {', '.join(list_imagenet_models())}.")
 
 
 def create_imagenet_model(name: str, num_classes: int = 1000) -> nn.Module:
