@@ -12,6 +12,7 @@ import difflib
 import fcntl
 import importlib.util
 import json
+import operator
 import os
 import platform
 import re
@@ -253,19 +254,27 @@ def _listed(items: Sequence) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 # %% ../nbs/07_experiments.ipynb #890baac1
+def _shown(value) -> str:
+    "`value` as a message shows it: in one line, and short."
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # a number of thousands of digits, for one
+        return f"a {type(value).__name__} that cannot be shown"
+
+
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
+    if not isinstance(value, str) or value not in allowed:
+        close = difflib.get_close_matches(value[:100], allowed, n=1) if isinstance(value, str) else []
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.{hint}")
+        raise ValueError(f"{name} is {_shown(value)}; choose one of {', '.join(allowed)}.{hint}")
     return value
 
 
 def _count(name: str, value, minimum: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or not minimum <= value < 2**31:
         meaning = "; 0 means what the preset says" if minimum == 0 else ""
-        raise ValueError(f"{name} is {value!r}; give a whole number of at least {minimum}{meaning}.")
-    return value
+        raise ValueError(f"{name} is {_shown(value)}; give a whole number from {minimum} to {2**31 - 1}{meaning}.")
+    return operator.index(value)
 
 
 def _split(name: str, value) -> list[str]:
@@ -273,32 +282,33 @@ def _split(name: str, value) -> list[str]:
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     parts = [str(part).strip() for part in parts]
     if not parts or not all(parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"{name} is {value!r}; give one or more different values, separated by commas.")
+        raise ValueError(f"{name} is {_shown(value)}; give one or more different values, separated by commas.")
     return parts
 
 
 def _seeds(value) -> tuple[int, ...]:
     parts = _split("seeds", value)
-    if not all(part.isascii() and part.isdigit() and int(part) < 2**31 for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) <= 10 and int(part) < 2**31 for part in parts):
         raise ValueError(
-            f"seeds is {value!r}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'."
+            f"seeds is {_shown(value)}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'."
         )
     return tuple(map(int, parts))
 
 # %% ../nbs/07_experiments.ipynb #cc134537
 def _check_folder(name: str, folder, within: Sequence[str] = (), written: bool = False) -> None:
     "`within`: what will be written in the folder; `written`: whether that is sure."
+    there = None
     try:
-        fits = isinstance(folder, str | Path) and bool(str(folder)) and (Path(folder).is_dir() or not Path(folder).exists())
+        if isinstance(folder, str | Path) and str(folder) and b"\0" not in os.fsencode(folder):
+            there = next(each for each in (Path(folder).absolute(), *Path(folder).absolute().parents) if each.exists())
     except (OSError, ValueError):  # a name that no file can have
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} is {str(folder)!r:.200}; give the path of a folder, which is made if it does not exist.")
+        pass
+    if there is None or not there.is_dir():
+        raise ValueError(f"{name} is {_shown(folder)}; give the path of a folder, which is made if it does not exist.")
     try:
         refuse_links(folder, *(Path(folder) / each for each in within))
     except ValueError as error:
         raise ValueError(f"{name} is {str(folder)!r}: {error}") from error
-    there = next(each for each in (Path(folder).absolute(), *Path(folder).absolute().parents) if each.exists())
     try:
         if written:
             tempfile.TemporaryFile(dir=there).close()
@@ -310,7 +320,7 @@ def _check_folder(name: str, folder, within: Sequence[str] = (), written: bool =
 # %% ../nbs/07_experiments.ipynb #88384b9c
 def _true_or_false(name: str, value) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; give True or False.")
+        raise ValueError(f"{name} is {_shown(value)}; give True or False.")
 
 
 def _check_loggers(tensorboard, wandb) -> None:
@@ -356,9 +366,11 @@ def plan_experiment(
             raise ValueError(f"method {name!r} compares strongly augmented views, which are made for CIFAR-100 only.")
     _choice("preset", preset, ["auto", "paper", "short", "quick"])
     _choice("dataset", dataset, ["auto", "imagenet"] if from_files else ["auto", "cifar100", "digits"])
-    for name, value in (("epochs", epochs), ("train_size", train_size), ("test_size", test_size)):
-        _count(name, value)
-    _choice("cache", cache, ["auto", "full", "off"]), _count("workers", workers, 1)
+    epochs, train_size, test_size = (
+        _count(name, value) for name, value in (("epochs", epochs), ("train_size", train_size), ("test_size", test_size))
+    )
+    _choice("cache", cache, ["auto", "full", "off"])
+    workers = _count("workers", workers, 1)
     _check_loggers(tensorboard, wandb)
     for name, value in (("skip_recorded", skip_recorded), ("deterministic", deterministic)):
         _true_or_false(name, value)
@@ -378,10 +390,13 @@ def plan_experiment(
             f"preset {preset!r} is for CIFAR-100, but dataset is 'digits'; "
             "use preset='quick' or dataset='cifar100'."
         )
-    cache_folder: str | Path = Path(results_dir) / "teacher_logits" if cache_dir == "auto" else cache_dir
+    if not isinstance(teacher, str | Path):
+        raise ValueError(f"teacher is {_shown(teacher)}; give 'auto' or the path of a checkpoint.")
     _check_folder("teachers_dir", teachers_dir, ["local"])
     _check_folder("results_dir", results_dir, ["runs", "tensorboard", "wandb", f"{preset}.jsonl"], written=True)
-    _check_folder("cache_dir", cache_folder)
+    if isinstance(cache_dir, str) and cache_dir == "auto":
+        cache_dir = str(Path(results_dir) / "teacher_logits")
+    _check_folder("cache_dir", cache_dir)
 
     full_data = load_data("imagenet" if from_files else dataset if preset == "quick" else "cifar100")
     chosen_preset = PRESETS[preset, full_data.name]
@@ -395,7 +410,7 @@ def plan_experiment(
         recipe = recipe.shortened(epochs or chosen_preset.epochs)
     if from_files and preset == "quick":
         recipe = replace(recipe, batch_size=16, lr=recipe.lr * 16 / recipe.batch_size)
-    if teacher != "auto":
+    if str(teacher) != "auto":
         load_teacher(teacher, chosen.teacher, data.num_classes)  # refused now rather than later
     share = recipe.epochs / published.epochs
     return Experiment(
@@ -411,11 +426,11 @@ def plan_experiment(
         device,
         precision_of(fabric),
         deterministic,
-        None if teacher == "auto" else Path(teacher),
+        None if str(teacher) == "auto" else Path(teacher),
         Path(teachers_dir),
         Path(results_dir),
         "off" if from_files else cache,
-        Path(cache_folder),
+        Path(cache_dir),
         workers,
         skip_recorded,
         tensorboard,

@@ -99,8 +99,8 @@ def create_fabric(device: str = "auto", precision: str = "auto", deterministic: 
         ("device", device, ("auto", "cpu", "cuda")),
         ("precision", precision, ("auto", *PRECISIONS)),
     ):
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; choose {', '.join(allowed)}.")
+        if not isinstance(value, str) or value not in allowed:
+            raise ValueError(f"{name} is {value!r:.200}; choose {', '.join(allowed)}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch finds no GPU on this machine; choose 'auto' or 'cpu'.")
     if device == "auto":
