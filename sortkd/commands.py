@@ -189,8 +189,8 @@ def evaluate_checkpoint(
 
     weights, training = read_checkpoint(path)
     if architecture == "auto":
-        architecture = training.get("architecture")
-        if architecture is None:
+        architecture = training.get("architecture", "")
+        if not architecture:
             raise ValueError(f"{path} does not say of which network it is; name it with architecture (--architecture).")
     data = load_data(training.get("dataset", "auto") if dataset == "auto" else dataset)
     fabric = create_fabric(device, precision)

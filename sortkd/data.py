@@ -24,9 +24,12 @@ from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from sortkd.imagenet import ImageFolderData
 
 # %% ../nbs/03_data.ipynb #1f8b9d6a
 def _whole_number(name, value, minimum=0) -> int:
@@ -53,7 +56,7 @@ def _checksum(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 # %% ../nbs/03_data.ipynb #10330903
@@ -140,7 +143,8 @@ class ImageData:
 
         ValueError for a size that is negative or larger than the split, TypeError for one that is no integer.
         """
-        kept, seed = {}, _whole_number("seed", seed)
+        kept: dict[str, Any] = {}
+        seed = _whole_number("seed", seed)
         for split, size in (("train", train_size), ("test", test_size)):
             images, targets = getattr(self, f"{split}_images"), getattr(self, f"{split}_targets")
             size = _whole_number(f"{split}_size", size) or len(images)
@@ -280,7 +284,7 @@ def load_digits(image_size: int = 16) -> ImageData:
                      tuple(map(str, digits.target_names)), mean=(mean,) * 3, std=(std,) * 3, pad=2, flip=False)
 
 # %% ../nbs/03_data.ipynb #b74dc3a7
-def load_data(name: str = "auto", root: str | Path | None = None) -> ImageData:
+def load_data(name: str = "auto", root: str | Path | None = None) -> "ImageData | ImageFolderData":
     """The data set `name`: "cifar100", "digits", "imagenet" (files, see `sortkd.imagenet.load_image_folder`), or "auto"
     (cifar100 if it is on disk, else digits; never downloads).
 
@@ -302,7 +306,7 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageData:
 class Views(NamedTuple):
     "Which view of which image: four tensors of shape (N,)."
 
-    index: torch.Tensor  # image, int64
+    index: torch.Tensor  # type: ignore[assignment]  # image, int64; a tuple has a method of this name
     top: torch.Tensor  # first row of the crop in the padded image, int64
     left: torch.Tensor  # first column, int64
     flip: torch.Tensor  # whether the crop is mirrored, bool

@@ -12,6 +12,7 @@ import difflib
 import fcntl
 import importlib.util
 import json
+import operator
 import os
 import platform
 import re
@@ -23,12 +24,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -167,8 +169,8 @@ class Experiment:
     preset_name: str
     preset: Preset
     recipe: Recipe
-    data: ImageData
-    full_data: ImageData
+    data: ImageData | ImageFolderData
+    full_data: ImageData | ImageFolderData
     device: str
     precision: str
     deterministic: bool
@@ -203,11 +205,11 @@ class Experiment:
             return "No method uses the teacher's logits."
         images, seeds = len(self.data.train_targets), len(self.seeds)
         epochs = [self.recipe_for(method).epochs for method in self.methods if method.uses_teacher]
-        asked, epochs = images * seeds * sum(epochs), max(epochs)
-        if self.cache == "off":  # as it always is for images in files
+        asked, longest = images * seeds * sum(epochs), max(epochs)
+        if self.cache == "off" or isinstance(self.data, ImageFolderData):
             return f"The teacher runs in every epoch, on {asked:,} images in all."
         views = number_of_views(self.data.pad, self.data.flip)
-        computed = images * (views if self.cache == "full" else expected_views(views, epochs * seeds))
+        computed = images * (views if self.cache == "full" else expected_views(views, longest * seeds))
         size = images * views * self.data.num_classes * 2
         return (
             f"The teacher's logits are kept ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} "
@@ -252,19 +254,27 @@ def _listed(items: Sequence) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 # %% ../nbs/07_experiments.ipynb #890baac1
+def _shown(value) -> str:
+    "`value` as a message shows it: in one line, and short."
+    try:
+        return f"{value!r:.200}"
+    except Exception:  # a number of thousands of digits, for one
+        return f"a {type(value).__name__} that cannot be shown"
+
+
 def _choice(name: str, value, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1)
+    if not isinstance(value, str) or value not in allowed:
+        close = difflib.get_close_matches(value[:100], allowed, n=1) if isinstance(value, str) else []
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}.{hint}")
+        raise ValueError(f"{name} is {_shown(value)}; choose one of {', '.join(allowed)}.{hint}")
     return value
 
 
 def _count(name: str, value, minimum: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not hasattr(type(value), "__index__") or not minimum <= value < 2**31:
         meaning = "; 0 means what the preset says" if minimum == 0 else ""
-        raise ValueError(f"{name} is {value!r}; give a whole number of at least {minimum}{meaning}.")
-    return value
+        raise ValueError(f"{name} is {_shown(value)}; give a whole number from {minimum} to {2**31 - 1}{meaning}.")
+    return operator.index(value)
 
 
 def _split(name: str, value) -> list[str]:
@@ -272,32 +282,33 @@ def _split(name: str, value) -> list[str]:
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     parts = [str(part).strip() for part in parts]
     if not parts or not all(parts) or len(set(parts)) < len(parts):
-        raise ValueError(f"{name} is {value!r}; give one or more different values, separated by commas.")
+        raise ValueError(f"{name} is {_shown(value)}; give one or more different values, separated by commas.")
     return parts
 
 
 def _seeds(value) -> tuple[int, ...]:
     parts = _split("seeds", value)
-    if not all(part.isascii() and part.isdigit() and int(part) < 2**31 for part in parts):
+    if not all(part.isascii() and part.isdigit() and len(part) <= 10 and int(part) < 2**31 for part in parts):
         raise ValueError(
-            f"seeds is {value!r}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'."
+            f"seeds is {_shown(value)}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'."
         )
     return tuple(map(int, parts))
 
 # %% ../nbs/07_experiments.ipynb #cc134537
 def _check_folder(name: str, folder, within: Sequence[str] = (), written: bool = False) -> None:
     "`within`: what will be written in the folder; `written`: whether that is sure."
+    there = None
     try:
-        fits = isinstance(folder, str | Path) and bool(str(folder)) and (Path(folder).is_dir() or not Path(folder).exists())
+        if isinstance(folder, str | Path) and str(folder) and b"\0" not in os.fsencode(folder):
+            there = next(each for each in (Path(folder).absolute(), *Path(folder).absolute().parents) if each.exists())
     except (OSError, ValueError):  # a name that no file can have
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} is {str(folder)!r:.200}; give the path of a folder, which is made if it does not exist.")
+        pass
+    if there is None or not there.is_dir():
+        raise ValueError(f"{name} is {_shown(folder)}; give the path of a folder, which is made if it does not exist.")
     try:
         refuse_links(folder, *(Path(folder) / each for each in within))
     except ValueError as error:
         raise ValueError(f"{name} is {str(folder)!r}: {error}") from error
-    there = next(each for each in (Path(folder).absolute(), *Path(folder).absolute().parents) if each.exists())
     try:
         if written:
             tempfile.TemporaryFile(dir=there).close()
@@ -309,7 +320,7 @@ def _check_folder(name: str, folder, within: Sequence[str] = (), written: bool =
 # %% ../nbs/07_experiments.ipynb #88384b9c
 def _true_or_false(name: str, value) -> None:
     if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; give True or False.")
+        raise ValueError(f"{name} is {_shown(value)}; give True or False.")
 
 
 def _check_loggers(tensorboard, wandb) -> None:
@@ -355,9 +366,11 @@ def plan_experiment(
             raise ValueError(f"method {name!r} compares strongly augmented views, which are made for CIFAR-100 only.")
     _choice("preset", preset, ["auto", "paper", "short", "quick"])
     _choice("dataset", dataset, ["auto", "imagenet"] if from_files else ["auto", "cifar100", "digits"])
-    for name, value in (("epochs", epochs), ("train_size", train_size), ("test_size", test_size)):
-        _count(name, value)
-    _choice("cache", cache, ["auto", "full", "off"]), _count("workers", workers, 1)
+    epochs, train_size, test_size = (
+        _count(name, value) for name, value in (("epochs", epochs), ("train_size", train_size), ("test_size", test_size))
+    )
+    _choice("cache", cache, ["auto", "full", "off"])
+    workers = _count("workers", workers, 1)
     _check_loggers(tensorboard, wandb)
     for name, value in (("skip_recorded", skip_recorded), ("deterministic", deterministic)):
         _true_or_false(name, value)
@@ -377,9 +390,12 @@ def plan_experiment(
             f"preset {preset!r} is for CIFAR-100, but dataset is 'digits'; "
             "use preset='quick' or dataset='cifar100'."
         )
-    cache_dir = Path(results_dir) / "teacher_logits" if cache_dir == "auto" else cache_dir
+    if not isinstance(teacher, str | Path):
+        raise ValueError(f"teacher is {_shown(teacher)}; give 'auto' or the path of a checkpoint.")
     _check_folder("teachers_dir", teachers_dir, ["local"])
     _check_folder("results_dir", results_dir, ["runs", "tensorboard", "wandb", f"{preset}.jsonl"], written=True)
+    if isinstance(cache_dir, str) and cache_dir == "auto":
+        cache_dir = str(Path(results_dir) / "teacher_logits")
     _check_folder("cache_dir", cache_dir)
 
     full_data = load_data("imagenet" if from_files else dataset if preset == "quick" else "cifar100")
@@ -394,7 +410,7 @@ def plan_experiment(
         recipe = recipe.shortened(epochs or chosen_preset.epochs)
     if from_files and preset == "quick":
         recipe = replace(recipe, batch_size=16, lr=recipe.lr * 16 / recipe.batch_size)
-    if teacher != "auto":
+    if str(teacher) != "auto":
         load_teacher(teacher, chosen.teacher, data.num_classes)  # refused now rather than later
     share = recipe.epochs / published.epochs
     return Experiment(
@@ -410,7 +426,7 @@ def plan_experiment(
         device,
         precision_of(fabric),
         deterministic,
-        None if teacher == "auto" else Path(teacher),
+        None if str(teacher) == "auto" else Path(teacher),
         Path(teachers_dir),
         Path(results_dir),
         "off" if from_files else cache,
@@ -470,7 +486,7 @@ def read_records(path: str | Path) -> list[dict]:
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
-    versions = {
+    versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }  # with the build's tag, which the metadata lack
@@ -572,7 +588,7 @@ def create_batches(data: ImageData | ImageFolderData, device: str | torch.device
     return Batches(data, device)
 
 
-def _teacher_training(architecture: str, data: ImageData, recipe: Recipe, seed: int) -> dict:
+def _teacher_training(architecture: str, data: ImageData | ImageFolderData, recipe: Recipe, seed: int) -> dict:
     "The plain values that identify how a teacher is trained."
     return {
         "recipe": asdict(recipe),
@@ -585,7 +601,7 @@ def _teacher_training(architecture: str, data: ImageData, recipe: Recipe, seed: 
 
 def train_teacher(
     architecture: str,
-    data: ImageData,
+    data: ImageData | ImageFolderData,
     recipe: Recipe,
     *,
     seed: int = 0,
@@ -593,10 +609,12 @@ def train_teacher(
     precision: str = "auto",
     deterministic: bool = False,
     runs_dir: str | Path = "results/runs",
+    callbacks: Sequence[Callable[[dict], None]] = (),
     stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> tuple[dict, dict]:
-    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `stop` as for `train`.
+    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `callbacks` and `stop` as for
+    `train`.
 
     Returns the last weights and plain values about them. `save_teacher` keeps both:
     `save_teacher(path, weights, {"architecture": architecture, "dataset": data.name, **values})`.
@@ -613,6 +631,7 @@ def train_teacher(
         fabric,
         seed=seed,
         checkpoint=checkpoint,
+        callbacks=callbacks,
         stop=stop,
         progress=f"teacher {architecture}" if progress else False,
     )
@@ -638,7 +657,12 @@ def _remove_leftovers(folder: Path, name: str = "") -> None:
         path.unlink(missing_ok=True)
 
 
-def _teacher_of(experiment: Experiment, progress: bool, stop: Callable[[], bool] | None = None) -> Teacher:
+def _teacher_of(
+    experiment: Experiment,
+    progress: bool,
+    stop: Callable[[], bool] | None = None,
+    callbacks: Sequence[Callable[[dict], None]] = (),
+) -> Teacher:
     pair, preset = experiment.pair, experiment.preset
     if experiment.teacher_file is not None:
         return load_teacher(experiment.teacher_file, pair.teacher, experiment.data.num_classes)
@@ -657,6 +681,7 @@ def _teacher_of(experiment: Experiment, progress: bool, stop: Callable[[], bool]
             precision=experiment.precision,
             deterministic=experiment.deterministic,
             runs_dir=experiment.results_dir / "runs",
+            callbacks=callbacks,
             stop=stop,
             progress=progress,
         )
@@ -680,45 +705,53 @@ class Results:
     experiment: Experiment
     records: list[dict]
     teacher: Teacher
-    batches: Batches
+    batches: Batches | ImageFolderBatches
 
 
 def run_experiment(
-    experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None
+    experiment: Experiment,
+    progress: bool = True,
+    stop: Callable[[], bool] | None = None,
+    callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Results:
     """Find or make the teacher, train a student for every seed and method, and append a record of each to
     `experiment.records_file`; `experiment.workers` of them at once, each in a process of its own.
 
     After an interruption the same call goes on: what was recorded is taken from its record, and the run that was under
     way continues. `stop`: as for `train`, and picklable if there are workers; it ends the call with `Stopped`.
+    `callbacks`: as for `train`, called with every epoch of the teacher and of the students; not with several workers.
     """
+    if callbacks and experiment.workers > 1:
+        raise ValueError(f"callbacks are called in this process only, but workers is {experiment.workers}; use 1.")
     fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
-    teacher = _teacher_of(experiment, progress, stop)
+    teacher = _teacher_of(experiment, progress, stop, callbacks)
     fabric.barrier()
     batches = create_batches(experiment.data, fabric.device)
     teacher_logits = _teacher_logits(experiment, teacher, batches)
     about_teacher = teacher.as_record() | {"top1": evaluate(teacher.model, batches, fabric).top1}
-    if experiment.cache == "full":
+    if experiment.cache == "full" and isinstance(teacher_logits, CachedTeacherLogits):
         teacher_logits.fill(progress)
     runs = [
         _plan_run(experiment, method, seed, teacher_logits.kind, about_teacher)
         for seed in experiment.seeds
         for method in experiment.methods
     ]
-    started = fabric.broadcast([_started(run, experiment) for run in runs] if fabric.is_global_zero else [])
-    runs = [replace(run, started=time) for run, time in zip(runs, started)]
+    command = experiment.results_dir / "runs" / f"started-{fingerprint(sorted(run.folder.name for run in runs))}"
+    started = fabric.broadcast(_started(command, runs, experiment) if fabric.is_global_zero and runs else "")
+    runs = [replace(run, started=started) for run in runs]
     if experiment.workers > 1 and runs:
         records = _run_at_once(experiment, runs, teacher, teacher_logits.kind, progress, stop)
     else:
-        records = [_run_one(experiment, run, teacher_logits, fabric, progress, stop) for run in runs]
+        records = [_run_one(experiment, run, teacher_logits, fabric, progress, stop, callbacks) for run in runs]
     if fabric.is_global_zero:
-        for run in runs:
-            (run.folder / "started").unlink(missing_ok=True)
+        command.unlink(missing_ok=True)
     return Results(experiment, records, teacher, batches)
 
 
-def _teacher_logits(experiment: Experiment, teacher: Teacher, batches: Batches) -> TeacherLogits:
-    if experiment.cache != "off":
+def _teacher_logits(
+    experiment: Experiment, teacher: Teacher, batches: Batches | ImageFolderBatches
+) -> TeacherLogits:
+    if experiment.cache != "off" and isinstance(batches, Batches):
         try:
             return CachedTeacherLogits(teacher.model, batches, experiment.cache_dir, experiment.precision)
         except OSError as error:
@@ -779,12 +812,12 @@ def _plan_run(experiment: Experiment, method: Method, seed: int, kind: str, abou
 
 def _run_one(experiment, run, teacher_logits, fabric, progress, stop=None, callbacks=()) -> dict:
     first = fabric.is_global_zero
-    with _one_at_a_time(run) if first else nullcontext():
-        record = fabric.broadcast(_recorded(experiment, run) if first else None)
+    with _one_at_a_time(run) if first else nullcontext() as waited:
+        record = fabric.broadcast(_recorded(experiment, run, waited) if first else None)
         if record is None:
             record = _train_and_record(experiment, run, teacher_logits, fabric, progress, stop, callbacks)
         elif first and not experiment.skip_recorded:
-            print(f"{run.method.name}, seed {run.seed}: already recorded, on {record['finished'][:10]}, by this command.")
+            print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}.")
         if first:
             for name in ("checkpoint.pt", "sessions.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)
@@ -796,7 +829,8 @@ def _run_one(experiment, run, teacher_logits, fabric, progress, stop=None, callb
 def _train_and_record(experiment, run, teacher_logits, fabric, progress, stop, callbacks) -> dict:
     data, recipe, first = experiment.data, experiment.recipe_for(run.method), fabric.is_global_zero
     session = _Session(run.folder / "sessions.jsonl", describe_machine(fabric.device.type))
-    with _loggers(experiment, run) if first else nullcontext([]) as loggers:
+    logging: AbstractContextManager[list] = _loggers(experiment, run) if first else nullcontext([])
+    with logging as loggers:
         outcome = train(
             _initial_model(experiment.pair.student, data.num_classes, run.seed),
             teacher_logits.batches,
@@ -846,7 +880,7 @@ class _Session:
 
     def earlier(self) -> dict:
         "For the record: `sessions`, unless there was only one."
-        sessions = {}
+        sessions: dict[int, dict] = {}
         for each in read_records(self.path) if self.path.exists() else []:
             # An epoch that was lost with its session was trained again in a later one.
             sessions = {epoch: other for epoch, other in sessions.items() if epoch < each["first_epoch"]}
@@ -865,43 +899,49 @@ def _records_so_far(experiment: Experiment) -> list[dict]:
     return read_records(experiment.records_file) if experiment.records_file.exists() else []
 
 
-def _recorded(experiment: Experiment, run: _Run) -> dict | None:
-    """The record of this run, if an interrupted call, or another one at the same time, has made it; with
-    `skip_recorded` of any run with the same settings, data and teacher.
+def _recorded(experiment: Experiment, run: _Run, waited: bool | None) -> dict | None:
+    """The record of this run, if an interrupted call, or one that it has waited for, has made it; with `skip_recorded`
+    of any run with the same settings, data and teacher.
     """
-    wanted = f"{run.folder.name}-" if experiment.skip_recorded else run.run_id
-    return next((each for each in _records_so_far(experiment) if str(each.get("run_id", "")).startswith(wanted)), None)
+    wanted = f"{run.folder.name}-" if experiment.skip_recorded or waited else run.run_id
+    found = [each for each in _records_so_far(experiment) if str(each.get("run_id", "")).startswith(wanted)]
+    return found[-1 if waited else 0] if found else None
 
 
-def _started(run: _Run, experiment: Experiment) -> str:
-    "When the call was first made that `run` belongs to; it is kept until the whole call has ended."
-    path = run.folder / "started"
-    run.folder.mkdir(parents=True, exist_ok=True)
-    refuse_links(run.folder, *run.folder.iterdir())
-    if not path.exists():
-        with FileLock(run.folder / "started.lock"):
-            if not path.exists():
-                taken = {each.get("run_id") for each in _records_so_far(experiment)}
-                time = datetime.strptime(_now(), _TIME)
-                while f"{run.folder.name}-{time.strftime(_TIME)}" in taken:  # the clock stands still, or was set back
-                    time += timedelta(microseconds=1)
-                save_atomically(path, lambda temporary: temporary.write_text(time.strftime(_TIME)))
-    started = path.read_text()
+def _started(path: Path, runs: Sequence[_Run], experiment: Experiment) -> str:
+    "When the call with these runs was first made, kept in the file `path` until it has ended."
+    for run in runs:
+        refuse_links(run.folder, *(run.folder.iterdir() if run.folder.is_dir() else ()))
+    lock = path.with_name("started.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_links(path, lock)
+    with FileLock(lock):
+        if not path.exists():
+            taken = {each.get("run_id") for each in _records_so_far(experiment)}
+            time = datetime.strptime(_now(), _TIME)
+            while any(replace(run, started=time.strftime(_TIME)).run_id in taken for run in runs):
+                time += timedelta(microseconds=1)  # the clock stands still, or was set back
+            save_atomically(path, lambda temporary: temporary.write_text(time.strftime(_TIME)))
+            _remove_leftovers(path.parent, "started")
+        started = path.read_text()
     if not re.fullmatch(r"[0-9T.-]+Z", started):  # it becomes a part of a path
-        raise ValueError(f"{path} does not hold a time, but {started!r:.40}; remove the folder to start the run again.")
+        raise ValueError(f"{path} does not hold a time, but {started!r:.40}; remove it to start the runs again.")
     return started
 
 
 @contextmanager
-def _one_at_a_time(run: _Run) -> Iterator[None]:
-    lock = FileLock(run.folder / "run.lock")
+def _one_at_a_time(run: _Run) -> Iterator[bool]:
+    "Holds the lock of the run, and tells whether it had to wait for it."
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(run.folder / "run.lock"), False
     try:
         lock.acquire(timeout=0)
     except Timeout:
         print(f"Another process is at {run.method.name}, seed {run.seed} ({lock.lock_file}); waiting for it.", flush=True)
+        waited = True
         lock.acquire()
     try:
-        yield
+        yield waited
     finally:
         lock.release()
 
@@ -930,7 +970,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
 # %% ../nbs/07_experiments.ipynb #98527fab
-_worker = {}  # what a worker process keeps between runs
+_worker: dict[str, Any] = {}  # what a worker process keeps between runs
 
 
 def _start_worker(experiment, teacher, threads, events, stop):
@@ -1029,9 +1069,10 @@ def plan_repetition(
         raise ValueError(f"the record does not say enough to be repeated: {error} is missing or of another form.") from error
     torch.set_num_threads(threads)
     if teacher == "auto":
-        teacher = _file_with_weights(wanted, record["about_teacher"]["file"], teachers_dir) or "auto"
-    folders = {"teachers_dir": teachers_dir, "results_dir": results_dir, "cache_dir": cache_dir}
-    experiment = plan_experiment(**parameters, teacher=teacher, **folders)
+        teacher = str(_file_with_weights(wanted, record["about_teacher"]["file"], teachers_dir) or "auto")
+    experiment = plan_experiment(
+        **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir
+    )
     planned = _plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
     changed = _differences(_plain(planned.settings | {"data": planned.about_data}), record)
     if experiment.teacher_file is not None:
@@ -1060,9 +1101,9 @@ def _plain(values: dict) -> dict:
     return json.loads(json.dumps(values))
 
 
-def _differences(now: dict, then: dict, path: str = "") -> dict[str, tuple]:
+def _differences(now: dict, then: object, path: str = "") -> dict[str, tuple]:
     "The places in which nested plain values differ from those recorded: name, value now, value then."
-    changed = {}
+    changed: dict[str, tuple] = {}
     for key, value in now.items():
         other = then.get(key) if isinstance(then, dict) else None
         if isinstance(value, dict):

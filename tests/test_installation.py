@@ -1,4 +1,5 @@
 "What is promised of installations is what was tried, and the audit tells a vulnerable package from a silent service."
+import ast
 import json
 import re
 import runpy
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from threading import Thread
 
@@ -65,6 +67,24 @@ def test_the_package_is_the_modules_and_their_types(package):
     assert package["packages"] == ["sortkd"] and not [path for path in (ROOT / "sortkd").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert package["package_data"] == {"sortkd": ["py.typed"]} and (ROOT / "sortkd" / "py.typed").exists()
     assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+OPTIONAL = {"torchdistill", "transformers", "triton", "wandb"}  # asked for by name before they are imported, or done without
+
+
+def test_what_is_imported_is_required(settings):
+    "Though other requirements may bring it along."
+    required = {Requirement(each).name for each in settings["requirements"].split()}
+    providers, modules = packages_distributions(), set()
+    for path in (ROOT / "sortkd").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules.add(node.module.partition(".")[0])
+    foreign = modules - sys.stdlib_module_names - OPTIONAL - {"sortkd", "IPython"}  # ipykernel is made of IPython
+    assert {"torch", "PIL", "sklearn"} <= foreign
+    assert not {name for name in foreign if not {each.lower() for each in providers[name]} & required}
 
 
 FLAW = {"id": "GHSA-0000", "summary": "runs what it reads", "schema_version": "1.0.0", "affected": [

@@ -1,0 +1,482 @@
+"""Experiments that are broken on purpose, and what must hold afterwards.
+
+A small real experiment (digits, two methods, two seeds, a checkpoint after every epoch) is broken again and again while it
+runs: killed at random moments, killed before the k-th thing that it does to a file, killed with half of a file written, out of
+disk space, and so on. Then the same command is given once more, and must end as the experiment that nobody broke: one record
+for each run, the same curve and the same weights to the bit, and nothing lying around.
+
+    python tests/faults.py --kills 500 --results results/faults.jsonl
+
+prints what was broken and what was lost, and appends it to a file. tests/test_faults.py does the same, smaller.
+"""
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+
+CELLS = {"methods": "kd,kd+sort", "seeds": "0,1"}
+SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 3, "train_size": 50, "test_size": 30, "device": "cpu"}
+
+# A process that starts from here has everything imported already; it costs a fork instead of seconds.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["sortkd.experiments", "sortkd.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection", "safetensors.torch", "tqdm", "faults"])
+
+
+# What a broken process does to itself, before it starts.
+
+
+def no_fault(folder):
+    pass
+
+
+def killed_at_file_event(number, folder):
+    "SIGKILL before the `number`-th file under `folder` is opened for writing, renamed, removed or made; 0 only counts them."
+    count, prefix = 0, str(folder)
+
+    def hook(event, arguments):
+        nonlocal count
+        if event == "open":
+            changes = isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "mmap.__new__")
+        if changes and any(str(each).startswith(prefix) for each in arguments[:2]):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not number:
+                with os.fdopen(os.open("/dev/shm/" + re.sub(r"\W", "_", prefix), os.O_CREAT | os.O_WRONLY | os.O_APPEND), "wb") as file:
+                    file.write(b".")
+
+    sys.addaudithook(hook)
+
+
+def killed_in_half_a_file(pattern, folder):
+    "SIGKILL when half of a file whose name has `pattern` is written: a checkpoint, weights, a teacher, `started`."
+    def halved(write):
+        def wrapper(self, data, *arguments, **settings):
+            if re.search(pattern, self.name):
+                write(self, data[: len(data) // 2], *arguments, **settings)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(self, data, *arguments, **settings)
+        return wrapper
+    Path.write_bytes, Path.write_text = halved(Path.write_bytes), halved(Path.write_text)
+
+
+def killed_in_half_a_record(number, folder):
+    "SIGKILL when half of the line of the `number`-th record is written."
+    import io
+
+    import sortkd.experiments as experiments
+    count = 0
+
+    class Torn(io.FileIO):
+        def write(self, content):
+            nonlocal count
+            count += 1
+            if count == number:
+                super().write(content[: len(content) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().write(content)
+    experiments.open = lambda path, mode, **settings: Torn(path, mode.replace("b", "")) if str(path).endswith("quick.jsonl") else open(path, mode, **settings)
+
+
+def killed_in_the_cache(when, folder):
+    "SIGKILL with some teacher logits stored and not marked, or on disk and half of them marked."
+    from sortkd.teacher_logits import CachedTeacherLogits
+    compute = CachedTeacherLogits.compute
+
+    def stops_early(self, views):
+        for number, part in enumerate(compute(self, views)):
+            if number or len(views.index) <= self.batch_size:
+                yield part
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield part
+
+    def marks_half(self):
+        if self._unmarked:
+            self._file.flush()
+            self._marks[self._unmarked[0][::2]] = 1
+            os.kill(os.getpid(), signal.SIGKILL)
+    if when == "stored":
+        CachedTeacherLogits.compute = stops_early
+    else:
+        CachedTeacherLogits.close = marks_half
+
+
+def full_disk(size, folder):
+    "No file may grow beyond `size` bytes."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def loss_that_explodes(epoch, folder):
+    import sortkd.training as training
+    train_epoch = training._train_epoch
+
+    def exploding(step, lessons, number, after_step):
+        row = train_epoch(step, lessons, number, after_step)
+        return row | {"train_loss": float("nan")} if number == epoch else row
+    training._train_epoch = exploding
+
+
+def clock_that_jumps(hours, folder):
+    "Each look at the clock finds it `hours` before the last one; 0: it stands still."
+    import sortkd.experiments as experiments
+    looks = itertools.count()
+    experiments._now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(experiments._TIME)
+
+
+# Running an experiment in a process of its own.
+
+
+def _process(settings, break_it, log, folder, as_command):
+    with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        import torch
+
+        import sortkd.experiments as experiments
+        from sortkd.commands import run
+        torch.set_num_threads(1)
+        experiments.train = partial(experiments.train, checkpoint_seconds=0)
+        break_it(folder)
+        if as_command:
+            sys.exit(run([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()] + ["--quiet"]))
+        try:
+            experiments.run_experiment(experiments.plan_experiment(**settings), progress=False)
+        except Exception as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)  # there is room for words
+            print("".join(traceback.format_tb(error.__traceback__)))
+            print(f"{type(error).__name__}: {error}")
+            sys.exit(1)
+
+
+@dataclass
+class Victim:
+    "An experiment in a folder of its own, to be broken; `said` is what its last process printed."
+    folder: Path
+    settings: dict
+    said: str = ""
+
+    def start(self, break_it=no_fault, as_command=False, log="log"):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        said = self.folder.parent / f"{self.folder.name}.{log}"
+        said.write_text("")  # a process may be killed before it can say anything
+        process = context.Process(target=_process, args=(self.settings, break_it, said, self.folder, as_command))
+        process.start()
+        return process
+
+    def end(self, process, log="log") -> int:
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError("the process did not end within two minutes")
+        self.said = (self.folder.parent / f"{self.folder.name}.{log}").read_text()
+        return process.exitcode
+
+    def run(self, break_it=no_fault, **more) -> int:
+        return self.end(self.start(break_it, **more))
+
+    def run_and_kill(self, seconds) -> int:
+        process = self.start()
+        process.join(seconds)
+        process.kill()
+        return self.end(process)
+
+    def wait_for(self, pattern, process, seconds=60) -> bool:
+        "Until a file with this name is there, or the process has ended."
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and process.is_alive():
+            if any(self.folder.rglob(pattern)):
+                return True
+            time.sleep(0.005)
+        return False
+
+
+# What must hold.
+
+
+@dataclass
+class Tally:
+    "How many faults of each kind were injected, in how many runs, and what they did."
+    faults: Counter = field(default_factory=Counter)
+    runs: Counter = field(default_factory=Counter)
+    harm: Counter = field(default_factory=Counter)
+    damage: list[str] = field(default_factory=list)
+
+    def finish(self, victim: Victim, reference: list[dict], kind: str, faults: int = 1, expected: int = 1):
+        "Give the command again, unbroken, and look at what is there: `expected` records of each run."
+        from sortkd.experiments import compare_runs, read_records
+        from sortkd.teachers import read_checkpoint, weights_checksum
+        self.faults[kind] += faults
+        self.runs[kind] += len(reference)
+        status = victim.run()
+        if status:
+            self._note("lost", kind, f"the command given again ended with {status}: {victim.said[-2000:]}", len(reference))
+            return
+        with warnings.catch_warnings():  # of the half line that a killed writer leaves, and no reader counts
+            warnings.simplefilter("ignore")
+            records = read_records(victim.folder / "results" / "quick.jsonl")
+        for wanted in reference:
+            found = [each for each in records if (each["method"]["name"], each["seed"]) == (wanted["method"]["name"], wanted["seed"])]
+            name = f"{wanted['method']['name']}, seed {wanted['seed']}"
+            if not found:
+                self._note("lost", kind, f"{name} has no record")
+            elif len(found) != expected:
+                self._note("doubled", kind, f"{name} has {len(found)} records: {[each['run_id'] for each in found]}")
+            for record in found:
+                differences = compare_runs(wanted, record)
+                kept = victim.folder / "results" / "runs" / record["run_id"].removesuffix(f"-{record['started']}") / record["started"]
+                if differences:
+                    self._note("damaged", kind, f"{name}: {differences}")
+                elif weights_checksum(read_checkpoint(kept / "last.safetensors")[0]) != record["result"]["student_sha256"]:
+                    self._note("damaged", kind, f"{name}: the weights in {kept} are others than the record says")
+        left = [path.name for path in victim.folder.rglob("*") if re.search(r"checkpoint.pt|\.tmp$|^started-|sessions|\.making|^teacher-", path.name)]
+        if left:
+            self._note("left over", kind, f"files: {left}")
+        shutil.rmtree(victim.folder)
+
+    def _note(self, harm, kind, text, count=1):
+        self.harm[harm] += count
+        self.damage.append(f"{kind}: {harm}: {text}")
+
+    def expect(self, kind, condition, text):
+        if not condition:
+            self._note("unclear", kind, text)
+
+
+class Harness:
+    "A folder with the teacher, the experiment that nobody breaks, and how long it takes."
+
+    def __init__(self, folder: Path, seed: int = 0):
+        import torch
+        from safetensors.torch import save_file
+
+        from sortkd.experiments import read_records
+        from sortkd.models import create_model
+        self.folder, self.random, self.tally, self.number = Path(folder), random.Random(seed), Tally(), 0
+        torch.manual_seed(0)
+        save_file({name: value.contiguous() for name, value in create_model("resnet56", 10).state_dict().items()}, self.folder / "teacher.safetensors")
+        started = time.monotonic()
+        whole = self.victim()
+        assert whole.run() == 0, whole.said
+        again = self.victim()  # the first one started the server of processes, too
+        started = time.monotonic()
+        assert again.run(partial(killed_at_file_event, 0)) == 0, again.said
+        self.seconds = time.monotonic() - started
+        counter = Path("/dev/shm/" + re.sub(r"\W", "_", str(again.folder)))
+        self.file_events = counter.stat().st_size
+        counter.unlink()
+        self.reference = read_records(whole.folder / "results" / "quick.jsonl")
+        assert len(self.reference) == 4 and len({each["result"]["student_sha256"] for each in self.reference}) == 4
+
+    def victim(self, **changes) -> Victim:
+        self.number += 1
+        folder = self.folder / f"experiment{self.number}"
+        folders = {"teachers_dir": str(folder / "teachers"), "results_dir": str(folder / "results")}
+        return Victim(folder, SMALL | CELLS | {"teacher": str(self.folder / "teacher.safetensors")} | folders | changes)
+
+    def kill_at_random(self, kills: int, at_once: int = 6):
+        "Each experiment is killed up to `at_once` times, wherever it is, before it may end."
+        while kills > 0:
+            victim, count = self.victim(), 0
+            while count < min(at_once, kills) and victim.run_and_kill(self.random.uniform(0, self.seconds)):
+                count += 1
+            else:
+                victim.settings |= {"skip_recorded": count < min(at_once, kills)}  # it was too quick; again it is a new one
+            kills -= count
+            self.tally.finish(victim, self.reference, "killed at a random moment", count)
+
+    def kill_at_file_events(self, kills: int):
+        "At `kills` places, evenly spread over all the things that an experiment does to files."
+        for number in sorted({round(1 + index * (self.file_events - 1) / max(1, kills - 1)) for index in range(kills)}):
+            victim = self.victim()
+            self.tally.expect("killed before a change of a file", victim.run(partial(killed_at_file_event, number)) == -9, f"event {number} never came")
+            self.tally.finish(victim, self.reference, "killed before a change of a file")
+
+    def kill_in_half_a_file(self):
+        for pattern in (r"^\.checkpoint\.pt", r"^\.last\.safetensors", r"^\.best\.safetensors", r"^\.started", r"^\.about\.json"):
+            self._broken("killed with half a file written", partial(killed_in_half_a_file, pattern), -9)
+        for number in (1, 2, 4):
+            self._broken("killed with half a record written", partial(killed_in_half_a_record, number), -9)
+        for when in ("stored", "marked"):
+            self._broken("killed while the cache fills", partial(killed_in_the_cache, when), -9)
+
+    def _broken(self, kind, break_it, status, words="", victim=None, **more):
+        victim = victim or self.victim()
+        found = victim.run(break_it, **more)
+        self.tally.expect(kind, found == status and re.search(words, victim.said), f"ended with {found}, having said: {victim.said[-1500:]}")
+        self.tally.finish(victim, self.reference, kind)
+
+    def fill_the_disk(self, times: int):
+        cache = self.victim()  # where the logits are already; a cache that cannot be made is not used, which is another run
+        settings = {"cache_dir": str(self.folder / "cache")}
+        cache.settings |= settings
+        assert cache.run() == 0, cache.said
+        for number in range(times):
+            size = 0 if number == 0 else self.random.randrange(10, 2_400_000)
+            self._broken("disk full", partial(full_disk, size), 1, r"OSError.*(free|Free) space|nothing can be written", self.victim(**settings))
+
+    def fill_a_file_system(self) -> bool:
+        "A small disk that is full, and then a larger one; False where nothing may be mounted."
+        victim = self.victim(cache_dir=str(self.folder / "cache"))
+        with small_disk(victim.folder, "1m") as resize:
+            if resize is None:
+                return False
+            status = victim.run()
+            self.tally.expect("disk full", status == 1 and re.search("No space left.*Free space|free space", victim.said), victim.said[-1500:])
+            resize("60m")
+            victim.run()
+            resize("ro")
+            started, status = time.monotonic(), victim.run()
+            self.tally.expect("read-only folder", status == 1 and "nothing can be written" in victim.said and time.monotonic() - started < 10, victim.said[-1500:])
+            resize("rw")
+            results = victim.folder / "results"
+            shutil.copytree(results, self.folder / f"{victim.folder.name}-copy" / "results")
+        victim.folder = self.folder / f"{victim.folder.name}-copy"
+        victim.settings |= {"results_dir": str(victim.folder / "results"), "skip_recorded": True}
+        self.tally.faults["read-only folder"] += 1
+        self.tally.runs["read-only folder"] += 4
+        self.tally.finish(victim, self.reference, "disk full")
+        return True
+
+    def send_signals(self):
+        for name, status in (("SIGTERM", 143), ("SIGINT", 130)):
+            victim = self.victim()
+            process = victim.start(as_command=True)
+            started = victim.wait_for("checkpoint.pt", process)
+            os.kill(process.pid, getattr(signal, name))
+            found = victim.end(process)
+            self.tally.expect(name, started and found == status and "give the same command again" in victim.said, f"ended with {found}: {victim.said[-1500:]}")
+            self.tally.finish(victim, self.reference, f"{name} to sortkd-run")
+
+    def run_two_at_once(self, times: int):
+        "The same command twice at the same time, in the same folders; one of the two is killed."
+        for _ in range(times):
+            victim = self.victim()
+            first, second = victim.start(log="first"), victim.start(log="second")
+            first.join(self.random.uniform(0.3, 1) * self.seconds)
+            first.kill()
+            victim.end(first, "first")
+            self.tally.expect("two at once", victim.end(second, "second") == 0, victim.said[-1500:])
+            # The one that was not killed has ended its command; given again it is a new one.
+            victim.settings |= {"skip_recorded": True}
+            self.tally.finish(victim, self.reference, "two processes at once, one killed")
+
+    def explode_and_turn_clocks(self):
+        for epoch in (1, 2, 3):
+            self._broken("a loss that is not finite", partial(loss_that_explodes, epoch), 1, "FloatingPointError: the training loss of kd is nan in epoch .*lower the learning rate")
+        for hours in (0, 5):
+            victim = self.victim()
+            for _ in range(2):
+                assert victim.run(partial(clock_that_jumps, hours)) == 0, victim.said
+            victim.settings |= {"skip_recorded": True}
+            self.tally.finish(victim, self.reference, "a clock that stands still or goes back", expected=2)
+
+    def kill_workers(self, times: int):
+        "Two runs at once, each in a process of its own; one of these is killed, or the process that they belong to."
+        for number in range(times):
+            victim = self.victim(workers=2)
+            process = victim.start()
+            victim.wait_for("checkpoint.pt", process)
+            children = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+            children = [each for each in children if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]
+            kind = "a worker killed" if number % 2 == 0 else "a process with workers killed"
+            os.kill(self.random.choice(children) if number % 2 == 0 else process.pid, signal.SIGKILL)
+            status = victim.end(process)
+            victim.settings |= {"workers": 1}  # how many at once is no part of what a command is
+            self.tally.expect(kind, status == -9 or status == 1 and "a worker process died" in victim.said, victim.said[-1500:])
+            self.tally.finish(victim, self.reference, kind)
+
+    def kill_teachers(self, kills: int):
+        "Killed while the teacher is trained, at random, or with half of it written."
+        whole = self.victim(teacher="auto", methods="kd", seeds="0")
+        from sortkd.experiments import read_records
+        started = time.monotonic()
+        assert whole.run() == 0, whole.said
+        seconds, reference = time.monotonic() - started, read_records(whole.folder / "results" / "quick.jsonl")
+        for number in range(kills):
+            victim = self.victim(teacher="auto", methods="kd", seeds="0")
+            if number == 0:
+                assert victim.run(partial(killed_in_half_a_file, r"^\.resnet56")) == -9, victim.said
+            elif victim.run_and_kill(self.random.uniform(0, 0.8) * seconds) == 0:
+                continue  # it was too quick
+            self.tally.finish(victim, reference, "killed while the teacher is trained")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str):
+    "A file system of its own at `folder`; gives a function that changes its size or makes it read-only, or None."
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def mount(*arguments):
+        return subprocess.run(["mount", *arguments, folder], capture_output=True).returncode == 0
+    if os.geteuid() or not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
+        yield None
+        return
+    try:
+        yield lambda new: mount("-o", f"remount,{new}" if new in ("ro", "rw") else f"remount,size={new}")
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
+    "All kinds of faults, `kills` of them SIGKILL at a random moment or before a change of a file."
+    started = time.monotonic()
+    harness = Harness(folder, seed)
+    harness.kill_at_random(kills // 2)
+    harness.kill_at_file_events(min(kills - kills // 2, harness.file_events))
+    harness.kill_in_half_a_file()
+    harness.fill_the_disk(max(3, kills // 20))
+    mounted = harness.fill_a_file_system()
+    harness.send_signals()
+    harness.run_two_at_once(max(2, kills // 25))
+    harness.explode_and_turn_clocks()
+    harness.kill_workers(max(2, kills // 50))
+    harness.kill_teachers(max(3, kills // 25))
+    tally = harness.tally
+    return tally, {
+        "faults": dict(tally.faults), "runs": dict(tally.runs), "harm": dict(tally.harm), "file_systems_mounted": mounted,
+        "file_events": harness.file_events, "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", help="append what was found to this file")
+    arguments = parser.parse_args()
+    from sortkd.experiments import append_record, describe_machine
+    with tempfile.TemporaryDirectory() as folder:
+        tally, found = break_everything(Path(folder), arguments.kills, arguments.seed)
+    for kind, count in tally.faults.items():
+        print(f"{count:5} {kind} ({tally.runs[kind]} runs)")
+    print("\n".join(tally.damage))
+    print(f"{sum(tally.faults.values())} faults in {sum(tally.runs.values())} runs; harm: {json.dumps(found['harm']) if found['harm'] else 'none'}")
+    if arguments.results:
+        about = {"benchmark": "faults", "when": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(["python", *sys.argv]), "seed": arguments.seed}
+        append_record(arguments.results, about | found | {"damage": tally.damage} | describe_machine("cpu"))
+    return 1 if tally.harm else 0
+
+
+if __name__ == "__main__":
+    # Under its own name, so that processes that start from here find the functions that break them.
+    sys.path.insert(0, str(Path(__file__).parent))
+    import faults
+    sys.exit(faults.main())

@@ -1,0 +1,59 @@
+"A few minutes of faults.py: nothing that an experiment can be told to bear loses, doubles or damages a run."
+import pytest
+from faults import Harness
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    return Harness(tmp_path_factory.mktemp("faults"), seed=1)
+
+
+@pytest.fixture(autouse=True)
+def no_harm(harness):
+    yield
+    assert not harness.tally.harm, "\n".join(harness.tally.damage)
+
+
+def test_killed_at_random_moments(harness):
+    harness.kill_at_random(26)
+    assert harness.tally.faults["killed at a random moment"] == 26
+
+
+def test_killed_before_changes_of_files(harness):
+    assert harness.file_events > 50
+    harness.kill_at_file_events(24)
+    assert harness.tally.faults["killed before a change of a file"] == 24
+
+
+def test_killed_with_half_a_file_written(harness):
+    harness.kill_in_half_a_file()
+    assert sum(number for kind, number in harness.tally.faults.items() if "half" in kind or "cache" in kind) == 10
+
+
+def test_full_disk(harness):
+    harness.fill_the_disk(3)
+
+
+def test_full_and_read_only_file_systems(harness):
+    if not harness.fill_a_file_system():
+        pytest.skip("no file system may be mounted here")
+
+
+def test_signals(harness):
+    harness.send_signals()
+
+
+def test_two_processes_at_once(harness):
+    harness.run_two_at_once(2)
+
+
+def test_exploding_losses_and_jumping_clocks(harness):
+    harness.explode_and_turn_clocks()
+
+
+def test_killed_workers(harness):
+    harness.kill_workers(2)
+
+
+def test_killed_while_the_teacher_is_trained(harness):
+    harness.kill_teachers(3)
