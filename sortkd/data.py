@@ -34,11 +34,15 @@ if TYPE_CHECKING:
 # %% ../nbs/03_data.ipynb #1f8b9d6a
 def _whole_number(name, value, minimum=0) -> int:
     "`value` as an int of at least `minimum`; TypeError or ValueError names it otherwise."
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"{name} must be an integer, but is {value!r}")
-    if operator.index(value) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, but is {value!r}")
-    return operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:  # of an array with several numbers, too
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, but is {value!r:.200}")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, but is {value!r:.200}")
+    return number
 
 
 def seeded_generator(*key: str | int) -> torch.Generator:

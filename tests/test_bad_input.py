@@ -29,6 +29,7 @@ from sortkd.training import Recipe, create_fabric, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 1, "train_size": 200, "test_size": 100, "device": "cpu"}
+REAL_CIFAR100 = sortkd.data._cifar100_folder(None).resolve()  # before the place hides it
 LONGEST_MESSAGE, LONGEST_ANSWER = 2000, 5.0  # characters, seconds
 
 
@@ -265,7 +266,7 @@ def test_spoilt_cifar100(tmp_path, monkeypatch, how, capsys):
 @needs_cifar100
 @pytest.mark.parametrize("how", ["swapped", "meta truncated", "meta empty"])
 def test_spoilt_cifar100_for_real(tmp_path, how):
-    source, folder = sortkd.data._cifar100_folder(None).resolve(), tmp_path / "cifar-100-python"
+    source, folder = REAL_CIFAR100, tmp_path / "cifar-100-python"
     folder.mkdir()
     for name in ("train", "test", "meta"):
         (folder / name).symlink_to(source / ({"train": "test", "test": "train"}.get(name, name) if how == "swapped" else name))
