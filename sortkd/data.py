@@ -10,6 +10,7 @@ __all__ = ['STRONG_GROUP', 'seeded_generator', 'ImageData', 'has_cifar100', 'net
 # %% ../nbs/03_data.ipynb #2e57e7cf
 import functools
 import hashlib
+import math
 import operator
 import os
 import shutil
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +48,10 @@ def seeded_generator(*key: str | int) -> torch.Generator:
     return generator
 
 # %% ../nbs/03_data.ipynb #c99699b6
+def _three_numbers(values) -> bool:
+    return len(values) == 3 and all(isinstance(value, Real) and math.isfinite(value) for value in values)
+
+
 def _checksum(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -89,8 +95,8 @@ class ImageData:
         if len(self.class_names) < 2:
             raise ValueError(f"class_names must hold at least two classes, but is {self.class_names!r}")
         for key in ("mean", "std"):
-            if len(getattr(self, key)) != 3 or (key == "std" and min(self.std) <= 0):
-                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r}")
+            if not _three_numbers(getattr(self, key)) or (key == "std" and min(self.std) <= 0):
+                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r:.200}")
         _whole_number("pad", self.pad)
         for split in ("train", "test"):
             self._check_split(f"{split}_images", f"{split}_targets")
@@ -294,7 +300,7 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> "ImageData 
         from sortkd.imagenet import load_image_folder
 
         return load_image_folder(root and Path(root) / "imagenet")
-    raise ValueError(f"unknown data set {name!r}: choose 'cifar100', 'digits', 'imagenet' or 'auto'")
+    raise ValueError(f"unknown data set {name!r:.200}: choose 'cifar100', 'digits', 'imagenet' or 'auto'")
 
 # %% ../nbs/03_data.ipynb #20ea82f4
 class Views(NamedTuple):

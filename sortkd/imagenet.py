@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import _balanced_choice, _whole_number, batch_bounds, network_timeout, normalize, seeded_generator
+from .data import _balanced_choice, _three_numbers, _whole_number, batch_bounds, network_timeout, normalize, seeded_generator
 from .models import Network
 
 # %% ../nbs/10_imagenet.ipynb #89de1b89
@@ -68,7 +68,7 @@ def list_imagenet_models() -> list[str]:
 
 def _check_name(name) -> None:
     if name not in list_imagenet_models():
-        raise ValueError(f"There is no ImageNet network {name!r}; choose {', '.join(list_imagenet_models())}.")
+        raise ValueError(f"There is no ImageNet network {name!r:.200}; choose {', '.join(list_imagenet_models())}.")
 
 
 def create_imagenet_model(name: str, num_classes: int = 1000) -> nn.Module:
@@ -178,8 +178,8 @@ class ImageFolderData:
         if len(self.class_names) < 2:
             raise ValueError(f"class_names must hold at least two classes, but is {self.class_names!r}")
         for key in ("mean", "std"):
-            if len(getattr(self, key)) != 3 or (key == "std" and min(self.std) <= 0):
-                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r}")
+            if not _three_numbers(getattr(self, key)) or (key == "std" and min(self.std) <= 0):
+                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r:.200}")
         _whole_number("resize", self.resize, _whole_number("image_size", self.image_size, 1))
         digest = hashlib.sha256(repr((self.class_names, self.image_size, self.resize)).encode())
         for split in ("train", "test"):

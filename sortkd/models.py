@@ -426,9 +426,9 @@ def create_model(name: str, num_classes: int = 100) -> nn.Module:
         return create_imagenet_model(name, num_classes)
     if not isinstance(name, str) or name not in _networks:
         by_lower_case = {known.lower(): known for known in _networks}
-        close = [by_lower_case[match] for match in difflib.get_close_matches(str(name).lower(), by_lower_case)]
+        close = [by_lower_case[match] for match in difflib.get_close_matches(str(name)[:100].lower(), by_lower_case)]
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"There is no network {name!r}.{hint} list_models() gives: {', '.join(_networks)}.")
+        raise ValueError(f"There is no network {name!r:.200}.{hint} list_models() gives: {', '.join(_networks)}.")
     if not isinstance(num_classes, Integral) or isinstance(num_classes, bool):
         raise TypeError(f"num_classes must be an integer of at least 2, but it is {num_classes!r}.")
     if num_classes < 2:

@@ -17,6 +17,7 @@ import tempfile
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -310,7 +311,9 @@ def get_teacher(
     if teacher is None:
         refuse_links(folder, folder / "local")
         _check_writable(folder / "local")
-        with one_at_a_time(folder / "local" / f".{name}.lock", f"making the teacher {architecture}"):
+        together = int(os.environ.get("WORLD_SIZE", 1)) > 1  # all processes of torchrun train it: none may wait for another
+        lock = folder / "local" / f".{name}.lock"
+        with nullcontext() if together else one_at_a_time(lock, f"making the teacher {architecture}"):
             teacher = find() or _make_teacher(architecture, data, folder, name, training, train, fetch)
     return teacher
 

@@ -175,7 +175,9 @@ class Victim:
 
     def start(self, break_it=no_fault, as_command=False, log="log"):
         self.folder.mkdir(parents=True, exist_ok=True)
-        process = context.Process(target=_process, args=(self.settings, break_it, self.folder.parent / f"{self.folder.name}.{log}", self.folder, as_command))
+        said = self.folder.parent / f"{self.folder.name}.{log}"
+        said.write_text("")  # a process may be killed before it can say anything
+        process = context.Process(target=_process, args=(self.settings, break_it, said, self.folder, as_command))
         process.start()
         return process
 
