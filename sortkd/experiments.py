@@ -280,7 +280,10 @@ def _count(name: str, value, minimum: int = 0) -> int:
 def _split(name: str, value) -> list[str]:
     "`'kd, kd+sort'`, a list, or a single value, as a list of non-empty strings without repetitions."
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    parts = [str(part).strip() for part in parts]
+    try:
+        parts = [str(part).strip() for part in parts]
+    except Exception:  # what cannot be shown is no name and no number
+        parts = []
     if not parts or not all(parts) or len(set(parts)) < len(parts):
         raise ValueError(f"{name} is {_shown(value)}; give one or more different values, separated by commas.")
     return parts
@@ -478,7 +481,7 @@ def read_records(path: str | Path) -> list[dict]:
         if line.strip():
             try:
                 records.append(json.loads(line))
-            except ValueError:  # neither JSON nor UTF-8
+            except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested without end
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
@@ -1049,8 +1052,8 @@ def plan_repetition(
     """
     record = _plain(record)
     try:
-        full, data, wanted = record["full_recipe"], record["data"], record["about_teacher"]["weights_sha256"]
-        threads = record["machine"]["threads"]
+        full, data, threads = record["full_recipe"], record["data"], int(record["machine"]["threads"])
+        wanted, name = (str(record["about_teacher"][key]) for key in ("weights_sha256", "file"))
         parameters = {
             "pair": record["pair"],
             "methods": record["method"]["name"],
@@ -1065,11 +1068,11 @@ def plan_repetition(
             "deterministic": record.get("deterministic", False),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the record does not say enough to be repeated: {error} is missing or of another form.") from error
     torch.set_num_threads(threads)
     if teacher == "auto":
-        teacher = str(_file_with_weights(wanted, record["about_teacher"]["file"], teachers_dir) or "auto")
+        teacher = str(_file_with_weights(wanted, name, teachers_dir) or "auto")
     experiment = plan_experiment(
         **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir
     )

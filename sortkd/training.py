@@ -100,7 +100,8 @@ def create_fabric(device: str = "auto", precision: str = "auto", deterministic: 
         ("precision", precision, ("auto", *PRECISIONS)),
     ):
         if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"{name} is {value!r:.200}; choose {', '.join(allowed)}.")
+            shown = f"{value!r:.200}" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise ValueError(f"{name} is {shown}; choose {', '.join(allowed)}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch finds no GPU on this machine; choose 'auto' or 'cpu'.")
     if device == "auto":
