@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SET_UP_SECONDS', 'PART_BYTES', 'Grid', 'make_grid', 'read_grid', 'Job', 'State', 'look', 'priority', 'multiply_adds',
-           'Speeds', 'plan_table', 'describe_plan', 'Deadline', 'run_slice', 'pack', 'unpack', 'main']
+           'Speeds', 'plan_table', 'describe_plan', 'margin_of', 'Deadline', 'run_slice', 'pack', 'unpack', 'main']
 
 # %% ../nbs/12_campaign.ipynb #5bbb0f85
 import argparse
@@ -30,9 +30,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 import yaml  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 from .commands import _ends_cleanly
 from .data import number_of_views
@@ -371,7 +373,7 @@ def describe_plan(state: State, speeds: Speeds) -> str:
     "`plan_table` as text, with its sum."
     table, here = plan_table(state, speeds), speeds.here
     known = table["hours"].dropna()
-    hours = [f"{'≈' if row.how == 'scaled' else ''}{row.hours:,.2f}" if row.how != "unknown" else "unknown" for row in table.itertuples()]
+    hours = [f"{'≈' if row.how == 'scaled' else ''}{row.hours:,.3g}" if row.how != "unknown" else "unknown" for row in table.itertuples()]
     shown = table.assign(hours=hours).rename(columns={"million_rows": "million rows", "multiply_adds": "M multiply-adds"})
     counts = f"{len(state.finished)} of {len(state.grid.cells)} cells are done"
     found = [name for name, teacher in state.teachers.items() if teacher]
@@ -379,14 +381,19 @@ def describe_plan(state: State, speeds: Speeds) -> str:
                  f"Cost on {here['machine']}, {here['device']}, {here['precision']}, one job after the other:"]  # fmt: skip
     if not len(table):
         return f"{counts}: nothing is missing."
-    sentences.append(shown.drop(columns="how").to_string(float_format="{:,.1f}".format))
-    unknown = table[table["how"] == "unknown"]["missing"].sum()
+    sentences.append(shown.drop(columns="how").to_string(float_format="{:,.4g}".format))
+    unknown = int(table[table["how"] == "unknown"]["missing"].sum())
     sentences.append(f"In all {table['missing'].sum()} jobs, {known.sum():,.1f} hours" + f", without {unknown} of unknown cost" * (unknown > 0) + ".")
     if (table["how"] == "scaled").any():
         sentences.append("≈: from the multiply-adds and what was measured of " + ", ".join(sorted(speeds.measured)) + "; rough.")
     return "\n".join(sentences)
 
 # %% ../nbs/12_campaign.ipynb #d8a20317
+def margin_of(seconds: float) -> float:
+    "Seconds between the deadline and the end of a slice, for the last checkpoints."
+    return min(15.0, seconds / 10)
+
+
 class Deadline:
     """What a training run asks after each epoch: true if another epoch would not end in time.
 
@@ -408,7 +415,9 @@ def _work(pipe, grid: Grid, ends) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is killed leaves there
     for job in iter(pipe.recv, None):
+        pipe.send(("started", None))
         try:
             run_experiment(
                 _experiment(grid, job), progress=False, stop=Deadline(ends), callbacks=[lambda row: pipe.send(("epoch", row))]
@@ -434,7 +443,7 @@ class _Worker:
         self.job: Job | None = None
 
     def start(self, job: Job) -> None:
-        self.job, self.since, self.set_up, self.rows = job, time.monotonic(), 0.0, []
+        self.job, self.set_up, self.rows = job, 0.0, []
         self.pipe.send(job)
 
 
@@ -486,27 +495,24 @@ class _AtOnce:
             worker.rows = worker.rows[-1:]  # the next comparison needs epochs with the new one beside them
 
 
-def run_slice(
-    grid: Grid, seconds: float = math.inf, at_once: str | int = "auto", *, margin: float | None = None, quiet: bool = False
-) -> pd.DataFrame:
-    """Run what is missing of `grid` for at most `seconds`, and return what was done: job, epochs before and now, of how
-    many (as they are kept), top-1 in percent, and the outcome: finished, saved, cut off (going on from its last checkpoint), or failed.
+def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "auto", quiet: bool = False) -> pd.DataFrame:
+    """Run what is missing in `state` (`look`) for at most `seconds`, and return what was done: job, epochs kept before
+    and now, of how many, top-1 in percent, and the outcome: finished, saved, cut off (killed at the end, its last
+    checkpoint is kept), or failed.
 
-    `margin`: seconds before the end at which all should have stopped. Raises `ValueError` if another process is at
-    this grid's results. A KeyboardInterrupt stops all runs, saves them, and is raised again.
+    Raises `ValueError` if another process is at this grid's results. A KeyboardInterrupt stops all runs, saves them,
+    and is raised again.
     """
-    began, lines = time.monotonic(), _Lines(quiet)
-    end = began + seconds
-    lock = FileLock(Path(grid.results_dir) / "runs" / "campaign.lock")
-    state = look(grid)
+    lines, grid, end = _Lines(quiet), state.grid, time.monotonic() + seconds
     speeds, counter = Speeds(state.planned), _AtOnce(at_once, state.planned)
+    lock = FileLock(Path(grid.results_dir) / "runs" / "campaign.lock")
     try:
         Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process is at the grid in {grid.results_dir}; wait for it, or name another folder.") from None
     context = torch.multiprocessing.get_context("spawn")
-    ends = context.RawValue("d", end - (min(15.0, seconds / 10) if margin is None else margin))
+    ends = context.RawValue("d", end - margin_of(seconds))
     waiting, workers, done = priority(_with_logits(state), grid), [], {}
     ready = state.teachers.keys() - {job.teacher for job in waiting if not job.method}
 
@@ -537,6 +543,9 @@ def run_slice(
         except (EOFError, OSError):
             worker.process.join()
             return close(worker, "failed", f"its process died (exit status {worker.process.exitcode})")
+        if event == "started":
+            worker.since = time.monotonic()
+            return None
         if event != "epoch":
             return close(worker, event, about)
         if not worker.rows:
@@ -576,16 +585,18 @@ def run_slice(
         raise
     finally:
         for worker in workers:
-            worker.process.kill()
+            worker.process.kill() if worker.job else worker.pipe.send(None)
         for worker in busy():
             close(worker, "cut off", "going on from its last checkpoint")
         for worker in workers:
-            worker.process.join()
+            worker.process.join(5)
+            worker.process.kill()
         lock.release()
     kept = look(grid, state.planned).epochs  # as the next slice will find them
     for job, row in done.items():
         before, epochs = state.epochs.get(job, (0, 0))
         row |= {"before": before, "now": kept[job][0] if job in kept else epochs, "of": epochs}
+    done = {job: row for job, row in done.items() if row["of"] or row["outcome"] != "finished"}  # without kept logits
     return pd.DataFrame(done.values(), columns=["job", "before", "now", "of", "top1", "outcome"])
 
 
@@ -627,14 +638,13 @@ class _Parts(io.RawIOBase):
         return True
 
     def write(self, content) -> int:
-        content = memoryview(content)
-        for start in iter(lambda: 0, len(content)):
+        rest = memoryview(content)
+        while rest:
             if not self.room:
                 self._next()
-            taken = min(self.room, len(content))
-            self.file.write(content[:taken])
-            content, self.room = content[taken:], self.room - taken
-        return 0
+            taken = self.file.write(rest[: self.room])
+            rest, self.room = rest[taken:], self.room - taken
+        return len(content)
 
     def _next(self) -> None:
         self.close_part()
@@ -785,10 +795,16 @@ def _seconds(text: str) -> float:
     return 3600.0 * hours + 60 * minutes + seconds
 
 
+def _pack_and_say(grid: Grid, folder: str) -> None:
+    packed = pack(grid, folder)
+    print(f"{len(packed)} files, {packed['bytes'].sum() / 1e6:,.1f} MB, packed in {folder}", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command `sortkd-grid`; arguments and exit status as for `sortkd-run`, and 1 if a job has failed.
-    """
+    "The command `sortkd-grid`; arguments and exit status as for `sortkd-run`, and 1 if a job has failed."
     began = time.monotonic()
+    if arguments is None:  # the budget is that of the whole process, in which PyTorch was loaded before this
+        began -= time.time() - psutil.Process().create_time()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the workers
     parser = argparse.ArgumentParser(
         prog="sortkd-grid",
@@ -816,20 +832,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at_once = given.at_once if given.at_once == "auto" else _count("at_once", int(given.at_once) if given.at_once.isdigit() else given.at_once, 1)
         if given.unpack:
             print(f"{len(unpack(grid, given.unpack))} files taken from {given.unpack}")
-        done = pd.DataFrame({"outcome": []})
-        try:
-            if not given.dry_run and (given.budget or not given.pack and not given.unpack):
-                margin = min(15.0, budget / 10) * (2 if given.pack else 1)
-                left = budget - (time.monotonic() - began) - (margin / 2 if given.pack else 0)
-                done = run_slice(grid, left, at_once, margin=min(15.0, budget / 10), quiet=given.quiet)
-                print(f"\nAdded in {_clock(time.monotonic() - began)}:\n{done.round(2).to_string(index=False)}\n" if len(done) else "\nNothing was run.\n")
-        finally:
-            if given.pack and not given.dry_run:
-                packed = pack(grid, given.pack)
-                print(f"{len(packed)} files, {packed['bytes'].sum() / 1e6:,.1f} MB, packed in {given.pack}")
-        if given.dry_run or not given.pack or given.budget:
-            state = look(grid)
-            print(describe_plan(state, Speeds(state.planned)))
-        return int((done["outcome"] == "failed").any())
+        only_carries, failed = (given.pack or given.unpack) and not given.budget, False
+        state = look(grid)
+        if not given.dry_run and not only_carries:
+            left = budget - (time.monotonic() - began)
+            try:
+                done = run_slice(state, left - (margin_of(budget) if given.pack else 0), at_once, given.quiet)
+            finally:
+                if given.pack:
+                    _pack_and_say(grid, given.pack)
+            state, failed = look(grid, state.planned), bool((done["outcome"] == "failed").any())
+            print(f"\nAdded:\n{done.round(2).to_string(index=False)}\n" if len(done) else "\nNothing fitted in.\n")
+        elif given.pack and not given.dry_run:
+            _pack_and_say(grid, given.pack)
+        print(describe_plan(state, Speeds(state.planned)))
+        return int(failed)
 
     return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
