@@ -30,7 +30,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 import yaml  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
@@ -58,7 +58,7 @@ from sortkd.experiments import (
 from .losses import create_method
 from .models import create_model
 from .results import PAPER_METHODS, load_results, measured_rates, paper_grid
-from .teachers import Teacher, _read_text, find_teacher, refuse_links, save_atomically
+from .teachers import Teacher, _read_text, find_teacher, refuse_links
 from .training import Stopped, fingerprint
 
 # %% ../nbs/12_campaign.ipynb #5ec2a14d
@@ -139,7 +139,8 @@ def read_grid(path: str | Path, **changes) -> Grid:
 
     Raises `FileNotFoundError`, or `ValueError` for a file that is no YAML with names, and what `make_grid` raises.
     """
-    path, settings = Path(path), {}
+    path = Path(path)
+    settings: dict = {}
     if not path.is_file():
         raise FileNotFoundError(f"there is no grid {path}; give a YAML file such as workflow/paper.yaml.")
     for each in (path.with_name("config.yaml"), path):
@@ -341,9 +342,9 @@ class Speeds:
         planned, data = self.planned, self.planned.data
         if planned.cache != "full":
             return 0.0
-        views, checksum = len(data.train_targets) * number_of_views(data.pad, data.flip), None
-        for about in planned.cache_dir.glob("*/about.json") if teacher else ():
-            checksum = checksum or teacher.as_record()["weights_sha256"]
+        views = len(data.train_targets) * number_of_views(data.pad, data.flip)
+        checksum = teacher.as_record()["weights_sha256"] if teacher else ""
+        for about in planned.cache_dir.glob("*/about.json"):
             kept = json.loads(about.read_text())
             if (kept["teacher_sha256"], kept["images"], kept["precision"]) == (checksum, len(data.train_targets), planned.precision):
                 views = (about.parent / "computed.bin").read_bytes().count(0)
@@ -354,7 +355,7 @@ def plan_table(state: State, speeds: Speeds) -> pd.DataFrame:
     """What is missing and what it costs: for each teacher and pair the missing runs, million training rows, million
     multiply-adds of an image's forward pass, hours of one job after the other, and how these are known.
     """
-    rows = {}
+    rows: dict[str, dict] = {}
     for job in priority(state.missing, state.grid):
         behind, epochs = state.epochs[job]
         row = rows.setdefault(job.kind, {"missing": 0, "begun": 0, "million_rows": 0.0})
@@ -441,6 +442,7 @@ class _Worker:
         self.process.start()
         other.close()
         self.job: Job | None = None
+        self.rows: list[dict] = []
 
     def start(self, job: Job) -> None:
         self.job, self.set_up, self.rows = job, 0.0, []
@@ -451,7 +453,8 @@ class _Lines:
     "A line for each job: in place on a terminal, else at most one every ten seconds."
 
     def __init__(self, quiet: bool):
-        self.quiet, self.terminal, self.shown = quiet, sys.stdout.isatty(), {}
+        self.quiet, self.terminal = quiet, sys.stdout.isatty()
+        self.shown: dict[Job, str] = {}
         self.last: dict[Job, float] = {}
 
     def __call__(self, job: Job, text: str, ends: bool = False) -> None:
@@ -486,7 +489,7 @@ class _AtOnce:
         "One more if those who run are faster together, by a tenth, than they were without the last one."
         if self.now >= self.most or len(busy) < self.now or any(len(worker.rows) < 2 for worker in busy):
             return
-        together = sum(images[worker.job] / worker.rows[-1]["seconds"] for worker in busy)
+        together = sum(images[worker.job] / worker.rows[-1]["seconds"] for worker in busy if worker.job)
         if together < 1.1 * self.before:
             self.now = self.most = max(1, self.now - 1)
             return
@@ -632,7 +635,8 @@ class _Parts(io.RawIOBase):
     "A file to write to that becomes numbered files of at most PART_BYTES."
 
     def __init__(self, folder: Path):
-        self.folder, self.parts, self.file, self.room = folder, [], None, 0
+        self.folder, self.parts, self.room = folder, [], 0
+        self.file: io.IOBase = io.BytesIO()
 
     def writable(self) -> bool:
         return True
@@ -642,18 +646,14 @@ class _Parts(io.RawIOBase):
         while rest:
             if not self.room:
                 self._next()
-            taken = self.file.write(rest[: self.room])
+            taken = self.file.write(rest[: self.room])  # type: ignore[attr-defined]
             rest, self.room = rest[taken:], self.room - taken
         return len(content)
 
     def _next(self) -> None:
-        self.close_part()
+        self.file.close()
         self.parts.append(self.folder / f"part-{len(self.parts):04}.tar")
         self.file, self.room = open(self.parts[-1], "wb"), PART_BYTES
-
-    def close_part(self) -> None:
-        if self.file:
-            self.file.close()
 
 
 def _checksum(path: Path) -> str:
@@ -691,10 +691,10 @@ def pack(grid: Grid, folder: str | Path) -> pd.DataFrame:
             for name, path in packed:
                 refuse_links(path)
                 archive.add(path, name, recursive=False)
-        parts.close_part()
+        parts.file.close()
         files = [{"name": path.name, "bytes": path.stat().st_size, "sha256": _checksum(path)} for path in parts.parts]
         about = {"format": 1, "preset": grid.preset, "parts": files}
-        save_atomically(new / "manifest.json", lambda path: path.write_text(json.dumps(about, indent=1)))
+        (new / "manifest.json").write_text(json.dumps(about, indent=1))
         if folder.exists():
             folder.rename(Path(staging) / "old")
         new.rename(folder)
@@ -705,7 +705,8 @@ class _Joined(io.RawIOBase):
     "The parts as one file to read from."
 
     def __init__(self, paths: Sequence[Path]):
-        self.paths, self.file = list(paths), io.BytesIO()
+        self.paths = list(paths)
+        self.file: io.BufferedIOBase = io.BytesIO()
 
     def readable(self) -> bool:
         return True
