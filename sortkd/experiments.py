@@ -271,10 +271,14 @@ def _choice(name: str, value, allowed: Sequence[str]) -> str:
 
 
 def _count(name: str, value, minimum: int = 0) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or not minimum <= value < 2**31:
+    try:
+        number = operator.index(value)
+    except TypeError:  # of an array with several numbers, too
+        number = minimum - 1
+    if isinstance(value, bool) or not minimum <= number < 2**31:
         meaning = "; 0 means what the preset says" if minimum == 0 else ""
         raise ValueError(f"{name} is {_shown(value)}; give a whole number from {minimum} to {2**31 - 1}{meaning}.")
-    return operator.index(value)
+    return number
 
 
 def _split(name: str, value) -> list[str]:
