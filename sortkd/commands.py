@@ -144,14 +144,15 @@ def _find_record(source: str) -> dict:
     "The record that FILE or FILE:RUN_ID names."
     from sortkd.experiments import read_records
 
-    path, _, run_id = (source, "", "") if Path(source).is_file() else source.rpartition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file of records {path or source!r}; give FILE, or FILE:RUN_ID.")
+    path, _, run_id = (source, "", "") if os.path.isfile(source) else source.rpartition(":")
+    if not os.path.isfile(path):  # which also says so of a name that no file can have
+        raise FileNotFoundError(f"there is no file of records {path or source!r:.200}; give FILE, or FILE:RUN_ID.")
     records = [each for each in read_records(path) if isinstance(each, dict) and each.get("run_id")]
     found = [each for each in records if not run_id or each["run_id"] == run_id]
     if len(found) != 1:
-        names = "\n".join(each["run_id"] for each in records[:20])
-        raise ValueError(f"{path} has {len(found)} records {f'called {run_id!r}' if run_id else ''}; name one of its runs:\n{names}")
+        names = ", ".join(str(each["run_id"]) for each in records[:20]) or "there is none"
+        called = f" called {run_id!r:.200}" if run_id else ""
+        raise ValueError(f"{path} has {len(found)} records{called}; name one of its runs: {names}")
     return found[0]
 
 # %% ../nbs/09_commands.ipynb #0ce0883b
@@ -178,19 +179,20 @@ def evaluate_checkpoint(
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file that names its own.
     Raises `ValueError` for an architecture that is missing or does not fit, and what `read_checkpoint` raises.
     """
+    from sortkd.teachers import load_weights, read_checkpoint
+
+    weights, training = read_checkpoint(path)  # which may end it, before the slow imports
     import torch
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     from sortkd.data import load_data
     from sortkd.experiments import create_batches
     from sortkd.models import create_model
-    from sortkd.teachers import load_weights, read_checkpoint
     from sortkd.training import create_fabric
 
-    weights, training = read_checkpoint(path)
     if architecture == "auto":
-        architecture = training.get("architecture")
-        if architecture is None:
+        architecture = training.get("architecture", "")
+        if not architecture:
             raise ValueError(f"{path} does not say of which network it is; name it with architecture (--architecture).")
     data = load_data(training.get("dataset", "auto") if dataset == "auto" else dataset)
     fabric = create_fabric(device, precision)

@@ -10,6 +10,7 @@ __all__ = ['STRONG_GROUP', 'seeded_generator', 'ImageData', 'has_cifar100', 'net
 # %% ../nbs/03_data.ipynb #2e57e7cf
 import functools
 import hashlib
+import math
 import operator
 import os
 import shutil
@@ -21,19 +22,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
+from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+if TYPE_CHECKING:
+    from sortkd.imagenet import ImageFolderData
 
 # %% ../nbs/03_data.ipynb #1f8b9d6a
 def _whole_number(name, value, minimum=0) -> int:
     "`value` as an int of at least `minimum`; TypeError or ValueError names it otherwise."
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
-        raise TypeError(f"{name} must be an integer, but is {value!r}")
-    if operator.index(value) < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, but is {value!r}")
-    return operator.index(value)
+    try:
+        number = operator.index(value)
+    except TypeError:  # of an array with several numbers, too
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, but is {value!r:.200}")
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, but is {value!r:.200}")
+    return number
 
 
 def seeded_generator(*key: str | int) -> torch.Generator:
@@ -43,11 +52,15 @@ def seeded_generator(*key: str | int) -> torch.Generator:
     return generator
 
 # %% ../nbs/03_data.ipynb #c99699b6
+def _three_numbers(values) -> bool:
+    return len(values) == 3 and all(isinstance(value, Real) and math.isfinite(value) for value in values)
+
+
 def _checksum(*tensors: torch.Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 # %% ../nbs/03_data.ipynb #10330903
@@ -86,8 +99,8 @@ class ImageData:
         if len(self.class_names) < 2:
             raise ValueError(f"class_names must hold at least two classes, but is {self.class_names!r}")
         for key in ("mean", "std"):
-            if len(getattr(self, key)) != 3 or (key == "std" and min(self.std) <= 0):
-                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r}")
+            if not _three_numbers(getattr(self, key)) or (key == "std" and min(self.std) <= 0):
+                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r:.200}")
         _whole_number("pad", self.pad)
         for split in ("train", "test"):
             self._check_split(f"{split}_images", f"{split}_targets")
@@ -134,7 +147,8 @@ class ImageData:
 
         ValueError for a size that is negative or larger than the split, TypeError for one that is no integer.
         """
-        kept, seed = {}, _whole_number("seed", seed)
+        kept: dict[str, Any] = {}
+        seed = _whole_number("seed", seed)
         for split, size in (("train", train_size), ("test", test_size)):
             images, targets = getattr(self, f"{split}_images"), getattr(self, f"{split}_targets")
             size = _whole_number(f"{split}_size", size) or len(images)
@@ -274,7 +288,7 @@ def load_digits(image_size: int = 16) -> ImageData:
                      tuple(map(str, digits.target_names)), mean=(mean,) * 3, std=(std,) * 3, pad=2, flip=False)
 
 # %% ../nbs/03_data.ipynb #b74dc3a7
-def load_data(name: str = "auto", root: str | Path | None = None) -> ImageData:
+def load_data(name: str = "auto", root: str | Path | None = None) -> "ImageData | ImageFolderData":
     """The data set `name`: "cifar100", "digits", "imagenet" (files, see `sortkd.imagenet.load_image_folder`), or "auto"
     (cifar100 if it is on disk, else digits; never downloads).
 
@@ -290,13 +304,13 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageData:
         from sortkd.imagenet import load_image_folder
 
         return load_image_folder(root and Path(root) / "imagenet")
-    raise ValueError(f"unknown data set {name!r}: choose 'cifar100', 'digits', 'imagenet' or 'auto'")
+    raise ValueError(f"unknown data set {name!r:.200}: choose 'cifar100', 'digits', 'imagenet' or 'auto'")
 
 # %% ../nbs/03_data.ipynb #20ea82f4
 class Views(NamedTuple):
     "Which view of which image: four tensors of shape (N,)."
 
-    index: torch.Tensor  # image, int64
+    index: torch.Tensor  # type: ignore[assignment]  # image, int64; a tuple has a method of this name
     top: torch.Tensor  # first row of the crop in the padded image, int64
     left: torch.Tensor  # first column, int64
     flip: torch.Tensor  # whether the crop is mirrored, bool

@@ -24,12 +24,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -168,8 +169,8 @@ class Experiment:
     preset_name: str
     preset: Preset
     recipe: Recipe
-    data: ImageData
-    full_data: ImageData
+    data: ImageData | ImageFolderData
+    full_data: ImageData | ImageFolderData
     device: str
     precision: str
     deterministic: bool
@@ -204,11 +205,11 @@ class Experiment:
             return "No method uses the teacher's logits."
         images, seeds = len(self.data.train_targets), len(self.seeds)
         epochs = [self.recipe_for(method).epochs for method in self.methods if method.uses_teacher]
-        asked, epochs = images * seeds * sum(epochs), max(epochs)
-        if self.cache == "off":  # as it always is for images in files
+        asked, longest = images * seeds * sum(epochs), max(epochs)
+        if self.cache == "off" or isinstance(self.data, ImageFolderData):
             return f"The teacher runs in every epoch, on {asked:,} images in all."
         views = number_of_views(self.data.pad, self.data.flip)
-        computed = images * (views if self.cache == "full" else expected_views(views, epochs * seeds))
+        computed = images * (views if self.cache == "full" else expected_views(views, longest * seeds))
         size = images * views * self.data.num_classes * 2
         return (
             f"The teacher's logits are kept ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} "
@@ -270,16 +271,23 @@ def _choice(name: str, value, allowed: Sequence[str]) -> str:
 
 
 def _count(name: str, value, minimum: int = 0) -> int:
-    if isinstance(value, bool) or not hasattr(type(value), "__index__") or not minimum <= value < 2**31:
+    try:
+        number = operator.index(value)
+    except TypeError:  # of an array with several numbers, too
+        number = minimum - 1
+    if isinstance(value, bool) or not minimum <= number < 2**31:
         meaning = "; 0 means what the preset says" if minimum == 0 else ""
         raise ValueError(f"{name} is {_shown(value)}; give a whole number from {minimum} to {2**31 - 1}{meaning}.")
-    return operator.index(value)
+    return number
 
 
 def _split(name: str, value) -> list[str]:
     "`'kd, kd+sort'`, a list, or a single value, as a list of non-empty strings without repetitions."
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    parts = [str(part).strip() for part in parts]
+    try:
+        parts = [str(part).strip() for part in parts]
+    except Exception:  # what cannot be shown is no name and no number
+        parts = []
     if not parts or not all(parts) or len(set(parts)) < len(parts):
         raise ValueError(f"{name} is {_shown(value)}; give one or more different values, separated by commas.")
     return parts
@@ -393,8 +401,11 @@ def plan_experiment(
         raise ValueError(f"teacher is {_shown(teacher)}; give 'auto' or the path of a checkpoint.")
     _check_folder("teachers_dir", teachers_dir, ["local"])
     _check_folder("results_dir", results_dir, ["runs", "tensorboard", "wandb", f"{preset}.jsonl"], written=True)
+    records = Path(results_dir) / f"{preset}.jsonl"
+    if records.exists() and not (records.is_file() and os.access(records, os.W_OK)):
+        raise ValueError(f"results_dir is {str(results_dir)!r}, but nothing can be written to {records}; name another folder.")
     if isinstance(cache_dir, str) and cache_dir == "auto":
-        cache_dir = Path(results_dir) / "teacher_logits"
+        cache_dir = str(Path(results_dir) / "teacher_logits")
     _check_folder("cache_dir", cache_dir)
 
     full_data = load_data("imagenet" if from_files else dataset if preset == "quick" else "cifar100")
@@ -476,8 +487,12 @@ def read_records(path: str | Path) -> list[dict]:
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
-                records.append(json.loads(line))
-            except ValueError:  # neither JSON nor UTF-8
+                record = json.loads(line)
+            except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested without end
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
@@ -485,7 +500,7 @@ def read_records(path: str | Path) -> list[dict]:
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
-    versions = {
+    versions: dict[str, str | None] = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }  # with the build's tag, which the metadata lack
@@ -587,7 +602,7 @@ def create_batches(data: ImageData | ImageFolderData, device: str | torch.device
     return Batches(data, device)
 
 
-def _teacher_training(architecture: str, data: ImageData, recipe: Recipe, seed: int) -> dict:
+def _teacher_training(architecture: str, data: ImageData | ImageFolderData, recipe: Recipe, seed: int) -> dict:
     "The plain values that identify how a teacher is trained."
     return {
         "recipe": asdict(recipe),
@@ -600,7 +615,7 @@ def _teacher_training(architecture: str, data: ImageData, recipe: Recipe, seed: 
 
 def train_teacher(
     architecture: str,
-    data: ImageData,
+    data: ImageData | ImageFolderData,
     recipe: Recipe,
     *,
     seed: int = 0,
@@ -704,7 +719,7 @@ class Results:
     experiment: Experiment
     records: list[dict]
     teacher: Teacher
-    batches: Batches
+    batches: Batches | ImageFolderBatches
 
 
 def run_experiment(
@@ -728,7 +743,7 @@ def run_experiment(
     batches = create_batches(experiment.data, fabric.device)
     teacher_logits = _teacher_logits(experiment, teacher, batches)
     about_teacher = teacher.as_record() | {"top1": evaluate(teacher.model, batches, fabric).top1}
-    if experiment.cache == "full":
+    if experiment.cache == "full" and isinstance(teacher_logits, CachedTeacherLogits):
         teacher_logits.fill(progress)
     runs = [
         _plan_run(experiment, method, seed, teacher_logits.kind, about_teacher)
@@ -747,8 +762,10 @@ def run_experiment(
     return Results(experiment, records, teacher, batches)
 
 
-def _teacher_logits(experiment: Experiment, teacher: Teacher, batches: Batches) -> TeacherLogits:
-    if experiment.cache != "off":
+def _teacher_logits(
+    experiment: Experiment, teacher: Teacher, batches: Batches | ImageFolderBatches
+) -> TeacherLogits:
+    if experiment.cache != "off" and isinstance(batches, Batches):
         try:
             return CachedTeacherLogits(teacher.model, batches, experiment.cache_dir, experiment.precision)
         except OSError as error:
@@ -826,7 +843,8 @@ def _run_one(experiment, run, teacher_logits, fabric, progress, stop=None, callb
 def _train_and_record(experiment, run, teacher_logits, fabric, progress, stop, callbacks) -> dict:
     data, recipe, first = experiment.data, experiment.recipe_for(run.method), fabric.is_global_zero
     session = _Session(run.folder / "sessions.jsonl", describe_machine(fabric.device.type))
-    with _loggers(experiment, run) if first else nullcontext([]) as loggers:
+    logging: AbstractContextManager[list] = _loggers(experiment, run) if first else nullcontext([])
+    with logging as loggers:
         outcome = train(
             _initial_model(experiment.pair.student, data.num_classes, run.seed),
             teacher_logits.batches,
@@ -876,8 +894,10 @@ class _Session:
 
     def earlier(self) -> dict:
         "For the record: `sessions`, unless there was only one."
-        sessions = {}
+        sessions: dict[int, dict] = {}
         for each in read_records(self.path) if self.path.exists() else []:
+            if not isinstance(each.get("first_epoch"), int):
+                continue
             # An epoch that was lost with its session was trained again in a later one.
             sessions = {epoch: other for epoch, other in sessions.items() if epoch < each["first_epoch"]}
             sessions[each["first_epoch"]] = each
@@ -895,7 +915,7 @@ def _records_so_far(experiment: Experiment) -> list[dict]:
     return read_records(experiment.records_file) if experiment.records_file.exists() else []
 
 
-def _recorded(experiment: Experiment, run: _Run, waited: bool) -> dict | None:
+def _recorded(experiment: Experiment, run: _Run, waited: bool | None) -> dict | None:
     """The record of this run, if an interrupted call, or one that it has waited for, has made it; with `skip_recorded`
     of any run with the same settings, data and teacher.
     """
@@ -966,7 +986,7 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
 # %% ../nbs/07_experiments.ipynb #98527fab
-_worker = {}  # what a worker process keeps between runs
+_worker: dict[str, Any] = {}  # what a worker process keeps between runs
 
 
 def _start_worker(experiment, teacher, threads, events, stop):
@@ -1045,8 +1065,8 @@ def plan_repetition(
     """
     record = _plain(record)
     try:
-        full, data, wanted = record["full_recipe"], record["data"], record["about_teacher"]["weights_sha256"]
-        threads = record["machine"]["threads"]
+        full, data, threads = record["full_recipe"], record["data"], int(record["machine"]["threads"])
+        wanted, name = (str(record["about_teacher"][key]) for key in ("weights_sha256", "file"))
         parameters = {
             "pair": record["pair"],
             "methods": record["method"]["name"],
@@ -1061,13 +1081,14 @@ def plan_repetition(
             "deterministic": record.get("deterministic", False),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the record does not say enough to be repeated: {error} is missing or of another form.") from error
     torch.set_num_threads(threads)
     if teacher == "auto":
-        teacher = _file_with_weights(wanted, record["about_teacher"]["file"], teachers_dir) or "auto"
-    folders = {"teachers_dir": teachers_dir, "results_dir": results_dir, "cache_dir": cache_dir}
-    experiment = plan_experiment(**parameters, teacher=teacher, **folders)
+        teacher = str(_file_with_weights(wanted, name, teachers_dir) or "auto")
+    experiment = plan_experiment(
+        **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir
+    )
     planned = _plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
     changed = _differences(_plain(planned.settings | {"data": planned.about_data}), record)
     if experiment.teacher_file is not None:
@@ -1096,9 +1117,9 @@ def _plain(values: dict) -> dict:
     return json.loads(json.dumps(values))
 
 
-def _differences(now: dict, then: dict, path: str = "") -> dict[str, tuple]:
+def _differences(now: dict, then: object, path: str = "") -> dict[str, tuple]:
     "The places in which nested plain values differ from those recorded: name, value now, value then."
-    changed = {}
+    changed: dict[str, tuple] = {}
     for key, value in now.items():
         other = then.get(key) if isinstance(then, dict) else None
         if isinstance(value, dict):

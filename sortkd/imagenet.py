@@ -15,11 +15,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data import _balanced_choice, _whole_number, batch_bounds, network_timeout, normalize, seeded_generator
+from .data import _balanced_choice, _three_numbers, _whole_number, batch_bounds, network_timeout, normalize, seeded_generator
 from .models import Network
 
 # %% ../nbs/10_imagenet.ipynb #89de1b89
@@ -67,7 +68,7 @@ def list_imagenet_models() -> list[str]:
 
 def _check_name(name) -> None:
     if name not in list_imagenet_models():
-        raise ValueError(f"There is no ImageNet network {name!r}; choose {', '.join(list_imagenet_models())}.")
+        raise ValueError(f"There is no ImageNet network {name!r:.200}; choose {', '.join(list_imagenet_models())}.")
 
 
 def create_imagenet_model(name: str, num_classes: int = 1000) -> nn.Module:
@@ -177,8 +178,8 @@ class ImageFolderData:
         if len(self.class_names) < 2:
             raise ValueError(f"class_names must hold at least two classes, but is {self.class_names!r}")
         for key in ("mean", "std"):
-            if len(getattr(self, key)) != 3 or (key == "std" and min(self.std) <= 0):
-                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r}")
+            if not _three_numbers(getattr(self, key)) or (key == "std" and min(self.std) <= 0):
+                raise ValueError(f"{key} must be three numbers (std: above 0), but is {getattr(self, key)!r:.200}")
         _whole_number("resize", self.resize, _whole_number("image_size", self.image_size, 1))
         digest = hashlib.sha256(repr((self.class_names, self.image_size, self.resize)).encode())
         for split in ("train", "test"):
@@ -218,7 +219,8 @@ class ImageFolderData:
 
         ValueError for a size that is negative or larger than the split, TypeError for one that is no integer.
         """
-        kept, seed = {}, _whole_number("seed", seed)
+        kept: dict[str, Any] = {}
+        seed = _whole_number("seed", seed)
         for split, size in (("train", train_size), ("test", test_size)):
             files, targets = getattr(self, f"{split}_files"), getattr(self, f"{split}_targets")
             size = _whole_number(f"{split}_size", size) or len(files)
@@ -265,16 +267,20 @@ def load_image_folder(root: str | Path | None = None, image_size: int = 224) -> 
         differences = [f"{len(names)} only in {split}, such as {names[0]!r}" for split, names in only.items() if names]
         raise ValueError(f"{root / 'val'} must have the same class folders as {root / 'train'}: "
                          f"{'; '.join(differences)}.")
-    splits = []
+    files: dict[str, tuple[str, ...]] = {}
+    targets: dict[str, Tensor] = {}
     for split in ("train", "val"):
         numbers = {class_name: number for number, class_name in enumerate(classes)}
         try:
             samples = make_dataset(str(root / split), numbers, IMG_EXTENSIONS)
         except FileNotFoundError as error:
             raise ValueError(f"{root / split} has classes without images. {error}") from error
-        files, targets = zip(*samples)
-        splits += [tuple(os.path.relpath(file, root) for file in files), torch.tensor(targets)]
-    return ImageFolderData("imagenet", root, *splits, tuple(classes), image_size=image_size, resize=image_size * 8 // 7)
+        files[split] = tuple(os.path.relpath(file, root) for file, _ in samples)
+        targets[split] = torch.tensor([target for _, target in samples])
+    return ImageFolderData(
+        "imagenet", root, files["train"], targets["train"], files["val"], targets["val"], tuple(classes),
+        image_size=image_size, resize=image_size * 8 // 7,
+    )
 
 # %% ../nbs/10_imagenet.ipynb #c0828436
 def _read_image(path: str):
@@ -289,7 +295,7 @@ def _read_image(path: str):
                          "Replace the file or remove it.") from error
 
 
-class _ImageReader:
+class _ImageReader(torch.utils.data.Dataset):
     "What a worker does: given (number, file) of some images, their pixels, uint8 (count, size, size, 3)."
 
     def __init__(self, root: Path, image_size: int, resize: int, key: tuple[str | int, ...] | None):
@@ -382,6 +388,6 @@ def _parts(order: Tensor, batch_size: int, rank: int, ranks: int) -> list[Tensor
     return [order[start:stop].tensor_split(ranks)[rank] for start, stop in batch_bounds(len(order), batch_size)]
 
 # %% ../nbs/10_imagenet.ipynb #aa23ee40
-IMAGENET_RECIPE = {
+IMAGENET_RECIPE: dict[str, Any] = {
     "epochs": 100, "batch_size": 512, "lr": 0.2, "momentum": 0.9, "weight_decay": 1e-4, "milestones": (30, 60, 90),
 }

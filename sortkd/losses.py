@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -200,9 +201,11 @@ def mlkd_loss(
     _check_temperature(temperature)
     confidence = F.softmax(teacher_logits, dim=-1)
     rows, classes = _share_up_to_median(confidence.amax(1)), _share_up_to_median(confidence.sum(0))
-    weak_kd, strong_kd = (tuple(map(standardize, view)) if standardized else view for view in (weak, strong))
+    weak_kd, strong_kd = weak, strong
+    if standardized:
+        weak_kd, strong_kd = ((standardize(student), standardize(teacher)) for student, teacher in (weak, strong))
 
-    loss = 0.0
+    loss = student_logits.new_zeros(())
     for each in (temperature, 3.0, 5.0, 2.0, 6.0):
         instances = kd_loss(*weak_kd, each)
         loss = loss + rows * (instances + _gram_loss(*weak, each, of_classes=False))
@@ -227,7 +230,7 @@ def sld_loss(
     Raises `ValueError` for shapes that do not fit.
     Source: Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, 2025 (arXiv 2504.20108).
     """
-    loss = 0.0
+    loss = student_logits.new_zeros(())
     for student, teacher in ((student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)):
         _check_logits(student, teacher, target)
         teachers = [teacher, swap_logits(student, target)] if student_teaches else [teacher]
@@ -504,7 +507,7 @@ class Method:
                 raise ValueError(f"{self.name} compares strongly augmented views, too; pass their logits as strong.")
             loss = loss + self.ce_weight * F.cross_entropy(strong[0], target)
         if self.uses_teacher:
-            views = [(student_logits, repaired_logits), *([strong] if self.strong_views else [])]
+            views: list[tuple] = [(student_logits, repaired_logits), *([strong] if strong and self.strong_views else [])]
             for view in views:
                 _check_logits(*view)
             loss = loss + self.kd_weight * self._term(views, target, epoch, temperature)
@@ -512,6 +515,7 @@ class Method:
 
     def _term(self, views, target: Tensor, epoch: int, temperature: LearnedTemperature | None) -> Tensor:
         entry, (ramp, settings) = OBJECTIVES[self.objective], self.schedule(epoch)
+        assert entry.term is not None  # this method uses its teacher
         if self.repair == "skip":
             views = [(student, _replace_skipped(student, repaired)) for student, repaired in views]
         if self.standardize:
@@ -567,7 +571,7 @@ def create_method(name: str, **changes: float) -> Method:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"there is no method {name!r:.100}; the methods are {', '.join(list_methods())}.{hint}")
     entry = OBJECTIVES[objective]
-    numbers = {"ce_weight": entry.ce_weight, "kd_weight": entry.kd_weight, "warmup_epochs": entry.warmup_epochs}
+    numbers: dict[str, Any] = {"ce_weight": entry.ce_weight, "kd_weight": entry.kd_weight, "warmup_epochs": entry.warmup_epochs}
     unknown = changes.keys() - numbers.keys() - entry.settings.keys()
     if unknown:
         raise ValueError(

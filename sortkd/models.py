@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Network(nn.Module):
     @property
     def classifier_layer(self) -> nn.Linear:
         "The linear layer from `Features.pooled` to the logits."
-        return self.get_submodule(self.classifier_name)
+        return cast(nn.Linear, self.get_submodule(self.classifier_name))
 
     def forward(self, images: Tensor, return_features: bool = False) -> Tensor | tuple[Tensor, Features]:
         "Images (N, 3, height, width) to logits (N, classes); with `return_features` to (logits, `Features`)."
@@ -364,7 +364,7 @@ class ShuffleNetV2(Network):
         self.conv1 = _convolution(3, channels, 1)
         self.bn1 = nn.BatchNorm2d(channels)
         for name, out_channels, repeat in ("layer1", 116, 4), ("layer2", 232, 8), ("layer3", 464, 4):
-            units = [ShuffleDownUnitV2(channels, out_channels)]
+            units: list[nn.Module] = [ShuffleDownUnitV2(channels, out_channels)]
             units += [ShuffleUnitV2(out_channels) for _ in range(repeat - 1)]
             self.add_module(name, nn.Sequential(*units))
             channels = out_channels
@@ -379,9 +379,9 @@ class ShuffleNetV2(Network):
         return self.conv2, self.bn2, F.relu
 
 # %% ../nbs/02_models.ipynb #9331bc14
-_cifar = dict(block=BasicBlock, widths=(16, 16, 32, 64))
-_cifar_x4 = dict(block=BasicBlock, widths=(32, 64, 128, 256))
-_imagenet = dict(widths=(64, 64, 128, 256, 512), shortcut_name="shortcut", classifier_name="linear")
+_cifar: dict[str, Any] = dict(block=BasicBlock, widths=(16, 16, 32, 64))
+_cifar_x4: dict[str, Any] = dict(block=BasicBlock, widths=(32, 64, 128, 256))
+_imagenet: dict[str, Any] = dict(widths=(64, 64, 128, 256, 512), shortcut_name="shortcut", classifier_name="linear")
 
 _networks = {
     "resnet8": partial(ResNet, repeats=(1, 1, 1), **_cifar),
@@ -415,7 +415,7 @@ def list_models() -> list[str]:
     return list(_networks)
 
 # %% ../nbs/02_models.ipynb #62d15e09
-def create_model(name: str, num_classes: int = 100) -> Network:
+def create_model(name: str, num_classes: int = 100) -> nn.Module:
     """A freshly initialised network: images (N, 3, height, width) to logits (N, `num_classes`). ValueError if unknown.
 
     Names that begin with `imagenet/` are those of `sortkd.imagenet`.
@@ -426,9 +426,9 @@ def create_model(name: str, num_classes: int = 100) -> Network:
         return create_imagenet_model(name, num_classes)
     if not isinstance(name, str) or name not in _networks:
         by_lower_case = {known.lower(): known for known in _networks}
-        close = [by_lower_case[match] for match in difflib.get_close_matches(str(name).lower(), by_lower_case)]
+        close = [by_lower_case[match] for match in difflib.get_close_matches(str(name)[:100].lower(), by_lower_case)]
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"There is no network {name!r}.{hint} list_models() gives: {', '.join(_networks)}.")
+        raise ValueError(f"There is no network {name!r:.200}.{hint} list_models() gives: {', '.join(_networks)}.")
     if not isinstance(num_classes, Integral) or isinstance(num_classes, bool):
         raise TypeError(f"num_classes must be an integer of at least 2, but it is {num_classes!r}.")
     if num_classes < 2:

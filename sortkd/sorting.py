@@ -172,7 +172,7 @@ def _load_kernel():
         return None
 
     @triton.jit
-    def repair_row(logits, target, repaired, classes, inner, ignore_index, BLOCK: tl.constexpr):
+    def repair_row(logits, target, repaired, classes, inner, ignore_index, BLOCK: tl.constexpr):  # type: ignore[name-defined]
         row = tl.program_id(0).to(tl.int64)
         start = row // inner * inner * classes + row % inner
         column = tl.arange(0, BLOCK).to(tl.int64)

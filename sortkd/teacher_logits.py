@@ -14,13 +14,17 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from .data import Batches, Views, number_of_views, view_id, views_of
+from .data import Batches, ImageData, Views, number_of_views, view_id, views_of
 from .teachers import refuse_links, save_atomically, weights_checksum
+
+if TYPE_CHECKING:
+    from sortkd.imagenet import ImageFolderBatches
 
 # %% ../nbs/05_teacher_logits.ipynb #cfd0c2ff
 def expected_views(num_views: int, draws: int) -> float:
@@ -39,25 +43,36 @@ class TeacherLogits:
 
     kind = "computed"
 
-    def __init__(self, network: nn.Module, batches: Batches, precision: str = "float32", batch_size: int | None = None):
+    def __init__(
+        self,
+        network: nn.Module,
+        batches: "Batches | ImageFolderBatches",
+        precision: str = "float32",
+        batch_size: int | None = None,
+    ):
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
         self.batches, self.precision, self.device = batches, precision, batches.device
-        self.network = network.to(self.device, memory_format=torch.channels_last).eval()
+        self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         # Larger batches leave a CPU's cache; smaller ones leave a GPU idle.
         self.batch_size = batch_size or (2048 if self.device.type == "cuda" else 128)
 
     @torch.no_grad()
     def compute(self, views: Views) -> Iterator[tuple[int, int, Tensor]]:
         "(start, stop, logits) of `views`, batch by batch, float32 on the device."
+        assert isinstance(self.batches, Batches)  # only its images have numbered views
         for start in range(0, len(views.index), self.batch_size):
             stop = min(start + self.batch_size, len(views.index))
             images, _ = self.batches.gather(views.part(start, stop))
             yield start, stop, self._forward(images)
 
     def _forward(self, images: Tensor) -> Tensor:
+        rows = len(images)
+        if self.device.type == "cpu" and rows % 32:  # few rows would get other last bits than the same ones among many
+            images = torch.cat([images, images[:1].expand(-rows % 32, -1, -1, -1)])
+            images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.network(images).float()
+            return self.network(images).float()[:rows]
 
     @torch.no_grad()
     def of_images(self, images: Tensor) -> Tensor:
@@ -72,9 +87,8 @@ class TeacherLogits:
         "Nothing is open; the cache has something to finish."
 
 # %% ../nbs/05_teacher_logits.ipynb #542eb866
-def _identity(teacher: TeacherLogits) -> dict:
+def _identity(teacher: TeacherLogits, data: ImageData) -> dict:
     "The plain values that determine every number in a cache."
-    data = teacher.batches.data
     images = data.train_images.cpu().contiguous()
     return {
         "format": 1,
@@ -150,7 +164,7 @@ class CachedTeacherLogits(TeacherLogits):
         batch_size: int | None = None,
     ):
         super().__init__(network, batches, precision, batch_size)
-        identity = _identity(self)
+        identity = _identity(self, batches.data)
         self.pad, self.flip = identity["pad"], identity["flip"]
         self.num_views = number_of_views(self.pad, self.flip)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -226,6 +240,10 @@ class CachedTeacherLogits(TeacherLogits):
 
     def _fill(self, rows: Tensor) -> None:
         missing = rows[(self._computed[rows] | self._marks[rows]) == 0].unique()
+        if self._on_device is not self._stored:  # what other processes have computed since is not in this one's copy
+            others = rows[self._computed[rows] < self._marks[rows]].unique()
+            self._on_device[others.to(self.device)] = self._stored[others].to(self.device)
+            self._computed[others] = 1
         for start, stop, logits in self.compute(self._views(missing)):
             part, half = missing[start:stop], logits.half().cpu()
             if not half.isfinite().all():

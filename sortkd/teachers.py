@@ -17,9 +17,11 @@ import tempfile
 import urllib.request
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import torch
@@ -27,6 +29,9 @@ from torch import Tensor, nn
 
 from .data import ImageData, network_timeout, one_at_a_time
 from .models import create_model
+
+if TYPE_CHECKING:
+    from sortkd.imagenet import ImageFolderData
 
 # %% ../nbs/04_teachers.ipynb #993f44b8
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
@@ -138,7 +143,7 @@ def refuse_links(*paths: str | Path) -> None:
             raise ValueError(f"{path} is a link to {os.readlink(path)}; name that place itself, or remove the link.")
 
 
-def save_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def save_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write` with a temporary path beside `path`, then move that file into place: afterwards `path` holds all
     of the new content or still the old.
 
@@ -220,14 +225,15 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
     `ConnectionError` if it cannot be had or is damaged, and then nothing is kept; `ValueError` if a link is in the way.
     """
     folder, names = Path(folder), [_published_member(architecture) for architecture in PUBLISHED_TOP1]
-    refuse_links(*{folder / part for name in names for part in (name, *Path(name).parents)})
+    refuse_links(*{folder / part for name in names for part in (Path(name), *Path(name).parents)})
     with tempfile.TemporaryDirectory() as staging:
         try:
             with network_timeout():
                 _download(url, Path(staging) / "archive.tar")
             with tarfile.open(Path(staging) / "archive.tar", "r:") as archive:
                 plain = {member.name: member for member in archive if member.isreg() and not member.issparse()}
-                contents = {name: archive.extractfile(plain[name]).read() for name in names if name in plain}
+                files = {name: archive.extractfile(plain[name]) for name in names if name in plain}
+                contents = {name: file.read() for name, file in files.items() if file is not None}
         except (OSError, HTTPException, tarfile.TarError) as error:
             raise ConnectionError(f"the published teachers could not be had from {url} ({error}).") from error
     for name, content in contents.items():
@@ -250,7 +256,7 @@ class _SameScheme(urllib.request.HTTPRedirectHandler):
 
 # %% ../nbs/04_teachers.ipynb #6bfdf9d4
 def find_teacher(
-    architecture: str, data: ImageData, folder: str | Path, min_epochs: int, training: Mapping
+    architecture: str, data: "ImageData | ImageFolderData", folder: str | Path, min_epochs: int, training: Mapping
 ) -> Teacher | None:
     """The best teacher under `folder` that serves, or None.
 
@@ -275,7 +281,7 @@ def find_teacher(
 
 def get_teacher(
     architecture: str,
-    data: ImageData,
+    data: "ImageData | ImageFolderData",
     folder: str | Path,
     training: Mapping,
     train: Callable[[], tuple[Mapping[str, Tensor], Mapping]],
@@ -305,7 +311,9 @@ def get_teacher(
     if teacher is None:
         refuse_links(folder, folder / "local")
         _check_writable(folder / "local")
-        with one_at_a_time(folder / "local" / f".{name}.lock", f"making the teacher {architecture}"):
+        together = int(os.environ.get("WORLD_SIZE", 1)) > 1  # all processes of torchrun train it: none may wait for another
+        lock = folder / "local" / f".{name}.lock"
+        with nullcontext() if together else one_at_a_time(lock, f"making the teacher {architecture}"):
             teacher = find() or _make_teacher(architecture, data, folder, name, training, train, fetch)
     return teacher
 

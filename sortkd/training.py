@@ -20,19 +20,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batches, batch_bounds, crop, draw_views, normalize, strong_views
+from .data import Batches, Views, batch_bounds, crop, draw_views, normalize, strong_views
 from .losses import LearnedTemperature, Method
 from .teacher_logits import TeacherLogits
 from .teachers import save_atomically
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from sortkd.imagenet import ImageFolderBatches
 
 # %% ../nbs/06_training.ipynb #ef255014
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Recipe:
         )
 
 # %% ../nbs/06_training.ipynb #0fdf3d06
-PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
 def native_precision(device: str) -> str:
@@ -98,7 +100,8 @@ def create_fabric(device: str = "auto", precision: str = "auto", deterministic: 
         ("precision", precision, ("auto", *PRECISIONS)),
     ):
         if not isinstance(value, str) or value not in allowed:
-            raise ValueError(f"{name} is {value!r:.200}; choose {', '.join(allowed)}.")
+            shown = f"{value!r:.200}" if isinstance(value, str) else f"of type {type(value).__name__}"
+            raise ValueError(f"{name} is {shown}; choose {', '.join(allowed)}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is 'cuda', but PyTorch finds no GPU on this machine; choose 'auto' or 'cpu'.")
     if device == "auto":
@@ -132,7 +135,7 @@ def _choose_kernels(deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # A warning names an operation that has no such kernel: max pooling without overlaps needs none, but is named too.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs time, and nothing here reads such memory
 
 
 def precision_of(fabric: "Fabric") -> str:
@@ -182,6 +185,11 @@ class Ranks:
 
 # %% ../nbs/06_training.ipynb #bb6a1543
 class _SynchronizedBatchNorm(nn.BatchNorm2d):
+    running_mean: Tensor  # all of ours keep running statistics
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
             return super().forward(images)
@@ -218,7 +226,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Batches, fabric: "Fabric") -> Evaluation:
+def evaluate(model: nn.Module, batches: "Batches | ImageFolderBatches", fabric: "Fabric") -> Evaluation:
     "Test accuracy and loss of `model`, which is left in the mode it was in."
     was_training = model.training
     model.eval()
@@ -255,7 +263,10 @@ class _Step:
         self.ranks, self.temperature, self.batch_size = Ranks(fabric), temperature, batch_size
         self.totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
         self.captures = fabric.device.type == "cuda" and self.ranks.count == 1
-        self._graph, self._constants, self._inputs, self._steps = None, None, None, 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: Lesson | None = None
+        self._constants: tuple | None = None
+        self._steps = 0
 
     def __call__(self, lesson: Lesson, epoch: int) -> None:
         self._steps += 1
@@ -271,7 +282,7 @@ class _Step:
         target = lesson.target
         student_logits = self._logits(lesson.images, len(target))
         strong = None
-        if lesson.strong_images is not None:
+        if lesson.strong_images is not None and lesson.strong_repaired is not None:
             strong = self._logits(lesson.strong_images, len(target)), lesson.strong_repaired
         loss = self.method.loss(student_logits, lesson.repaired, target, epoch, strong, self.temperature)
         self.optimizer.zero_grad()
@@ -290,13 +301,14 @@ class _Step:
                 self.captures, self._graph = False, None
                 return self._run(lesson, epoch)
             self._constants = constants
+        assert self._inputs is not None and self._graph is not None  # since the capture
         for place, value in zip(self._inputs, lesson):
-            if place is not None:
+            if place is not None and value is not None:
                 place.copy_(value)
         self._graph.replay()
 
     def _capture(self, lesson: Lesson, epoch: int) -> None:
-        self._inputs = Lesson(*(value if value is None else value.clone() for value in lesson))
+        self._inputs = Lesson._make(value if value is None else value.clone() for value in lesson)
         self.optimizer.zero_grad()  # the graph keeps gradients in memory of its own
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -323,15 +335,16 @@ STEPS_AHEAD = 32  # for which the teacher's logits are looked up and repaired at
 class _Lessons:
     "The lessons of each epoch; counts the rows in which the teacher was wrong, and those that the repair changed."
 
-    def __init__(self, method: Method, teacher: TeacherLogits | None, batches: Batches, batch_size: int, seed: int,
-                 ranks: Ranks):
+    def __init__(self, method: Method, teacher: TeacherLogits | None, batches: "Batches | ImageFolderBatches",
+                 batch_size: int, seed: int, ranks: Ranks):
         self.method, self.teacher, self.batches, self.ranks = method, teacher, batches, ranks
         self.batch_size, self.seed = batch_size, seed
         self.about_teacher = torch.zeros(2, dtype=torch.int64, device=batches.device)
 
     def of_epoch(self, epoch: int) -> Iterator[Lesson]:
         self.about_teacher.zero_()
-        return self._from_views(epoch) if isinstance(self.batches, Batches) else self._from_files(epoch)
+        batches = self.batches
+        return self._from_views(batches, epoch) if isinstance(batches, Batches) else self._from_files(batches, epoch)
 
     def _repair(self, teacher_logits: Tensor, target: Tensor) -> Tensor:
         repaired = self.method.repair_logits(teacher_logits, target)
@@ -339,40 +352,42 @@ class _Lessons:
         self.about_teacher += torch.stack([wrong.sum(), (repaired != teacher_logits).any(1).sum()])
         return repaired
 
-    def _from_views(self, epoch: int) -> Iterator[Lesson]:
-        batches, data, ranks = self.batches, self.batches.data, self.ranks
+    def _from_views(self, batches: Batches, epoch: int) -> Iterator[Lesson]:
+        data, ranks = batches.data, self.ranks
         views = draw_views(len(data.train_targets), data.pad, data.flip, self.seed, epoch)  # on the CPU
-        views_on_device, lesson = views.to(batches.device), Lesson(None, None)
+        views_on_device = views.to(batches.device)
         bounds = batch_bounds(len(views.index), self.batch_size)
         for first in range(0, len(bounds), STEPS_AHEAD):
             steps = bounds[first : first + STEPS_AHEAD]
             begin, end = steps[0][0], steps[-1][1]
-            ahead = Lesson(None, batches.train_targets[views_on_device.index[begin:end]])
+            target = batches.train_targets[views_on_device.index[begin:end]]
+            ahead = {"target": target}  # what lessons hold beside the images
             if self.teacher is not None:
                 start, stop = (begin + each for each in ranks.part(end - begin))
                 teacher_logits = ranks.gather(self.teacher(views.part(start, stop)), end - begin)
-                ahead = ahead._replace(repaired=self._repair(teacher_logits, ahead.target))
-            if self.method.strong_views:
-                ahead = self._add_strong_views(ahead, views_on_device.part(begin, end), epoch, begin)
+                ahead["repaired"] = self._repair(teacher_logits, target)
+                if self.method.strong_views:
+                    part = views_on_device.part(begin, end)
+                    ahead |= self._strong_views(batches, self.teacher, part, target, epoch, begin)
             for start, stop in steps:
                 own = [start + each for each in ranks.part(stop - start)]
-                lesson = Lesson(*(each if each is None else each[start - begin : stop - begin] for each in ahead))
-                if lesson.strong_images is not None:
-                    lesson = lesson._replace(strong_images=ahead.strong_images[own[0] - begin : own[1] - begin])
-                yield lesson._replace(images=batches.gather(views_on_device.part(*own))[0])
+                lesson = {name: rows[start - begin : stop - begin] for name, rows in ahead.items()}
+                if "strong_images" in ahead:
+                    lesson["strong_images"] = ahead["strong_images"][own[0] - begin : own[1] - begin]
+                yield Lesson(batches.gather(views_on_device.part(*own))[0], **lesson)
 
-    def _add_strong_views(self, ahead: Lesson, views, epoch: int, begin: int) -> Lesson:
-        data, rows = self.batches.data, len(ahead.target)
-        pixels = crop(self.batches.padded, views, data.image_size)
-        images = normalize(strong_views(pixels, self.seed, epoch, begin), data.mean, data.std, self.batches.dtype)
+    def _strong_views(self, batches: Batches, teacher: TeacherLogits, views: Views, target: Tensor, epoch: int,
+                      begin: int) -> dict[str, Tensor]:
+        data, rows = batches.data, len(target)
+        pixels = crop(batches.padded, views, data.image_size)
+        images = normalize(strong_views(pixels, self.seed, epoch, begin), data.mean, data.std, batches.dtype)
         start, stop = self.ranks.part(rows)
-        teacher_logits = self.ranks.gather(self.teacher.of_images(images[start:stop]), rows)
-        repaired = self.method.repair_logits(teacher_logits, ahead.target)
-        return ahead._replace(strong_images=images, strong_repaired=repaired)
+        teacher_logits = self.ranks.gather(teacher.of_images(images[start:stop]), rows)
+        return {"strong_images": images, "strong_repaired": self.method.repair_logits(teacher_logits, target)}
 
-    def _from_files(self, epoch: int) -> Iterator[Lesson]:
-        ranks, bounds = self.ranks, batch_bounds(len(self.batches.train_targets), self.batch_size)
-        parts = self.batches.train(self.batch_size, self.seed, epoch, ranks.index, ranks.count)
+    def _from_files(self, batches: "ImageFolderBatches", epoch: int) -> Iterator[Lesson]:
+        ranks, bounds = self.ranks, batch_bounds(len(batches.train_targets), self.batch_size)
+        parts = batches.train(self.batch_size, self.seed, epoch, ranks.index, ranks.count)
         for (start, stop), (images, target) in zip(bounds, parts, strict=True):
             target, repaired = ranks.gather(target, stop - start), None
             if self.teacher is not None:
@@ -454,7 +469,7 @@ def _load_checkpoint(path: Path, run: str) -> dict:
 # %% ../nbs/06_training.ipynb #fc778285
 def train(
     model: nn.Module,
-    batches: Batches,
+    batches: "Batches | ImageFolderBatches",
     method: Method,
     recipe: Recipe,
     fabric: "Fabric",
@@ -516,11 +531,18 @@ def train(
     outcome, first_epoch = Outcome(), 1
     if checkpoint is not None and Path(checkpoint).exists():
         state = _load_checkpoint(Path(checkpoint), identity)
-        student.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if temperature is not None:
-            temperature.load_state_dict(state["temperature"])
-        outcome = Outcome(state["curve"], {}, state["best_weights"], state["seconds"])
+        try:
+            student.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if temperature is not None:
+                temperature.load_state_dict(state["temperature"])
+            curve = [dict(row) for row in state["curve"]]
+            outcome = Outcome(curve, {}, dict(state["best_weights"]), float(state["seconds"]))
+        except Exception as error:  # it has the name of this run, and yet something else in it
+            raise ValueError(
+                f"the checkpoint {checkpoint} does not hold the state of this run ({type(error).__name__}); "
+                "delete it to start the run again."
+            ) from error
         first_epoch = len(outcome.curve) + 1
 
     def save():
@@ -556,13 +578,14 @@ def train(
                 group["lr"] = recipe.lr_in(epoch)
             row = {"epoch": epoch, "lr": recipe.lr_in(epoch)}
             row |= _train_epoch(step, lessons, epoch, bar.update)
-            if not math.isfinite(row["train_loss"]):
-                raise FloatingPointError(
-                    f"the training loss of {method.name} is {row['train_loss']} in epoch {epoch}; "
-                    f"lower the learning rate ({recipe.lr}) or use precision float32 ({precision_of(fabric)} was used)."
-                )
             test = evaluate(student, batches, fabric)
             row |= {"test_loss": test.loss, "test_top1": test.top1, "seconds": time.monotonic() - start}
+            for kind, loss in (("training", row["train_loss"]), ("test", test.loss)):
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the {kind} loss of {method.name} is {loss} in epoch {epoch}; lower the learning rate "
+                        f"({recipe.lr}) or use precision float32 ({precision_of(fabric)} was used)."
+                    )
             outcome.curve.append(row)
             outcome.seconds += row["seconds"]
             if outcome.best is row:

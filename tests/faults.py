@@ -218,7 +218,7 @@ class Victim:
 
     def start(self, break_it=no_fault, as_command=False, log="log"):
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log(log).touch()  # it may be killed before it says anything
+        self._log(log).write_text("")  # it may be killed before it says anything
         process = context.Process(target=_process, args=(self.settings, break_it, self._log(log), self.folder, as_command))
         process.start()
         return process
@@ -360,12 +360,19 @@ class Harness:
                 self.tally.finish(victim, reference, kind, count, again=last != 0)
             kills -= count
 
-    def kill_at_file_events(self, kills: int):
-        "At `kills` places, evenly spread over all the things that an experiment does to files."
-        for number in sorted({round(1 + index * (self.file_events - 1) / max(1, kills - 1)) for index in range(kills)}):
-            victim = self.victim()
-            self.tally.expect("killed before a change of a file", victim.run(partial(killed_at_file_event, number)) == -9, f"event {number} never came")
-            self.tally.finish(victim, self.reference, "killed before a change of a file")
+    def kill_at_file_events(self, places: int, at_once: int = 2):
+        """At `places`, evenly spread over all the changes that an experiment makes to files; and what goes on from there
+        is killed again before one of its first changes, `at_once` times in all.
+        """
+        kind = "killed before a change of a file"
+        for number in sorted({round(1 + index * (self.file_events - 1) / max(1, places - 1)) for index in range(places)}):
+            victim, count = self.victim(), 1
+            status = victim.run(partial(killed_at_file_event, number))
+            self.tally.expect(kind, status == -signal.SIGKILL, f"event {number} never came: {status}, {victim.said[-1500:]}")
+            while count < at_once and status:
+                status = victim.run(partial(killed_at_file_event, self.random.randint(1, 40)))
+                count += status != 0
+            self.tally.finish(victim, self.reference, kind, count, again=status != 0)
 
     def kill_in_half_a_file(self):
         for pattern in (r"^\.checkpoint\.pt", r"^\.last\.safetensors", r"^\.best\.safetensors", r"^\.started", r"^\.about\.json"):
@@ -521,12 +528,12 @@ def small_disk(folder: Path, size: str):
 
 
 def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
-    "All kinds of faults, `kills` of them SIGKILL at a random moment or before a change of a file."
+    "All kinds of faults; about `kills` of them are SIGKILL at a random moment or before a change of a file."
     started = time.monotonic()
     harness = Harness(folder, seed)
     harness.kill_at_random(kills // 3)
     harness.kill_at_random(kills // 6, **OTHER_CELLS)
-    harness.kill_at_file_events(min(kills - kills // 3 - kills // 6, harness.file_events))
+    harness.kill_at_file_events(min(kills // 3, harness.file_events))
     harness.kill_in_half_a_file()
     harness.fill_the_disk(max(3, kills // 25))
     mounted = harness.fill_a_file_system()

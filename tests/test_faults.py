@@ -15,14 +15,14 @@ def no_harm(harness):
 
 
 def test_killed_at_random_moments(harness):
-    harness.kill_at_random(26)
-    assert harness.tally.faults["killed at a random moment"] == 26
+    harness.kill_at_random(30)
+    assert harness.tally.faults["killed at a random moment"] == 30
 
 
 def test_killed_before_changes_of_files(harness):
     assert harness.file_events > 50
-    harness.kill_at_file_events(24)
-    assert harness.tally.faults["killed before a change of a file"] == 24
+    harness.kill_at_file_events(8, at_once=3)
+    assert harness.tally.faults["killed before a change of a file"] >= 20
 
 
 def test_killed_with_half_a_file_written(harness):
@@ -31,7 +31,7 @@ def test_killed_with_half_a_file_written(harness):
 
 
 def test_full_disk(harness):
-    harness.fill_the_disk(2)
+    harness.fill_the_disk(1)
 
 
 def test_full_and_read_only_file_systems(harness):

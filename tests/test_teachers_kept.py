@@ -1,0 +1,41 @@
+"The teachers that are kept in the repository: small enough, described, and as good on CIFAR-100 as they say."
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_cifar100
+
+from sortkd.data import load_data
+from sortkd.experiments import create_batches
+from sortkd.teachers import PUBLISHED_TOP1, load_teacher, read_checkpoint
+from sortkd.training import create_fabric, evaluate
+
+FILES = sorted((Path(__file__).parents[1] / "teachers").rglob("*.safetensors"))
+KEPT = [path for path in FILES if "local" not in path.parts]  # the others were made on this machine, and are not committed
+
+
+def test_they_are_small_enough():
+    sizes = {path.name: path.stat().st_size for path in KEPT}
+    assert KEPT and max(sizes.values()) <= 16e6 and sum(sizes.values()) <= 60e6, sizes
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_they_say_what_they_are(path):
+    weights, text = read_checkpoint(path)
+    missing = {"architecture", "dataset", "recipe", "epochs", "seed", "top1", "precision", "machine", "versions", "command"} - {*text}
+    assert not missing and text["versions"]["torch"] and text["architecture"] in PUBLISHED_TOP1
+    rounded = {name: value.dtype for name, value in weights.items() if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert {*rounded.values()} == {torch.float16}
+
+
+@needs_cifar100
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_they_are_as_good_as_they_say(path):
+    _, text = read_checkpoint(path)
+    data = load_data(text["dataset"])
+    fabric = create_fabric("cpu", "float32")
+    found = evaluate(load_teacher(path, text["architecture"], data.num_classes).model, create_batches(data, fabric.device), fabric).top1
+    # The file's own number was taken before the weights were rounded to half precision.
+    assert found == pytest.approx(text["top1"], abs=0.1 if text["precision"] == "float32" else 0.2), text["top1"]
+    if text["epochs"] >= 240:
+        assert found == pytest.approx(PUBLISHED_TOP1[text["architecture"]], abs=1), "a finding: explain it where the file is described"
