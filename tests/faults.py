@@ -540,10 +540,10 @@ def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
     harness.take_permissions()
     harness.send_signals(max(2, kills // 25))
     harness.send_signals(2, workers=2)
-    harness.run_two_at_once(max(2, kills // 25))
+    harness.run_two_at_once(max(2, kills // 50))
     harness.explode_and_turn_clocks()
     harness.kill_workers(max(2, kills // 50))
-    harness.kill_teachers(max(3, kills // 25))
+    harness.kill_teachers(max(3, kills // 40))
     tally = harness.tally
     return tally, {
         "faults": dict(tally.faults), "runs": dict(tally.runs), "harm": dict(tally.harm), "file_systems_mounted": mounted,
