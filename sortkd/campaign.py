@@ -30,14 +30,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .commands import _ends_cleanly
-from .data import number_of_views
+from .data import ImageData, number_of_views
 from sortkd.experiments import (
     PAIRS,
     Experiment,
@@ -340,7 +340,7 @@ class Speeds:
     def views_seconds(self, teacher: Teacher | None, architecture: str) -> float:
         "Of computing the teacher's logits that are not kept here yet, where the grid keeps them all; a forward pass each."
         planned, data = self.planned, self.planned.data
-        if planned.cache != "full":
+        if planned.cache != "full" or not isinstance(data, ImageData):
             return 0.0
         views = len(data.train_targets) * number_of_views(data.pad, data.flip)
         checksum = teacher.as_record()["weights_sha256"] if teacher else ""
@@ -443,6 +443,7 @@ class _Worker:
         other.close()
         self.job: Job | None = None
         self.rows: list[dict] = []
+        self.since = self.set_up = 0.0
 
     def start(self, job: Job) -> None:
         self.job, self.set_up, self.rows = job, 0.0, []
@@ -516,7 +517,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         raise ValueError(f"another process is at the grid in {grid.results_dir}; wait for it, or name another folder.") from None
     context = torch.multiprocessing.get_context("spawn")
     ends = context.RawValue("d", end - margin_of(seconds))
-    waiting, workers, done = priority(_with_logits(state), grid), [], {}
+    waiting, workers, done = priority(_with_logits(state), grid), list[_Worker](), dict[Job, dict]()
     ready = state.teachers.keys() - {job.teacher for job in waiting if not job.method}
 
     def seconds_needed(job: Job) -> float:
@@ -528,6 +529,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
 
     def close(worker: _Worker, outcome: str, why: str = "") -> None:
         job, rows = worker.job, worker.rows
+        assert job is not None
         top1 = rows[-1]["test_top1"] if rows else math.nan
         done[job] = {"job": str(job), "top1": top1, "outcome": outcome}
         if rows:
@@ -541,11 +543,13 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
             counter.now = counter.most = max(1, counter.now - 1)
 
     def hear(worker: _Worker) -> None:
+        assert worker.job is not None  # it is at work
         try:
             event, about = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join()
             return close(worker, "failed", f"its process died (exit status {worker.process.exitcode})")
+        assert worker.job is not None
         if event == "started":
             worker.since = time.monotonic()
             return None
@@ -635,8 +639,8 @@ class _Parts(io.RawIOBase):
     "A file to write to that becomes numbered files of at most PART_BYTES."
 
     def __init__(self, folder: Path):
-        self.folder, self.parts, self.room = folder, [], 0
-        self.file: io.IOBase = io.BytesIO()
+        self.folder, self.parts, self.room = folder, list[Path](), 0
+        self.file: io.BufferedIOBase = io.BytesIO()
 
     def writable(self) -> bool:
         return True
@@ -646,7 +650,7 @@ class _Parts(io.RawIOBase):
         while rest:
             if not self.room:
                 self._next()
-            taken = self.file.write(rest[: self.room])  # type: ignore[attr-defined]
+            taken = self.file.write(rest[: self.room])
             rest, self.room = rest[taken:], self.room - taken
         return len(content)
 
