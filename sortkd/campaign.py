@@ -30,14 +30,14 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .commands import _ends_cleanly
-from .data import number_of_views
+from .data import ImageData, number_of_views
 from sortkd.experiments import (
     PAIRS,
     Experiment,
@@ -340,7 +340,7 @@ class Speeds:
     def views_seconds(self, teacher: Teacher | None, architecture: str) -> float:
         "Of computing the teacher's logits that are not kept here yet, where the grid keeps them all; a forward pass each."
         planned, data = self.planned, self.planned.data
-        if planned.cache != "full":
+        if planned.cache != "full" or not isinstance(data, ImageData):
             return 0.0
         views = len(data.train_targets) * number_of_views(data.pad, data.flip)
         checksum = teacher.as_record()["weights_sha256"] if teacher else ""
@@ -543,6 +543,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
             counter.now = counter.most = max(1, counter.now - 1)
 
     def hear(worker: _Worker) -> None:
+        assert worker.job is not None  # it is at work
         try:
             event, about = worker.pipe.recv()
         except (EOFError, OSError):

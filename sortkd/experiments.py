@@ -1105,7 +1105,7 @@ def plan_repetition(
 
 def _file_with_weights(checksum: str, name: str, folder: str | Path) -> Path | None:
     "The file called `name` under `folder` that holds the weights with this checksum."
-    for path in sorted(Path(folder).rglob(Path(name).name)):
+    for path in sorted(each for each in Path(folder).rglob("*") if each.name == Path(name).name):
         # As a network reads them: what is kept in half precision is compared in float32.
         if path.is_file() and weights_checksum(read_checkpoint(path)[0]) == checksum:
             return path
