@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import wait
@@ -461,7 +462,12 @@ class _Worker:
 
     def start(self, job: Job) -> None:
         self.job, self.set_up, self.rows = job, 0.0, []
-        self.pipe.send(job)
+        self.tell(job)
+
+    def tell(self, job: Job | None) -> None:
+        "Without a job: to end."
+        with suppress(OSError):  # that the process has died is noticed where its answer is awaited
+            self.pipe.send(job)
 
 
 class _Lines:
@@ -557,7 +563,6 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
             counter.now = counter.most = max(1, counter.now - 1)
 
     def hear(worker: _Worker) -> None:
-        assert worker.job is not None  # it is at work
         try:
             event, about = worker.pipe.recv()
         except (EOFError, OSError):
@@ -606,7 +611,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         raise
     finally:
         for worker in workers:
-            worker.process.kill() if worker.job else worker.pipe.send(None)
+            worker.process.kill() if worker.job else worker.tell(None)
         for worker in busy():
             close(worker, "cut off", "going on from its last checkpoint")
         for worker in workers:

@@ -190,6 +190,21 @@ def test_what_cannot_reach_a_checkpoint_is_not_started(tmp_path, monkeypatch):
     assert run_slice(state, 60, quiet=True).empty
 
 
+def test_a_worker_that_dies_is_a_failed_job_and_the_rest_goes_on(tmp_path, monkeypatch):
+    class Dead(campaign._Worker):
+        def start(self, job):
+            self.process.kill()
+            self.process.join()
+            super().start(job)
+
+    monkeypatch.setattr(campaign, "_Worker", Dead)
+    done = run_slice(look(grid_in(tmp_path)), at_once=1, quiet=True)
+    assert list(done["outcome"]) == ["failed"] and done["job"][0] == "teacher resnet56"  # whose cells wait
+    monkeypatch.undo()
+    with campaign.FileLock(tmp_path / "results" / "runs" / "campaign.lock"), pytest.raises(ValueError, match="another process is at the grid"):
+        run_slice(look(grid_in(tmp_path)), quiet=True)
+
+
 def test_more_at_once_only_while_that_is_faster():
     images = {Job("r56_r20", "kd", seed): 1000 for seed in range(9)}
 

@@ -1,6 +1,10 @@
 "A few minutes of faults.py: nothing that an experiment can be told to bear loses, doubles or damages a run."
+import sys
+
 import pytest
 from faults import Harness
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="takes Linux's capabilities away and looks into its /proc")
 
 
 @pytest.fixture(scope="module")
