@@ -770,7 +770,7 @@ def unpack(grid: Grid, folder: str | Path) -> list[str]:
         try:
             with tarfile.open(fileobj=io.BufferedReader(_Joined([path for path, _ in parts])), mode="r|") as archive:
                 for member in archive:
-                    if not member.isreg() or not _CARRIED.fullmatch(member.name):
+                    if not member.isreg() or member.issparse() or not _CARRIED.fullmatch(member.name):
                         raise ValueError(f"{folder} holds {member.name!r:.80}, which no campaign writes; nothing was taken.")
                     archive.extract(member, staging, filter="data")
         except tarfile.TarError as error:
