@@ -74,19 +74,21 @@ def test_the_same_view_has_the_same_logits_on_cifar100(tmp_path):
 def test_no_view_is_computed_twice(batches, tmp_path):
     network = seeded_network()
     cache = CachedTeacherLogits(network, batches, tmp_path)
-    counting = Counting(network)
+    counting, padding = Counting(network), 32 * 9  # for each time that some are missing, and for the rest of a `fill`
     for epoch in (1, 2, 3):
         cache(views(epoch))
     asked = torch.cat([views(epoch).index * 25 + view_id(views(epoch), 2, False) for epoch in (1, 2, 3)])
-    assert counting.rows == len(asked.unique())
+    assert len(asked.unique()) <= counting.rows < len(asked.unique()) + padding
+    seen = counting.rows
     for epoch in (3, 1, 2):
         cache(views(epoch))
-    assert counting.rows == len(asked.unique())
+    assert counting.rows == seen
     before = round(cache.share_computed * 3000)
     cache.fill()
-    assert cache.share_computed == 1 and counting.rows == len(asked.unique()) + 3000 - before
+    assert cache.share_computed == 1 and 3000 - before <= counting.rows - seen < 3000 - before + padding
+    seen = counting.rows
     cache.fill()
-    assert counting.rows == 3000
+    assert counting.rows == seen
 
 
 def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
