@@ -370,7 +370,7 @@ class Harness:
         kind, reference = "killed at a random moment", self.unbroken_run(**changes)
         while kills > 0:
             victim, statuses = self.victim(**changes), []
-            while len(statuses) < min(at_once, kills) and set(statuses) <= {-signal.SIGKILL}:
+            while len(statuses) < min(at_once, kills) and set(statuses) <= {-signal.SIGKILL} and not victim.ended:
                 statuses.append(victim.run_and_kill(self.random.uniform(0, self.seconds[str(changes)])))
             count, last = statuses.count(-signal.SIGKILL), statuses[-1]
             self.tally.expect(kind, last in (0, -signal.SIGKILL), f"ended with {last}: {victim.said[-1500:]}")
@@ -571,11 +571,12 @@ def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
         partial(harness.kill_teachers, max(3, kills // 40)),
     ]
     for stage in stages:
+        known = len(tally.damage)
         try:
             stage()
         except Exception:  # what was found before is kept
             tally._note("unclear", getattr(stage, "func", stage).__name__, traceback.format_exc()[-2000:])
-        print(f"{sum(tally.faults.values())} faults after {time.monotonic() - started:.0f} s; harm: {dict(tally.harm) or 'none'}", flush=True)
+        print(f"{sum(tally.faults.values())} faults after {time.monotonic() - started:.0f} s", *tally.damage[known:], sep="\n", flush=True)
     return tally, {
         "faults": dict(tally.faults), "runs": dict(tally.runs), "harm": dict(tally.harm),
         "file_systems_mounted": harness.mounted, "file_events": harness.file_events,
@@ -594,7 +595,6 @@ def main():
         tally, found = break_everything(Path(folder), arguments.kills, arguments.seed)
     for kind, count in tally.faults.items():
         print(f"{count:5} {kind} ({tally.runs[kind]} runs)")
-    print("\n".join(tally.damage))
     print(f"{sum(tally.faults.values())} faults in {sum(tally.runs.values())} runs; harm: {json.dumps(found['harm']) if found['harm'] else 'none'}")
     if arguments.results:
         about = {"benchmark": "faults", "when": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(["python", *sys.argv]), "seed": arguments.seed}
