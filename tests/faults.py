@@ -233,7 +233,9 @@ class Victim:
         return process
 
     def end(self, process, log="log") -> int | str:
-        process.join(300)
+        for _ in range(300):  # a harness that is suspended for a while gives the process the rest of its time
+            if process.exitcode is None:
+                process.join(1)
         self.said = self._log(log).read_text()
         if process.exitcode is None:
             process.kill()
@@ -370,7 +372,7 @@ class Harness:
         kind, reference = "killed at a random moment", self.unbroken_run(**changes)
         while kills > 0:
             victim, statuses = self.victim(**changes), []
-            while len(statuses) < min(at_once, kills) and set(statuses) <= {-signal.SIGKILL}:
+            while len(statuses) < min(at_once, kills) and set(statuses) <= {-signal.SIGKILL} and not victim.ended:
                 statuses.append(victim.run_and_kill(self.random.uniform(0, self.seconds[str(changes)])))
             count, last = statuses.count(-signal.SIGKILL), statuses[-1]
             self.tally.expect(kind, last in (0, -signal.SIGKILL), f"ended with {last}: {victim.said[-1500:]}")
@@ -509,8 +511,11 @@ class Harness:
             children = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
             children = [each for each in children if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]
             kind = "a worker killed" if number % 2 == 0 else "a process with two workers killed"
-            os.kill(self.random.choice(children) if number % 2 == 0 else process.pid, signal.SIGKILL)
+            with suppress(IndexError, ProcessLookupError):  # it was too quick
+                os.kill(self.random.choice(children) if number % 2 == 0 else process.pid, signal.SIGKILL)
             status = victim.end(process)
+            if status == 0:
+                continue
             victim.settings |= {"workers": 1 + number // 2 % 2}  # how many at once is no part of what a command is
             self.tally.expect(kind, status == -9 or status == 1 and "a worker process died" in victim.said, victim.said[-1500:])
             self.tally.finish(victim, self.reference, kind)
@@ -571,11 +576,12 @@ def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
         partial(harness.kill_teachers, max(3, kills // 40)),
     ]
     for stage in stages:
+        known = len(tally.damage)
         try:
             stage()
         except Exception:  # what was found before is kept
             tally._note("unclear", getattr(stage, "func", stage).__name__, traceback.format_exc()[-2000:])
-        print(f"{sum(tally.faults.values())} faults after {time.monotonic() - started:.0f} s; harm: {dict(tally.harm) or 'none'}", flush=True)
+        print(f"{sum(tally.faults.values())} faults after {time.monotonic() - started:.0f} s", *tally.damage[known:], sep="\n", flush=True)
     return tally, {
         "faults": dict(tally.faults), "runs": dict(tally.runs), "harm": dict(tally.harm),
         "file_systems_mounted": harness.mounted, "file_events": harness.file_events,
@@ -594,7 +600,6 @@ def main():
         tally, found = break_everything(Path(folder), arguments.kills, arguments.seed)
     for kind, count in tally.faults.items():
         print(f"{count:5} {kind} ({tally.runs[kind]} runs)")
-    print("\n".join(tally.damage))
     print(f"{sum(tally.faults.values())} faults in {sum(tally.runs.values())} runs; harm: {json.dumps(found['harm']) if found['harm'] else 'none'}")
     if arguments.results:
         about = {"benchmark": "faults", "when": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(["python", *sys.argv]), "seed": arguments.seed}
