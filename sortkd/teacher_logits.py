@@ -240,6 +240,10 @@ class CachedTeacherLogits(TeacherLogits):
 
     def _fill(self, rows: Tensor) -> None:
         missing = rows[(self._computed[rows] | self._marks[rows]) == 0].unique()
+        if self._on_device is not self._stored:  # what other processes have computed since is not in this one's copy
+            others = rows[self._computed[rows] < self._marks[rows]].unique()
+            self._on_device[others.to(self.device)] = self._stored[others].to(self.device)
+            self._computed[others] = 1
         for start, stop, logits in self.compute(self._views(missing)):
             part, half = missing[start:stop], logits.half().cpu()
             if not half.isfinite().all():
