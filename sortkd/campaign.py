@@ -443,6 +443,7 @@ class _Worker:
         other.close()
         self.job: Job | None = None
         self.rows: list[dict] = []
+        self.since = self.set_up = 0.0
 
     def start(self, job: Job) -> None:
         self.job, self.set_up, self.rows = job, 0.0, []
@@ -516,7 +517,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         raise ValueError(f"another process is at the grid in {grid.results_dir}; wait for it, or name another folder.") from None
     context = torch.multiprocessing.get_context("spawn")
     ends = context.RawValue("d", end - margin_of(seconds))
-    waiting, workers, done = priority(_with_logits(state), grid), [], {}
+    waiting, workers, done = priority(_with_logits(state), grid), list[_Worker](), dict[Job, dict]()
     ready = state.teachers.keys() - {job.teacher for job in waiting if not job.method}
 
     def seconds_needed(job: Job) -> float:
@@ -528,6 +529,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
 
     def close(worker: _Worker, outcome: str, why: str = "") -> None:
         job, rows = worker.job, worker.rows
+        assert job is not None
         top1 = rows[-1]["test_top1"] if rows else math.nan
         done[job] = {"job": str(job), "top1": top1, "outcome": outcome}
         if rows:
@@ -546,6 +548,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         except (EOFError, OSError):
             worker.process.join()
             return close(worker, "failed", f"its process died (exit status {worker.process.exitcode})")
+        assert worker.job is not None
         if event == "started":
             worker.since = time.monotonic()
             return None
@@ -635,8 +638,8 @@ class _Parts(io.RawIOBase):
     "A file to write to that becomes numbered files of at most PART_BYTES."
 
     def __init__(self, folder: Path):
-        self.folder, self.parts, self.room = folder, [], 0
-        self.file: io.IOBase = io.BytesIO()
+        self.folder, self.parts, self.room = folder, list[Path](), 0
+        self.file: io.BufferedIOBase = io.BytesIO()
 
     def writable(self) -> bool:
         return True
@@ -646,7 +649,7 @@ class _Parts(io.RawIOBase):
         while rest:
             if not self.room:
                 self._next()
-            taken = self.file.write(rest[: self.room])  # type: ignore[attr-defined]
+            taken = self.file.write(rest[: self.room])
             rest, self.room = rest[taken:], self.room - taken
         return len(content)
 

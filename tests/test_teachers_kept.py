@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_cifar100
 
 from sortkd.data import load_data
 from sortkd.experiments import create_batches
 from sortkd.teachers import PUBLISHED_TOP1, load_teacher, read_checkpoint
 from sortkd.training import create_fabric, evaluate
-from tests.conftest import needs_cifar100
 
 FILES = sorted((Path(__file__).parents[1] / "teachers").rglob("*.safetensors"))
 KEPT = [path for path in FILES if "local" not in path.parts]  # the others were made on this machine, and are not committed
