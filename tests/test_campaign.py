@@ -360,10 +360,11 @@ def test_cut_into_slices_and_carried_the_numbers_are_those_of_an_uncut_run(tmp_p
         if not (state := look(grid)).missing:
             break
         if number < 2:  # the first is asked to stop when a student has begun, the second killed
-            process = begin(folder, "--at-once", "1")
+            start, process = time.monotonic(), begin(folder, "--at-once", "1")
             try:
                 lines = iter(process.stdout.readline, "")
                 assert any(re.search(r"kd\S* seed \d: epoch", line) for line in lines)
+                begun = time.monotonic() - start  # on this machine, under its load
                 process.send_signal(signal.SIGKILL if number else signal.SIGTERM)
                 rest = process.communicate(timeout=120)[0]
             finally:
@@ -371,7 +372,7 @@ def test_cut_into_slices_and_carried_the_numbers_are_those_of_an_uncut_run(tmp_p
             assert process.returncode == (-signal.SIGKILL if number else 128 + signal.SIGTERM), rest
             assert number or "stopped. What was saved is kept" in rest
         else:
-            print(number, run_slice(state, cuts.uniform(4, 12) * 1.5 ** (number / 3), at_once=cuts.choice([1, 2]), quiet=True).to_string())
+            run_slice(state, begun * cuts.uniform(0.7, 1.5) * 1.1**number, at_once=cuts.choice([1, 2]), quiet=True)
         pack(grid, tmp_path / f"parcel{number}")
     else:
         pytest.fail("no end after 30 slices")
