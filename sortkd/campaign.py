@@ -58,8 +58,8 @@ from sortkd.experiments import (
 from .losses import create_method
 from .models import create_model
 from .results import PAPER_METHODS, load_results, measured_rates, paper_grid
-from .teachers import Teacher, _read_text, find_teacher, refuse_links
-from .training import Stopped, fingerprint
+from .teachers import PUBLISHED_TOP1, Teacher, _published_member, _read_text, find_teacher, refuse_links
+from .training import Recipe, Stopped, fingerprint
 
 # %% ../nbs/12_campaign.ipynb #5ec2a14d
 @dataclass(frozen=True, eq=False)
@@ -93,6 +93,8 @@ _DEFAULTS = {
 def _option(name: str, value):
     "An option's value of the right type: on a command line every value is a text."
     default = _DEFAULTS[_choice("an option", name, list(_DEFAULTS))]
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"option {name} is {value!r:.60}; give a single value.")
     text = str(value).lower()
     if isinstance(default, bool):
         return _choice(f"option {name}", text, ["true", "false"]) == "true"
@@ -122,7 +124,10 @@ def make_grid(settings: Mapping) -> Grid:
         create_method(method)
     options = settings["options"] or {}
     if not isinstance(options, Mapping):
-        raise ValueError(f"options is {options!r}; give names with values, such as {{epochs: 1}}.")
+        raise ValueError(f"options is {options!r:.60}; give names with values, such as {{epochs: 1}}.")
+    for name in ("cells_dir", "teachers_dir", "results_dir"):
+        if not isinstance(settings[name], str | Path) or not str(settings[name]):
+            raise ValueError(f"{name} is {settings[name]!r:.60}; give the path of a folder.")
     return Grid(
         cells=paper_grid(**chosen),
         preset=_choice("preset", settings["preset"], ["quick", "short", "paper"]),
@@ -147,12 +152,14 @@ def read_grid(path: str | Path, **changes) -> Grid:
         if each.is_file():
             try:
                 content = yaml.safe_load(each.read_text())
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ValueError(f"{each} is no YAML file ({error}).") from error
+            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+                raise ValueError(f"{each} is no YAML file ({' '.join(str(error).split()):.200}).") from error
             if not isinstance(content, dict):
                 raise ValueError(f"{each} holds {content!r:.40}; give names with values, as in workflow/config.yaml.")
             settings |= content
-    options = {**(settings.get("options") or {}), **changes.pop("options", {})}
+    options = settings.get("options") or {}
+    if isinstance(options, dict):  # else make_grid says what it is
+        options = options | changes.pop("options", {})
     return make_grid(settings | changes | {"options": options})
 
 # %% ../nbs/12_campaign.ipynb #4edbf596
@@ -211,6 +218,7 @@ class State:
     planned: Experiment  # of the first pair
     finished: set[Job] = field(default_factory=set)
     teachers: dict[str, Teacher | None] = field(default_factory=dict)
+    elsewhere: dict[str, int] = field(default_factory=dict)  # cells recorded on other devices or in other precisions
     epochs: dict[Job, tuple[int, int]] = field(default_factory=dict)  # behind it, in all
     images: dict[Job, int] = field(default_factory=dict)  # in an epoch
 
@@ -219,10 +227,20 @@ class State:
         return list(self.epochs)
 
 
+def _elsewhere(grid: Grid, planned: Experiment) -> dict[str, int]:
+    "How many cells are recorded on other devices or in other precisions; here they do not count."
+    if not planned.records_file.exists():
+        return {}
+    frame = load_results(planned.records_file)[0]
+    frame = frame[frame["epochs"] == planned.recipe.epochs].merge(grid.cells, on=["pair", "seed", "method"])
+    places = [f"{row.device} in {row.precision}" for row in frame.drop_duplicates(["pair", "seed", "method", "device", "precision"]).itertuples()]
+    return {place: places.count(place) for place in sorted({*places} - {f"{planned.device} in {planned.precision}"})}
+
+
 def look(grid: Grid, planned: Experiment | None = None) -> State:
     "What is there of `grid`; nothing is written. `planned`: of an earlier look, to spare loading the data."
     planned = planned or _experiment(grid, Job(grid.cells["pair"][0]))
-    state = State(grid, planned)
+    state = State(grid, planned, elsewhere=_elsewhere(grid, planned))
     recorded = [str(each.get("run_id")) for each in _records_so_far(planned) if isinstance(each, dict)]
     kinds = {"off": ["computed"], "full": ["cached"]}.get(planned.cache, ["cached", "computed"])
     for pair, cells in grid.cells.groupby("pair", sort=False):
@@ -259,13 +277,14 @@ def priority(missing: Iterable[Job], grid: Grid) -> list[Job]:
     missing = list(missing)
     pairs, methods = (list(grid.cells[name].unique()) for name in ("pair", "method"))
     objectives = list(dict.fromkeys(method.partition("+")[0] for method in methods))
+    teachers = list(dict.fromkeys(PAIRS[pair].teacher for pair in pairs))  # whose logits a fresh machine computes once
     waiting = {job.teacher: sum(each.teacher == job.teacher for each in missing if each.method) for job in missing}
 
     def place(job: Job) -> tuple:
         if not job.method:
             return 0, -waiting[job.teacher], pairs.index(job.pair)
         objective = objectives.index(job.method.partition("+")[0])
-        return 1, job.seed, objective, pairs.index(job.pair), methods.index(job.method)
+        return 1, job.seed, objective, teachers.index(job.teacher), pairs.index(job.pair), methods.index(job.method)
 
     return sorted(missing, key=place)
 
@@ -377,6 +396,8 @@ def describe_plan(state: State, speeds: Speeds) -> str:
     hours = [f"{'≈' if row.how == 'scaled' else ''}{row.hours:,.3g}" if row.how != "unknown" else "unknown" for row in table.itertuples()]
     shown = table.assign(hours=hours).rename(columns={"million_rows": "million rows", "multiply_adds": "M multiply-adds"})
     counts = f"{len(state.finished)} of {len(state.grid.cells)} cells are done"
+    if state.elsewhere:
+        counts += " (and " + ", ".join(f"{count} on {place}" for place, count in state.elsewhere.items()) + ", which do not count here)"
     found = [name for name, teacher in state.teachers.items() if teacher]
     sentences = [f"{counts}, {len(found)} of {len(state.teachers)} teachers are there. "
                  f"Cost on {here['machine']}, {here['device']}, {here['precision']}, one job after the other:"]  # fmt: skip
@@ -517,12 +538,12 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         raise ValueError(f"another process is at the grid in {grid.results_dir}; wait for it, or name another folder.") from None
     context = torch.multiprocessing.get_context("spawn")
     ends = context.RawValue("d", end - margin_of(seconds))
-    waiting, workers, done = priority(_with_logits(state), grid), list[_Worker](), dict[Job, dict]()
+    waiting, workers, done = _with_logits(state), list[_Worker](), dict[Job, dict]()
     ready = state.teachers.keys() - {job.teacher for job in waiting if not job.method}
 
     def seconds_needed(job: Job) -> float:
         rate, how = speeds.of(job.kind)
-        views = 0.0 if job.method else speeds.views_seconds(state.teachers[job.teacher], job.teacher)
+        views = 0.0 if job in state.epochs else speeds.views_seconds(state.teachers[job.teacher], job.teacher)
         if how == "unknown" or math.isnan(views):
             return seconds / 2
         return speeds.set_up + views + 1.1 * rate * state.images.get(job, len(state.planned.data.train_targets)) / 1e6
@@ -531,6 +552,8 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         job, rows = worker.job, worker.rows
         assert job is not None
         top1 = rows[-1]["test_top1"] if rows else math.nan
+        if outcome == "finished" and rows and not job.method:
+            why = _against_published(state, job, top1)
         done[job] = {"job": str(job), "top1": top1, "outcome": outcome}
         if rows:
             speeds.note(job.kind, state.images[job], rows[-1]["seconds"], worker.set_up)
@@ -607,12 +630,24 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
 
 
 def _with_logits(state: State) -> list[Job]:
-    "The missing jobs, and with cache=full, for each teacher that is there, the job that computes its logits."
-    jobs = state.missing
-    if state.planned.cache != "full":
-        return jobs
-    needed = {job.teacher: Job(job.pair) for job in reversed(jobs) if job.method and state.teachers[job.teacher]}
-    return [*needed.values(), *jobs]
+    """The missing jobs in their order, and with cache=full the job that computes the logits of a teacher that is there
+    before its first cell: a slice on a fresh machine computes no others than it comes to.
+    """
+    jobs, computed = list[Job](), set[str]()
+    for job in priority(state.missing, state.grid):
+        if job.method and state.teachers[job.teacher] and state.planned.cache == "full" and job.teacher not in computed:
+            jobs.append(Job(job.pair))
+            computed.add(job.teacher)
+        jobs.append(job)
+    return jobs
+
+
+def _against_published(state: State, job: Job, top1: float) -> str:
+    "How far a teacher of the full recipe is from the published one, in points of top-1; more than one is a finding."
+    if state.planned.data.name != "cifar100" or state.epochs[job][1] < Recipe().epochs:
+        return ""
+    away = top1 - PUBLISHED_TOP1[job.teacher]
+    return f"{away:+.2f} points from the published teacher" + ": a finding, explain it before a table rests on it" * (abs(away) > 1)
 
 
 def _hear_all(workers: Sequence[_Worker], hear: Callable[[_Worker], None], seconds: float) -> None:
@@ -629,8 +664,9 @@ def _clock(seconds: float) -> str:
 PART_BYTES = 16_000_000
 _NAME = r"[\w+-][\w.+-]*"
 _CARRIED = re.compile(
-    rf"results/(?:(?:quick|short|paper)\.jsonl|runs/epochs\.jsonl|runs/teacher-{_NAME}\.pt|"
-    rf"runs/{_NAME}/(?:checkpoint\.pt|started|sessions\.jsonl))|teachers/local/{_NAME}\.safetensors"
+    rf"results/(?:(?:quick|short|paper)\.jsonl|runs/epochs\.jsonl|runs/teacher-{_NAME}\.pt|runs/started-[0-9a-f]+|"
+    rf"runs/{_NAME}/(?:checkpoint\.pt|sessions\.jsonl))|"
+    rf"teachers/(?:(?:local/)?{_NAME}\.safetensors|cifar_teachers/\w+/ckpt_epoch_240\.pth)"
 )
 
 
@@ -667,12 +703,30 @@ def _checksum(path: Path) -> str:
 def _to_carry(grid: Grid) -> list[tuple[str, Path]]:
     "Names in the archive, and files."
     results, teachers = Path(grid.results_dir), Path(grid.teachers_dir)
-    runs = results / "runs"
-    found = [results / f"{grid.preset}.jsonl", runs / "epochs.jsonl", *sorted(runs.glob("teacher-*.pt"))]
+    runs, records = results / "runs", results / f"{grid.preset}.jsonl"
+    recorded = [str(each.get("run_id")) for each in (read_records(records) if records.exists() else []) if isinstance(each, dict)]
+    needed = {PAIRS[pair].teacher for pair in grid.cells["pair"]}
+    kept = [path for place in (teachers, teachers / "local") for path in sorted(place.glob("*.safetensors"))]
+    kept = [path for path in kept if _read_text(path).get("architecture") in needed]
+    made = {_checkpoint_of(_read_text(path)) for path in kept}  # elsewhere, if the checkpoint is still here
+    found = [records, runs / "epochs.jsonl", *(path for path in sorted(runs.glob("teacher-*.pt")) if path.name not in made)]
     for checkpoint in sorted(runs.glob("*/checkpoint.pt")):
-        found += [checkpoint.with_name(name) for name in ("started", "sessions.jsonl", "checkpoint.pt")]
-    names = [(f"results/{path.relative_to(results)}", path) for path in found if path.is_file()]
-    return names + [(f"teachers/local/{path.name}", path) for path in sorted((teachers / "local").glob("*.safetensors"))]
+        if not any(run_id.startswith(f"{checkpoint.parent.name}-") for run_id in recorded):
+            found += [*_beside(checkpoint), checkpoint]
+    kept += [teachers / _published_member(architecture) for architecture in sorted(needed)]
+    names = {f"results/{path.relative_to(results)}": path for path in found} | {f"teachers/{path.relative_to(teachers)}": path for path in kept}
+    return [(name, path) for name, path in names.items() if path.is_file()]
+
+
+def _beside(checkpoint: Path) -> list[Path]:
+    "What belongs to a run's checkpoint: when its job was started, and the machines it has been on."
+    return [checkpoint.parents[1] / f"started-{fingerprint([checkpoint.parent.name])}", checkpoint.with_name("sessions.jsonl")]
+
+
+def _checkpoint_of(text: Mapping) -> str:
+    "The name of the checkpoint that a teacher had while it was trained, from what its file says."
+    training = {key: text.get(key) for key in ("recipe", "epochs", "train_images", "data_checksum", "seed")}
+    return f"teacher-{text['architecture']}-{fingerprint(text['architecture'], training)}.pt"
 
 
 def pack(grid: Grid, folder: str | Path) -> pd.DataFrame:
@@ -763,9 +817,9 @@ def _take(staging: Path, name: str, grid: Grid) -> bool:
     "Bring one file of a parcel to its place, with those that belong to it; whether it was taken."
     top, _, rest = name.partition("/")
     new, place = staging / name, Path(grid.results_dir if top == "results" else grid.teachers_dir) / rest
-    refuse_links(place.parent, place)
+    refuse_links(place.parents[1], place.parent, place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.parent.parent.name == "runs" and place.name != "checkpoint.pt":
+    if re.match(r"runs/(started-|.*/sessions\.jsonl)", rest):
         return False  # comes with its checkpoint
     if place.suffix == ".jsonl":
         there = read_records(place) if place.exists() else []
@@ -776,23 +830,21 @@ def _take(staging: Path, name: str, grid: Grid) -> bool:
         return bool(added)
     if place.suffix == ".pt" and place.exists() and _epochs_in(place) >= _epochs_in(new):
         return False
-    if place.suffix == ".safetensors" and place.exists():
+    if top == "teachers" and place.exists():
         if _checksum(place) != _checksum(new):
             raise ValueError(f"{place} is there with other content; move it away, or unpack into fresh folders.")
         return False
-    others = [] if place.name != "checkpoint.pt" else ["started", "sessions.jsonl"]
-    for other in others:
-        place.with_name(other).unlink(missing_ok=True)
-        if new.with_name(other).exists():
-            refuse_links(place.with_name(other))
-            new.with_name(other).replace(place.with_name(other))
+    for other, carried in zip(_beside(place), _beside(new)) if place.name == "checkpoint.pt" else ():
+        other.unlink(missing_ok=True)
+        if carried.exists():
+            carried.replace(other)
     new.replace(place)
     return True
 
 # %% ../nbs/12_campaign.ipynb #5312d8da
 def _seconds(text: str) -> float:
     "`1h30m`, `25m` or `90s` in seconds."
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
+    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text)
     hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     if not hours + minutes + seconds:
         raise ValueError(f"the budget is {text!r}; give a time such as 25m, 1h30m or 90s.")
