@@ -24,27 +24,30 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .commands import _ends_cleanly
-from .data import number_of_views
+from .data import ImageData, number_of_views
 from sortkd.experiments import (
     PAIRS,
     Experiment,
     _choice,
     _count,
+    _differences,
     _end_with_parent,
     _method_for,
+    _plain,
     _plan_run,
     _records_so_far,
     _split,
@@ -218,7 +221,7 @@ class State:
     planned: Experiment  # of the first pair
     finished: set[Job] = field(default_factory=set)
     teachers: dict[str, Teacher | None] = field(default_factory=dict)
-    elsewhere: dict[str, int] = field(default_factory=dict)  # cells recorded on other devices or in other precisions
+    others: dict[str, int] = field(default_factory=dict)  # of the missing cells, those recorded with other settings: which
     epochs: dict[Job, tuple[int, int]] = field(default_factory=dict)  # behind it, in all
     images: dict[Job, int] = field(default_factory=dict)  # in an epoch
 
@@ -227,21 +230,13 @@ class State:
         return list(self.epochs)
 
 
-def _elsewhere(grid: Grid, planned: Experiment) -> dict[str, int]:
-    "How many cells are recorded on other devices or in other precisions; here they do not count."
-    if not planned.records_file.exists():
-        return {}
-    frame = load_results(planned.records_file)[0]
-    frame = frame[frame["epochs"] == planned.recipe.epochs].merge(grid.cells, on=["pair", "seed", "method"])
-    places = [f"{row.device} in {row.precision}" for row in frame.drop_duplicates(["pair", "seed", "method", "device", "precision"]).itertuples()]
-    return {place: places.count(place) for place in sorted({*places} - {f"{planned.device} in {planned.precision}"})}
-
-
 def look(grid: Grid, planned: Experiment | None = None) -> State:
     "What is there of `grid`; nothing is written. `planned`: of an earlier look, to spare loading the data."
     planned = planned or _experiment(grid, Job(grid.cells["pair"][0]))
-    state = State(grid, planned, elsewhere=_elsewhere(grid, planned))
-    recorded = [str(each.get("run_id")) for each in _records_so_far(planned) if isinstance(each, dict)]
+    state = State(grid, planned)
+    records = [each for each in _records_so_far(planned) if isinstance(each, dict) and isinstance(each.get("method"), dict)]
+    recorded = [str(each.get("run_id")) for each in records]
+    by_cell = {(str(each.get("pair")), str(each["method"].get("name")), str(each.get("seed"))): each for each in records}
     kinds = {"off": ["computed"], "full": ["cached"]}.get(planned.cache, ["cached", "computed"])
     for pair, cells in grid.cells.groupby("pair", sort=False):
         experiment = _of_pair(planned, pair)
@@ -266,6 +261,12 @@ def look(grid: Grid, planned: Experiment | None = None) -> State:
             if any(run_id.startswith(f"{folder.name}-") for folder in folders for run_id in recorded):
                 state.finished.add(job)
                 continue
+            if other := by_cell.get((pair, cell.method, str(cell.seed))):
+                kind = other.get("teacher_logits") if other.get("teacher_logits") in kinds else kinds[0]
+                run = _plan_run(experiment, method, cell.seed, kind, about or {"weights_sha256": None})
+                settings = run.settings | {"data": run.about_data, "teacher": {"weights_sha256": run.about_teacher["weights_sha256"]}}
+                different = " and ".join(_differences(_plain(settings), other | {"teacher": other.get("about_teacher")}))
+                state.others[different] = state.others.get(different, 0) + 1
             behind = max((_epochs_in(folder / "checkpoint.pt") for folder in folders), default=0)
             state.epochs[job] = behind, experiment.recipe_for(method).epochs
             state.images[job] = len(planned.data.train_targets)
@@ -359,7 +360,7 @@ class Speeds:
     def views_seconds(self, teacher: Teacher | None, architecture: str) -> float:
         "Of computing the teacher's logits that are not kept here yet, where the grid keeps them all; a forward pass each."
         planned, data = self.planned, self.planned.data
-        if planned.cache != "full":
+        if planned.cache != "full" or not isinstance(data, ImageData):
             return 0.0
         views = len(data.train_targets) * number_of_views(data.pad, data.flip)
         checksum = teacher.as_record()["weights_sha256"] if teacher else ""
@@ -396,8 +397,8 @@ def describe_plan(state: State, speeds: Speeds) -> str:
     hours = [f"{'≈' if row.how == 'scaled' else ''}{row.hours:,.3g}" if row.how != "unknown" else "unknown" for row in table.itertuples()]
     shown = table.assign(hours=hours).rename(columns={"million_rows": "million rows", "multiply_adds": "M multiply-adds"})
     counts = f"{len(state.finished)} of {len(state.grid.cells)} cells are done"
-    if state.elsewhere:
-        counts += " (and " + ", ".join(f"{count} on {place}" for place, count in state.elsewhere.items()) + ", which do not count here)"
+    if state.others:
+        counts += " (not counted: " + ", ".join(f"{count} with other {names}" for names, count in state.others.items()) + ")"
     found = [name for name, teacher in state.teachers.items() if teacher]
     sentences = [f"{counts}, {len(found)} of {len(state.teachers)} teachers are there. "
                  f"Cost on {here['machine']}, {here['device']}, {here['precision']}, one job after the other:"]  # fmt: skip
@@ -468,7 +469,12 @@ class _Worker:
 
     def start(self, job: Job) -> None:
         self.job, self.set_up, self.rows = job, 0.0, []
-        self.pipe.send(job)
+        self.tell(job)
+
+    def tell(self, job: Job | None) -> None:
+        "Without a job: to end."
+        with suppress(OSError):  # that the process has died is noticed where its answer is awaited
+            self.pipe.send(job)
 
 
 class _Lines:
@@ -614,7 +620,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         raise
     finally:
         for worker in workers:
-            worker.process.kill() if worker.job else worker.pipe.send(None)
+            worker.process.kill() if worker.job else worker.tell(None)
         for worker in busy():
             close(worker, "cut off", "going on from its last checkpoint")
         for worker in workers:

@@ -77,14 +77,14 @@ def _terminate(number, frame):
     raise _Terminated
 
 
-def _ends_cleanly(work: Callable[[], int | None], again: str) -> int:
-    "The exit status of `work()`: errors that a user can mend become one line."
+def _ends_cleanly(work: Callable[[], int | None], again: str | Callable[[], str]) -> int:
+    "The exit status of `work()`: errors that a user can mend become one line. `again`: what to say when it is stopped."
     in_main_thread = threading.current_thread() is threading.main_thread()  # the only one that may receive signals
     before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         return work() or 0
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {again}", file=sys.stderr)
+        print(f"\nstopped. {again if isinstance(again, str) else again()}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         if os.environ.get("SORTKD_TRACEBACK"):
@@ -117,12 +117,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if first:
             print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
         results = run_experiment(experiment, progress)
-        if not first:
-            return
-        print(summarize(results.records).to_string())
-        print(f"{len(results.records)} records appended to {experiment.records_file}")
+        recorded.append(len(results.records))
+        if first:  # at once: given again, the command would be a new one
+            print(f"{len(results.records)} records appended to {experiment.records_file}", flush=True)
+            print(summarize(results.records).to_string())
 
-    return _ends_cleanly(work, "What was saved is kept: give the same command again to go on.")
+    recorded: list[int] = []
+    go_on = "What was saved is kept: give the same command again to go on."
+    return _ends_cleanly(work, lambda: "All runs are recorded." if recorded else go_on)
 
 
 def _repeat(source: str, given: dict, progress: bool) -> int:

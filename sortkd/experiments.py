@@ -401,6 +401,9 @@ def plan_experiment(
         raise ValueError(f"teacher is {_shown(teacher)}; give 'auto' or the path of a checkpoint.")
     _check_folder("teachers_dir", teachers_dir, ["local"])
     _check_folder("results_dir", results_dir, ["runs", "tensorboard", "wandb", f"{preset}.jsonl"], written=True)
+    records = Path(results_dir) / f"{preset}.jsonl"
+    if records.exists() and not (records.is_file() and os.access(records, os.W_OK)):
+        raise ValueError(f"results_dir is {str(results_dir)!r}, but nothing can be written to {records}; name another folder.")
     if isinstance(cache_dir, str) and cache_dir == "auto":
         cache_dir = str(Path(results_dir) / "teacher_logits")
     _check_folder("cache_dir", cache_dir)
@@ -484,8 +487,12 @@ def read_records(path: str | Path) -> list[dict]:
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
         if line.strip():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except (ValueError, RecursionError):  # neither JSON nor UTF-8, or nested without end
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
                 warnings.warn(f"{path}, line {number}, is not a whole record and was left out.", stacklevel=2)
     return records
 
@@ -889,6 +896,8 @@ class _Session:
         "For the record: `sessions`, unless there was only one."
         sessions: dict[int, dict] = {}
         for each in read_records(self.path) if self.path.exists() else []:
+            if not isinstance(each.get("first_epoch"), int):
+                continue
             # An epoch that was lost with its session was trained again in a later one.
             sessions = {epoch: other for epoch, other in sessions.items() if epoch < each["first_epoch"]}
             sessions[each["first_epoch"]] = each
@@ -1096,7 +1105,7 @@ def plan_repetition(
 
 def _file_with_weights(checksum: str, name: str, folder: str | Path) -> Path | None:
     "The file called `name` under `folder` that holds the weights with this checksum."
-    for path in sorted(Path(folder).rglob(Path(name).name)):
+    for path in sorted(each for each in Path(folder).rglob("*") if each.name == Path(name).name):
         # As a network reads them: what is kept in half precision is compared in float32.
         if path.is_file() and weights_checksum(read_checkpoint(path)[0]) == checksum:
             return path

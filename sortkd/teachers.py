@@ -52,6 +52,7 @@ def _read_text(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             text = json.loads((file.metadata() or {}).get("sortkd", "{}"))
+        json.dumps(text, allow_nan=False)  # a record that says it could not be written
         for name in ("epochs", "top1"):  # which are compared
             if not isinstance(text.get(name, 0), int | float):
                 raise ValueError(f"{name} is no number")
@@ -170,15 +171,20 @@ def save_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
     """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all.
 
-    Weights become float16; buffers of batch normalisation stay.
+    Weights become float16; buffers of batch normalisation stay. `ValueError` if `training` or, so stored, the
+    weights hold NaN or infinity.
     """
     from safetensors.torch import save
 
     def stored(name, value):
         keeps_precision = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
-        return (value if keeps_precision else value.half()).detach().cpu().contiguous()
+        kept = (value if keeps_precision else value.half()).detach().cpu().contiguous()
+        if not kept.isfinite().all():
+            raise ValueError(f"{path} is not written: {name} holds NaN, infinity, or numbers beyond half precision.")
+        return kept
 
-    content = save({name: stored(name, value) for name, value in weights.items()}, {"sortkd": json.dumps(dict(training))})
+    text = {"sortkd": json.dumps(dict(training), allow_nan=False)}
+    content = save({name: stored(name, value) for name, value in weights.items()}, text)
     save_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Path(path)
 
@@ -293,7 +299,8 @@ def get_teacher(
     `folder`/local. For ImageNet torchvision's weights are fetched, and nothing is trained in their place.
 
     `training`: plain values that identify how the run would train it. `train()` returns the weights and further plain
-    values, such as `top1`, to keep with them. Of several processes that need a teacher one makes it; the others wait.
+    values, such as `top1`, to keep with them. Of several jobs that need a teacher one makes it; the others wait. The
+    processes of one job (`torchrun`) train it together: all of them call this function, and `train` is called in all.
     Raises `OSError` before any training if nothing can be kept under `folder`, `ValueError` if links are in the way.
     """
     folder, name = Path(folder), f"{architecture.replace('/', '-')}-{data.name}"
@@ -308,14 +315,29 @@ def get_teacher(
 
         model = load_weights(create_model(architecture, data.num_classes), pretrained_weights(architecture), architecture)
         teacher = Teacher(model.eval().requires_grad_(False), architecture, "fetched", "torchvision IMAGENET1K_V1")
-    if teacher is None:
+    if _first_says(teacher is None):
         refuse_links(folder, folder / "local")
         _check_writable(folder / "local")
-        together = int(os.environ.get("WORLD_SIZE", 1)) > 1  # all processes of torchrun train it: none may wait for another
         lock = folder / "local" / f".{name}.lock"
-        with nullcontext() if together else one_at_a_time(lock, f"making the teacher {architecture}"):
-            teacher = find() or _make_teacher(architecture, data, folder, name, training, train, fetch)
+        with one_at_a_time(lock, f"making the teacher {architecture}") if _is_first() else nullcontext():
+            is_there = _first_says(_is_first() and find() is not None)  # the others wait here for the first and its lock
+            teacher = find() if is_there else _make_teacher(architecture, data, folder, name, training, train, fetch)
+    if teacher is None:
+        raise FileNotFoundError(f"the first process of this job finds a teacher {architecture} that {folder} does not hold here.")
     return teacher
+
+
+def _is_first() -> bool:
+    "Whether this is the first of the processes of a job, or the only one."
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _first_says(value: bool) -> bool:
+    "The `value` that the first process of the job has: what all do together, all must decide alike."
+    values = [value]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def _check_writable(folder: Path) -> None:
@@ -327,14 +349,24 @@ def _check_writable(folder: Path) -> None:
         raise OSError(error.errno, f"no teacher can be kept in {folder} ({error.strerror}); name another folder") from error
 
 
+def _fetched(architecture: str, folder: Path) -> bool:
+    "Whether the published teacher could be fetched; if not, say why."
+    try:
+        fetch_published(folder)
+        if (folder / _published_member(architecture)).is_file():
+            return True
+        reason = f"the published archive holds no {architecture}."
+    except ConnectionError as error:
+        reason = str(error)
+    print(f"{reason} Training {architecture} instead.")
+    return False
+
+
 def _make_teacher(architecture, data, folder, name, training, train, fetch) -> Teacher:
-    "Fetch or train; nobody else is making the same one."
+    "Fetch or train; no other job is making the same one."
     if fetch and data.name == "cifar100" and architecture in PUBLISHED_TOP1:
-        try:
-            fetch_published(folder)
+        if _first_says(_is_first() and _fetched(architecture, folder)):
             return load_teacher(folder / _published_member(architecture), architecture, data.num_classes, "fetched")
-        except (ConnectionError, FileNotFoundError) as error:
-            print(f"{error} Training {architecture} instead.")
     for left in (folder / "local").glob(f".{name}-*.tmp"):  # by a writer that was killed
         left.unlink(missing_ok=True)
     weights, more = train()

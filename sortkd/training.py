@@ -531,11 +531,18 @@ def train(
     outcome, first_epoch = Outcome(), 1
     if checkpoint is not None and Path(checkpoint).exists():
         state = _load_checkpoint(Path(checkpoint), identity)
-        student.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if temperature is not None:
-            temperature.load_state_dict(state["temperature"])
-        outcome = Outcome(state["curve"], {}, state["best_weights"], state["seconds"])
+        try:
+            student.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if temperature is not None:
+                temperature.load_state_dict(state["temperature"])
+            curve = [dict(row) for row in state["curve"]]
+            outcome = Outcome(curve, {}, dict(state["best_weights"]), float(state["seconds"]))
+        except Exception as error:  # it has the name of this run, and yet something else in it
+            raise ValueError(
+                f"the checkpoint {checkpoint} does not hold the state of this run ({type(error).__name__}); "
+                "delete it to start the run again."
+            ) from error
         first_epoch = len(outcome.curve) + 1
 
     def save():
@@ -571,13 +578,14 @@ def train(
                 group["lr"] = recipe.lr_in(epoch)
             row = {"epoch": epoch, "lr": recipe.lr_in(epoch)}
             row |= _train_epoch(step, lessons, epoch, bar.update)
-            if not math.isfinite(row["train_loss"]):
-                raise FloatingPointError(
-                    f"the training loss of {method.name} is {row['train_loss']} in epoch {epoch}; "
-                    f"lower the learning rate ({recipe.lr}) or use precision float32 ({precision_of(fabric)} was used)."
-                )
             test = evaluate(student, batches, fabric)
             row |= {"test_loss": test.loss, "test_top1": test.top1, "seconds": time.monotonic() - start}
+            for kind, loss in (("training", row["train_loss"]), ("test", test.loss)):
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the {kind} loss of {method.name} is {loss} in epoch {epoch}; lower the learning rate "
+                        f"({recipe.lr}) or use precision float32 ({precision_of(fabric)} was used)."
+                    )
             outcome.curve.append(row)
             outcome.seconds += row["seconds"]
             if outcome.best is row:

@@ -1,5 +1,6 @@
 "What nobody should pass, passed: an answer within seconds, which is a result or one error that names what is wrong."
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -367,13 +368,12 @@ def spoilt(weights, value):
     (torch.Tensor.to_sparse, "fc.weight as .*sparse"), (lambda layer: layer.to("meta"), "fc.weight"), (lambda layer: torch.quantize_per_tensor(layer, 0.1, 0, torch.qint8), "fc.weight as torch.qint8"),
     (torch.Tensor.flatten, r"fc.weight is \(640,\)"), (lambda layer: layer.new_zeros(1).expand(10**6, 10**6), r"fc.weight is \(1000000, 1000000\)"), (lambda layer: layer[:0], r"\(0, 64\)"),
 ])
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, about sparse and quantized tensors
 def test_weights_that_are_none(tmp_path, weights, value, words):
     path = tmp_path / "teacher.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *_, **__: None)  # PyTorch's, about quantized tensors
-        torch.save(spoilt(weights, value), path)
-        with pytest.raises(ValueError, match=f"teacher.pth.*{words}"):
-            load_teacher(path, "resnet8", 10)
+    torch.save(spoilt(weights, value), path)
+    with pytest.raises(ValueError, match=f"teacher.pth.*{words}"):
+        load_teacher(path, "resnet8", 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -562,3 +562,54 @@ def test_settings_of_methods(objective):
 def test_losses_by_themselves(call):
     with pytest.raises(TypeError, match="must be"):
         call()
+
+
+# Records that are to be repeated
+
+
+@pytest.fixture(scope="module")
+def recorded(place):
+    "A real record, of a student that an untrained teacher has taught, and the options to repeat it."
+    torch.manual_seed(0)
+    folder = place.with_name("recorded")
+    teacher = save_teacher(folder / "resnet56.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits"})
+    plan = plan_experiment(**SMALL | {"methods": "kd+sort", "teacher": str(teacher), "teachers_dir": str(folder), "results_dir": str(folder / "results")})
+    record, = run_experiment(plan, progress=False).records
+    return json.loads(json.dumps(record)), ["--quiet", f"--teachers-dir={folder}", f"--results-dir={folder / 'again'}", "--from-record"]
+
+
+def changed(record, path, value):
+    name, _, rest = path.partition(".")
+    return record | {name: changed(record[name], rest, value) if rest else value}
+
+
+NEEDED = ["run_id", "pair", "method", "method.name", "seed", "preset", "full_recipe", "recipe", "recipe.epochs", "data", "data.name", "data.train_images", "device", "precision", "teacher_logits",
+          "about_teacher", "about_teacher.file", "about_teacher.weights_sha256", "machine", "machine.threads"]
+
+
+def test_records_with_other_values(tmp_path, place, recorded, monkeypatch, capsys):
+    "Each field that a repetition needs, as what it should not be: one line, or the repetition."
+    def stop(*_):
+        raise RuntimeError("this would run")
+
+    monkeypatch.setattr(sortkd.experiments, "run_experiment", stop)
+    record, options = recorded
+    path, refused = tmp_path / "records.jsonl", 0
+    for field in NEEDED:
+        for value in (None, "../../x", LONG, -1, 10**30, [], {"a": 1}):
+            path.write_text(json.dumps(changed(record, field, value)) + "\n")
+            status, error = said_by(run, [*options, str(path)], capsys)
+            assert status == 1 and len(error.strip().splitlines()) == 1 and len(error) <= LONGEST_MESSAGE, (field, str(value)[:40], error[:500])
+            refused += "this would run" not in error
+    assert refused > len(NEEDED) * 7 / 2
+    path.write_text(json.dumps(record) + "\n")
+    assert "this would run" in said_by(run, [*options, str(path)], capsys)[1], "unchanged it is repeated"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null\n5\n", b"\xff\xfe\n", b'{"run_id": 5}', b'{"run_id": "a"}\n{"run_id": "a"}\n', b"[" * 100_000, b"\0" * 1000], ids=lambda content: str(content[:12]))
+@pytest.mark.filterwarnings("ignore:.*is not a whole record")
+def test_files_of_no_records(tmp_path, place, content, capsys):
+    (tmp_path / "records.jsonl").write_bytes(content)
+    for source in (str(tmp_path / "records.jsonl"), str(tmp_path), "x" * 5000, "nowhere:", ":", ""):
+        status, error = said_by(run, ["--quiet", f"--from-record={source}"], capsys)
+        assert status == 1 and len(error.strip().splitlines()) == 1 and len(error) <= LONGEST_MESSAGE, error[:300]

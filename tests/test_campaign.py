@@ -21,6 +21,7 @@ import yaml
 from sortkd import campaign
 from sortkd.campaign import Deadline, Job, Speeds, describe_plan, look, main, make_grid, pack, plan_table, priority, read_grid, run_slice, unpack
 from sortkd.experiments import PAIRS, append_record, compare_runs, describe_machine, plan_experiment, read_records, run_experiment
+from sortkd.models import create_model
 from sortkd.results import PAPER_METHODS, paper_grid, synthetic_record
 from sortkd.teachers import save_teacher
 from sortkd.training import fingerprint
@@ -197,6 +198,21 @@ def test_what_cannot_reach_a_checkpoint_is_not_started(tmp_path, monkeypatch):
     append_record(state.planned.records_file, measured(4e6, preset="quick"))  # an epoch of 200 images in 800 seconds, of the teacher's 400 in more
     monkeypatch.setattr(campaign, "_Worker", lambda *_: pytest.fail("a job was started"))
     assert run_slice(state, 60, quiet=True).empty
+
+
+def test_a_worker_that_dies_is_a_failed_job_and_the_rest_goes_on(tmp_path, monkeypatch):
+    class Dead(campaign._Worker):
+        def start(self, job):
+            self.process.kill()
+            self.process.join()
+            super().start(job)
+
+    monkeypatch.setattr(campaign, "_Worker", Dead)
+    done = run_slice(look(grid_in(tmp_path)), at_once=1, quiet=True)
+    assert list(done["outcome"]) == ["failed"] and done["job"][0] == "teacher resnet56"  # whose cells wait
+    monkeypatch.undo()
+    with campaign.FileLock(tmp_path / "results" / "runs" / "campaign.lock"), pytest.raises(ValueError, match="another process is at the grid"):
+        run_slice(look(grid_in(tmp_path)), quiet=True)
 
 
 def test_more_at_once_only_while_that_is_faster():
@@ -401,15 +417,23 @@ def test_a_teachers_logits_come_right_before_its_first_cell(tmp_path):
     assert campaign._with_logits(state) == priority(state.missing, state.grid)
 
 
-def test_records_of_another_device_are_named_and_do_not_count(tmp_path):
+def test_cells_recorded_with_other_settings_are_named_and_do_not_count(tmp_path):
     grid = grid_in(tmp_path)
-    planned = look(grid).planned
-    for seed, device, method in ((0, "cuda", "kd"), (1, "cuda", "kd"), (0, "cpu", "kd+sort"), (7, "cuda", "kd")):
-        record = measured(7.0, preset="quick", method=method, seed=seed)
-        append_record(planned.records_file, record | {"device": device, "precision": "bfloat16"})
+    experiment = plan_experiment("r56_r20", "kd,kd+sort", "0,1", skip_recorded=True, **grid.shared)
+    save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
+    about = look(grid).teachers["resnet56"].as_record()
+    changes = iter([{"device": "cuda", "precision": "bfloat16"}, {"teacher_logits": "cached"}, {"device": "cuda", "precision": "bfloat16"}, {}])
+    for seed in experiment.seeds:
+        for method in experiment.methods:
+            run = campaign._plan_run(experiment, method, seed, "computed", about)
+            record = {"run_id": f"{run.folder.name}-2026", **run.settings, "data": run.about_data, "about_teacher": about}
+            change = next(changes)
+            append_record(experiment.records_file, record | change | ({"run_id": f"another-{seed}-{method.name}"} if change else {}))
     state = look(grid)
-    assert not state.finished and state.elsewhere == {"cpu in bfloat16": 1, "cuda in bfloat16": 2}
-    assert "0 of 4 cells are done (and 1 on cpu in bfloat16, 2 on cuda in bfloat16, which do not count here)" in describe_plan(state, Speeds(state.planned))
+    assert state.finished == {Job("r56_r20", "kd+sort", 1)} and state.others == {"device and precision": 2, "teacher_logits": 1}
+    assert "1 of 4 cells are done (not counted: 2 with other device and precision, 1 with other teacher_logits)" in describe_plan(state, Speeds(state.planned))
+    save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
+    assert not look(grid).finished and "teacher.weights_sha256" in look(grid).others
 
 
 def test_a_teacher_away_from_the_published_one_is_called_a_finding():

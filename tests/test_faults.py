@@ -1,6 +1,10 @@
 "A few minutes of faults.py: nothing that an experiment can be told to bear loses, doubles or damages a run."
+import sys
+
 import pytest
 from faults import Harness
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="takes Linux's capabilities away and looks into its /proc")
 
 
 @pytest.fixture(scope="module")
@@ -15,14 +19,14 @@ def no_harm(harness):
 
 
 def test_killed_at_random_moments(harness):
-    harness.kill_at_random(26)
-    assert harness.tally.faults["killed at a random moment"] == 26
+    harness.kill_at_random(30)
+    assert harness.tally.faults["killed at a random moment"] == 30
 
 
 def test_killed_before_changes_of_files(harness):
     assert harness.file_events > 50
-    harness.kill_at_file_events(24)
-    assert harness.tally.faults["killed before a change of a file"] == 24
+    harness.kill_at_file_events(8, at_once=3)
+    assert harness.tally.faults["killed before a change of a file"] >= 20
 
 
 def test_killed_with_half_a_file_written(harness):
@@ -31,7 +35,7 @@ def test_killed_with_half_a_file_written(harness):
 
 
 def test_full_disk(harness):
-    harness.fill_the_disk(3)
+    harness.fill_the_disk(1)
 
 
 def test_full_and_read_only_file_systems(harness):
@@ -39,12 +43,16 @@ def test_full_and_read_only_file_systems(harness):
         pytest.skip("no file system may be mounted here")
 
 
+def test_folders_and_files_that_may_only_be_read(harness):
+    harness.take_permissions()
+
+
 def test_signals(harness):
-    harness.send_signals()
+    harness.send_signals(2)
 
 
 def test_two_processes_at_once(harness):
-    harness.run_two_at_once(2)
+    harness.run_two_at_once(1)
 
 
 def test_exploding_losses_and_jumping_clocks(harness):

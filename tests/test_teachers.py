@@ -1,5 +1,9 @@
-"Checkpoints of other networks, other formats and bad intent; which teacher a run finds."
+"Checkpoints of other networks, other formats and bad intent; which teacher a run finds, and which process makes it."
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +89,89 @@ def test_trained_once_and_kept(tmp_path, weights):
     digits = load_digits()
     sources = [get_teacher("resnet8", digits, tmp_path, {"recipe": {"milestones": (1, 2)}}, train).source for _ in range(2)]
     assert sources == ["trained", "found"] and len(calls) == 1
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
+def test_texts_that_no_record_could_hold(tmp_path, weights, number):
+    "They are refused before a run, not after it."
+    from safetensors.torch import save_file
+    text = '{"architecture": "resnet8", "dataset": "digits", "complete": true, "more": {"top5": [%s]}}' % number
+    save_file(dict(weights), tmp_path / "odd.safetensors", {"sortkd": text})
+    for look in (lambda: read_checkpoint(tmp_path / "odd.safetensors"), lambda: find_teacher("resnet8", load_digits(), tmp_path, 0, {})):
+        with pytest.raises(ValueError, match="odd.safetensors"):
+            look()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 7e4])
+def test_no_teacher_is_kept_that_could_not_be_read(tmp_path, weights, value):
+    with pytest.raises(ValueError, match="t.safetensors is not written: fc.bias holds"):
+        save_teacher(tmp_path / "t.safetensors", weights | {"fc.bias": torch.full((10,), value)}, {})
+    with pytest.raises(ValueError):
+        save_teacher(tmp_path / "t.safetensors", weights, {"top1": torch.nan})
+    assert not list(tmp_path.iterdir())
+
+
+JOBS = """
+import os, sys, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import sortkd.teachers
+from sortkd.data import load_digits
+from sortkd.models import create_model
+from sortkd.teachers import get_teacher
+
+digits, published = load_digits(), "published" in sys.argv
+if published:  # the first process alone asks the network, which the second could not reach
+    object.__setattr__(digits, "name", "cifar100")
+
+def fetch(folder):
+    Path(f"fetched-{job}-{rank}").touch()
+    time.sleep(0.5)
+    if "unreachable" in sys.argv:
+        raise ConnectionError("no network.")
+    path = folder / sortkd.teachers._published_member("resnet56")
+    path.parent.mkdir(parents=True)
+    torch.save({"model": network().state_dict()}, path)
+
+def network():
+    torch.manual_seed(0)
+    return create_model("resnet56" if published else "resnet8", 10)
+
+def train():
+    total = torch.ones(1)
+    dist.all_reduce(total)  # hangs unless all processes of the job are here
+    Path(f"trained-{job}-{rank}").touch()
+    while len(list(Path().glob("asked-?-?"))) < 2 * jobs:  # until the other job wants the same teacher
+        time.sleep(0.02)
+    return network().state_dict(), {"top1": total.item()}
+
+jobs = 1 if published else 2
+for job in range(jobs):
+    for rank in range(2):
+        if os.fork() == 0:
+            dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meeting{job}", rank=rank, world_size=2)
+            sortkd.teachers.fetch_published = fetch
+            Path(f"asked-{job}-{rank}").touch()
+            teacher = get_teacher("resnet56" if published else "resnet8", digits, "teachers", {"seed": 0}, train, fetch=published)
+            Path(f"{teacher.source}-{job}-{rank}.end").touch()
+            dist.barrier()
+            os._exit(0)
+for _ in range(2 * jobs):
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.parametrize("words, ends", [
+    ((), {"trained": 2, "found": 2}),  # two jobs of two processes: one job trains, all of the other find
+    (("published",), {"fetched": 2}), (("published", "unreachable"), {"trained": 2}),
+])
+def test_processes_of_a_job_decide_together(tmp_path, words, ends):
+    done = subprocess.run([sys.executable, "-c", JOBS, *words], cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {source: len(list(tmp_path.glob(f"{source}-*.end"))) for source in ends} == ends
+    for each in ends:  # whoever ended in one way was of one job
+        assert len({path.name.split("-")[1] for path in tmp_path.glob(f"{each}-*.end")}) == 1
+    assert len(list(tmp_path.glob("trained-?-?"))) == 2 * ("trained" in ends) and len(list(tmp_path.glob("fetched-?-?"))) == bool(words)
+    assert len(list((tmp_path / "teachers").rglob("*.safetensors"))) == ("trained" in ends)

@@ -100,6 +100,7 @@ def test_a_checkpoint_that_would_run_code(tmp_path, save, attack, name, capsys, 
     assert mark.exists(), "the planted file does nothing, so this test shows nothing"
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch, about TorchScript
 def test_a_program_of_torchscript_is_no_checkpoint(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pth")
     with pytest.raises(ValueError, match="program.pth cannot be read as weights"):
