@@ -2,7 +2,7 @@
 import sys
 
 import pytest
-from faults import Harness
+from faults import Harness, Tally
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="takes Linux's capabilities away and looks into its /proc")
 
@@ -14,6 +14,7 @@ def harness(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_harm(harness):
+    harness.tally = Tally()
     yield
     assert not harness.tally.harm, "\n".join(harness.tally.damage)
 
