@@ -262,7 +262,7 @@ def look(grid: Grid, planned: Experiment | None = None) -> State:
                 state.finished.add(job)
                 continue
             if other := by_cell.get((pair, cell.method, str(cell.seed))):
-                kind = other.get("teacher_logits") if other.get("teacher_logits") in kinds else kinds[0]
+                kind = next((each for each in kinds if each == other.get("teacher_logits")), kinds[0])
                 run = _plan_run(experiment, method, cell.seed, kind, about or {"weights_sha256": None})
                 settings = run.settings | {"data": run.about_data, "teacher": {"weights_sha256": run.about_teacher["weights_sha256"]}}
                 different = " and ".join(_differences(_plain(settings), other | {"teacher": other.get("about_teacher")}))
