@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import wait
@@ -313,9 +314,14 @@ class Speeds:
                      "precision": planned.precision, "data": planned.data.name}  # fmt: skip
         self.notes = planned.results_dir / "runs" / "epochs.jsonl"
         self.measured, self.set_up = self._from_records() | self._from_teachers(), SET_UP_SECONDS
+        self.at_once = 1  # jobs, when this was measured: each was slower than it would have been alone
         for note in read_records(self.notes) if self.notes.exists() else []:
-            if self.here.items() <= note.items():
-                self.measured[note["kind"]], self.set_up = note["seconds_per_million"], note["set_up"]
+            if isinstance(note, dict) and self.here.items() <= note.items():
+                with suppress(KeyError, TypeError, ValueError):  # notes are carried, and another version may have made them
+                    seconds, set_up, at_once = (float(note[name]) for name in ("seconds_per_million", "set_up", "at_once"))
+                    self.measured[str(note["kind"])], self.set_up, self.at_once = seconds, set_up, int(at_once)
+        known = {*PAIRS, *(f"teacher {pair.teacher}" for pair in PAIRS.values())}
+        self.measured = {kind: seconds for kind, seconds in self.measured.items() if kind in known and 0 < seconds < math.inf}
 
     def _from_records(self) -> dict[str, float]:
         sources = [path for path in (self.planned.results_dir, self.planned.records_file) if path.exists()]
@@ -335,10 +341,11 @@ class Speeds:
                 found[f"teacher {text['architecture']}"] = text["seconds"] / (text["epochs"] * text["train_images"]) * 1e6
         return found
 
-    def note(self, kind: str, images: int, seconds: float, set_up: float) -> None:
-        "Take what an epoch took, and keep it for the next slice."
-        self.measured[kind], self.set_up = seconds / images * 1e6, set_up
-        append_record(self.notes, {**self.here, "kind": kind, "seconds_per_million": self.measured[kind], "set_up": set_up})
+    def note(self, kind: str, images: int, seconds: float, set_up: float, at_once: int) -> None:
+        "Take what an epoch took, of so many jobs at once, and keep it for the next slice."
+        self.measured[kind], self.set_up, self.at_once = seconds / images * 1e6, set_up, at_once
+        about = {"seconds_per_million": self.measured[kind], "set_up": set_up, "at_once": at_once}
+        append_record(self.notes, {**self.here, "kind": kind, **about})
 
     def forward(self, architecture: str) -> float:
         return multiply_adds(architecture, self.planned.data.num_classes, self.planned.data.image_size)
@@ -407,6 +414,8 @@ def describe_plan(state: State, speeds: Speeds) -> str:
     sentences.append(shown.drop(columns="how").to_string(float_format="{:,.4g}".format))
     unknown = int(table[table["how"] == "unknown"]["missing"].sum())
     sentences.append(f"In all {table['missing'].sum()} jobs, {known.sum():,.1f} hours" + f", without {unknown} of unknown cost" * (unknown > 0) + ".")
+    if speeds.at_once > 1:
+        sentences.append(f"Measured with {speeds.at_once} jobs at once; so many share it in about {known.sum() / speeds.at_once:,.1f} hours.")
     if (table["how"] == "scaled").any():
         sentences.append("≈: from the multiply-adds and what was measured of " + ", ".join(sorted(speeds.measured)) + "; rough.")
     return "\n".join(sentences)
@@ -562,7 +571,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
             why = _against_published(state, job, top1)
         done[job] = {"job": str(job), "top1": top1, "outcome": outcome}
         if rows:
-            speeds.note(job.kind, state.images[job], rows[-1]["seconds"], worker.set_up)
+            speeds.note(job.kind, state.images[job], rows[-1]["seconds"], worker.set_up, len(busy()))
         where = f", epoch {rows[-1]['epoch']}/{state.epochs[job][1]}, top-1 {top1:.2f} %" if rows else ""
         lines(job, outcome + where + (f", {why}" if why else ""), ends=True)
         worker.job = None

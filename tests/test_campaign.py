@@ -170,9 +170,13 @@ def test_time_is_predicted_from_what_was_measured_here_and_never_invented(planne
     work = {pair: 3 * speeds.forward(PAIRS[pair].student) + speeds.forward(PAIRS[pair].teacher) for pair in ("r56_r20", "r110_r32")}
     assert how == "scaled" and seconds == pytest.approx(4000.0 * work["r110_r32"] / work["r56_r20"])
     assert speeds.of("teacher resnet56")[0] == pytest.approx(4000.0 * 3 * speeds.forward("resnet56") / work["r56_r20"])
-    speeds.note("r56_r20", images=200, seconds=0.5, set_up=2.0)
+    speeds.note("r56_r20", images=200, seconds=0.5, set_up=2.0, at_once=4)
     later = Speeds(planned)
-    assert later.of("r56_r20") == (2500.0, "measured") and later.set_up == 2.0
+    assert later.of("r56_r20") == (2500.0, "measured") and (later.set_up, later.at_once) == (2.0, 4)
+    append_record(planned.records_file, measured(9.0, pair="ours", preset="quick", teacher="a", student="b"))
+    for note in ({}, {"kind": "r56_r20"}, {"kind": "r110_r32", "seconds_per_million": "fast", "set_up": 1, "at_once": 1}, {"kind": "ours", "seconds_per_million": 1, "set_up": 1, "at_once": 1}):
+        append_record(planned.results_dir / "runs" / "epochs.jsonl", {**speeds.here, **note})
+    assert Speeds(planned).measured == later.measured, "what is of another version, or no pair of ours, predicts nothing"
 
 
 def test_multiply_adds_are_counted():
@@ -191,6 +195,10 @@ def test_the_plan_says_what_is_missing_and_what_is_unknown(tmp_path):
     table = plan_table(state, Speeds(state.planned))
     assert table["hours"]["r56_r20"] == pytest.approx(4 * 3 * 200 / 1e6 * 4000 / 3600) and list(table["how"]) == ["scaled", "scaled", "measured", "scaled"]
     assert not (tmp_path / "teachers").exists() and not (tmp_path / "results" / "runs").exists()
+    speeds = Speeds(state.planned)
+    speeds.note("r56_r20", images=200, seconds=1800.0, set_up=2.0, at_once=3)  # 6 hours for each of its four runs' twelve epochs
+    hours = plan_table(state, speeds)["hours"].sum()
+    assert f"Measured with 3 jobs at once; so many share it in about {hours / 3:,.1f} hours" in describe_plan(state, speeds) and hours > 6
 
 
 def test_what_cannot_reach_a_checkpoint_is_not_started(tmp_path, monkeypatch):
