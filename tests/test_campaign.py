@@ -173,7 +173,7 @@ def test_time_is_predicted_from_what_was_measured_here_and_never_invented(planne
     speeds.note("r56_r20", images=200, seconds=0.5, set_up=2.0, at_once=4)
     later = Speeds(planned)
     assert later.of("r56_r20") == (2500.0, "measured") and (later.set_up, later.at_once) == (2.0, 4)
-    append_record(planned.records_file, measured(9.0, pair="ours", preset="quick", teacher="a", student="b"))
+    append_record(planned.records_file, measured(9.0, pair="ours", preset="quick"))
     for note in ({}, {"kind": "r56_r20"}, {"kind": "r110_r32", "seconds_per_million": "fast", "set_up": 1, "at_once": 1}, {"kind": "ours", "seconds_per_million": 1, "set_up": 1, "at_once": 1}):
         append_record(planned.results_dir / "runs" / "epochs.jsonl", {**speeds.here, **note})
     assert Speeds(planned).measured == later.measured, "what is of another version, or no pair of ours, predicts nothing"
