@@ -51,6 +51,7 @@ from sortkd.experiments import (
     _plain,
     _plan_run,
     _records_so_far,
+    _shown,
     _split,
     _teacher_training,
     append_record,
@@ -97,13 +98,11 @@ _DEFAULTS = {
 def _option(name: str, value):
     "An option's value of the right type: on a command line every value is a text."
     default = _DEFAULTS[_choice("an option", name, list(_DEFAULTS))]
-    if not isinstance(value, str | int | float):
-        raise ValueError(f"option {name} is {value!r:.60}; give a single value.")
     text = str(value).lower()
     if isinstance(default, bool):
         return _choice(f"option {name}", text, ["true", "false"]) == "true"
-    if isinstance(default, int) and not re.fullmatch(r"\d+", text):
-        raise ValueError(f"option {name} is {value!r}; give a whole number.")
+    if isinstance(default, int) and not re.fullmatch(r"[0-9]{1,10}", text):
+        raise ValueError(f"option {name} is {_shown(value)}; give a whole number.")
     return type(default)(value)
 
 
@@ -122,23 +121,26 @@ def make_grid(settings: Mapping) -> Grid:
     chosen = {name: settings[name] for name in ("pairs", "methods", "seeds") if settings[name] != "paper"}
     for name, value in chosen.items():
         chosen[name] = _count(name, value, 1) if name == "seeds" else _split(name, value)
+    if chosen.get("seeds", 1) > 1000:
+        raise ValueError(f"seeds is {chosen['seeds']}; it counts them, and a grid has at most 1000.")
     for pair in chosen.get("pairs", ()):
         _choice("a pair", pair, list(PAIRS))
     for method in chosen.get("methods", ()):
         create_method(method)
     options = settings["options"] or {}
     if not isinstance(options, Mapping):
-        raise ValueError(f"options is {options!r:.60}; give names with values, such as {{epochs: 1}}.")
-    for name in ("cells_dir", "teachers_dir", "results_dir"):
-        if not isinstance(settings[name], str | Path) or not str(settings[name]):
-            raise ValueError(f"{name} is {settings[name]!r:.60}; give the path of a folder.")
+        raise ValueError(f"options is {_shown(options)}; give names with values, such as {{epochs: 1}}.")
+    folders = {name: settings[name] for name in ("cells_dir", "teachers_dir", "results_dir")}
+    for name, value in folders.items():
+        if isinstance(value, bool) or not isinstance(value, str | int):  # 2026 is a name, too
+            raise ValueError(f"{name} is {_shown(value)}; give the path of a folder.")
     return Grid(
         cells=paper_grid(**chosen),
         preset=_choice("preset", settings["preset"], ["quick", "short", "paper"]),
         cell=_choice("cell", settings["cell"], ["notebook", "command"]),
         threads=_count("threads", settings["threads"], 1),
         options={name: _option(name, value) for name, value in options.items()},
-        **{name: str(settings[name]) for name in ("cells_dir", "teachers_dir", "results_dir")},
+        **{name: str(value) for name, value in folders.items()},
     )
 
 
@@ -150,21 +152,26 @@ def read_grid(path: str | Path, **changes) -> Grid:
     """
     path = Path(path)
     settings: dict = {}
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no grid {path}; give a YAML file such as workflow/paper.yaml.")
+    try:
+        is_there = path.is_file()
+    except OSError:  # a name that no file can have
+        is_there = False
+    if not is_there:
+        raise FileNotFoundError(f"there is no grid {_shown(str(path))}; give a YAML file such as workflow/paper.yaml.")
     for each in (path.with_name("config.yaml"), path):
         if each.is_file():
             try:
                 content = yaml.safe_load(each.read_text())
-            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-                raise ValueError(f"{each} is no YAML file ({' '.join(str(error).split()):.200}).") from error
+            except Exception as error:  # those of its tags fail in many ways
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{each} is no YAML file ({type(error).__name__}: {reason:.300}).") from error
             if not isinstance(content, dict):
                 raise ValueError(f"{each} holds {content!r:.40}; give names with values, as in workflow/config.yaml.")
             settings |= content
-    options = settings.get("options") or {}
-    if isinstance(options, dict):  # else make_grid says what it is
-        options = options | changes.pop("options", {})
-    return make_grid(settings | changes | {"options": options})
+    if more := changes.pop("options", {}):
+        own = settings.get("options") or {}
+        settings["options"] = {**own, **more} if isinstance(own, dict) else own
+    return make_grid(settings | changes)
 
 # %% ../nbs/12_campaign.ipynb #4edbf596
 @dataclass(frozen=True, order=True)
@@ -801,7 +808,7 @@ def unpack(grid: Grid, folder: str | Path) -> list[str]:
     """
     folder, results, teachers = Path(folder), Path(grid.results_dir), Path(grid.teachers_dir)
     if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"there is no {folder / 'manifest.json'}; name a folder that --pack has written.")
+        raise FileNotFoundError(f"there is no {_shown(str(folder / 'manifest.json'))}; name a folder that --pack has written.")
     try:
         about = json.loads((folder / "manifest.json").read_text())
         parts = [(folder / Path(part["name"]).name, part["sha256"]) for part in about["parts"]]
@@ -819,7 +826,7 @@ def unpack(grid: Grid, folder: str | Path) -> list[str]:
         try:
             with tarfile.open(fileobj=io.BufferedReader(_Joined([path for path, _ in parts])), mode="r|") as archive:
                 for member in archive:
-                    if not member.isreg() or not _CARRIED.fullmatch(member.name):
+                    if not member.isreg() or member.issparse() or not _CARRIED.fullmatch(member.name):
                         raise ValueError(f"{folder} holds {member.name!r:.80}, which no campaign writes; nothing was taken.")
                     archive.extract(member, staging, filter="data")
         except tarfile.TarError as error:
@@ -859,10 +866,10 @@ def _take(staging: Path, name: str, grid: Grid) -> bool:
 # %% ../nbs/12_campaign.ipynb #5312d8da
 def _seconds(text: str) -> float:
     "`1h30m`, `25m` or `90s` in seconds."
-    match = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text)
+    match = re.fullmatch(r"(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})s)?", text)
     hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     if not hours + minutes + seconds:
-        raise ValueError(f"the budget is {text!r}; give a time such as 25m, 1h30m or 90s.")
+        raise ValueError(f"the budget is {_shown(text)}; give a time such as 25m, 1h30m or 90s.")
     return 3600.0 * hours + 60 * minutes + seconds
 
 
@@ -899,8 +906,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         changes = {name: value for name in ("results_dir", "teachers_dir") if (value := getattr(given, name))}
         options = dict(each.partition("=")[::2] for each in given.option)
         grid = read_grid(given.grid, **changes, options=options)
-        budget = _seconds(given.budget) if given.budget else math.inf
-        at_once = given.at_once if given.at_once == "auto" else _count("at_once", int(given.at_once) if given.at_once.isdigit() else given.at_once, 1)
+        budget = math.inf if given.budget is None else _seconds(given.budget)
+        at_once = given.at_once
+        if at_once != "auto":
+            at_once = _count("at_once", int(at_once) if re.fullmatch(r"[0-9]{1,10}", at_once) else at_once, 1)
         if given.unpack:
             print(f"{len(unpack(grid, given.unpack))} files taken from {given.unpack}")
         only_carries, failed = (given.pack or given.unpack) and not given.budget, False
