@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import wait
@@ -44,8 +45,10 @@ from sortkd.experiments import (
     Experiment,
     _choice,
     _count,
+    _differences,
     _end_with_parent,
     _method_for,
+    _plain,
     _plan_run,
     _records_so_far,
     _shown,
@@ -60,8 +63,8 @@ from sortkd.experiments import (
 from .losses import create_method
 from .models import create_model
 from .results import PAPER_METHODS, load_results, measured_rates, paper_grid
-from .teachers import Teacher, _read_text, find_teacher, refuse_links
-from .training import Stopped, fingerprint
+from .teachers import PUBLISHED_TOP1, Teacher, _published_member, _read_text, find_teacher, refuse_links
+from .training import Recipe, Stopped, fingerprint
 
 # %% ../nbs/12_campaign.ipynb #5ec2a14d
 @dataclass(frozen=True, eq=False)
@@ -226,6 +229,7 @@ class State:
     planned: Experiment  # of the first pair
     finished: set[Job] = field(default_factory=set)
     teachers: dict[str, Teacher | None] = field(default_factory=dict)
+    others: dict[str, int] = field(default_factory=dict)  # of the missing cells, those recorded with other settings: which
     epochs: dict[Job, tuple[int, int]] = field(default_factory=dict)  # behind it, in all
     images: dict[Job, int] = field(default_factory=dict)  # in an epoch
 
@@ -238,7 +242,9 @@ def look(grid: Grid, planned: Experiment | None = None) -> State:
     "What is there of `grid`; nothing is written. `planned`: of an earlier look, to spare loading the data."
     planned = planned or _experiment(grid, Job(grid.cells["pair"][0]))
     state = State(grid, planned)
-    recorded = [str(each.get("run_id")) for each in _records_so_far(planned) if isinstance(each, dict)]
+    records = [each for each in _records_so_far(planned) if isinstance(each, dict) and isinstance(each.get("method"), dict)]
+    recorded = [str(each.get("run_id")) for each in records]
+    by_cell = {(str(each.get("pair")), str(each["method"].get("name")), str(each.get("seed"))): each for each in records}
     kinds = {"off": ["computed"], "full": ["cached"]}.get(planned.cache, ["cached", "computed"])
     for pair, cells in grid.cells.groupby("pair", sort=False):
         experiment = _of_pair(planned, pair)
@@ -263,6 +269,12 @@ def look(grid: Grid, planned: Experiment | None = None) -> State:
             if any(run_id.startswith(f"{folder.name}-") for folder in folders for run_id in recorded):
                 state.finished.add(job)
                 continue
+            if other := by_cell.get((pair, cell.method, str(cell.seed))):
+                kind = next((each for each in kinds if each == other.get("teacher_logits")), kinds[0])
+                run = _plan_run(experiment, method, cell.seed, kind, about or {"weights_sha256": None})
+                settings = run.settings | {"data": run.about_data, "teacher": {"weights_sha256": run.about_teacher["weights_sha256"]}}
+                different = " and ".join(_differences(_plain(settings), other | {"teacher": other.get("about_teacher")}))
+                state.others[different] = state.others.get(different, 0) + 1
             behind = max((_epochs_in(folder / "checkpoint.pt") for folder in folders), default=0)
             state.epochs[job] = behind, experiment.recipe_for(method).epochs
             state.images[job] = len(planned.data.train_targets)
@@ -274,13 +286,14 @@ def priority(missing: Iterable[Job], grid: Grid) -> list[Job]:
     missing = list(missing)
     pairs, methods = (list(grid.cells[name].unique()) for name in ("pair", "method"))
     objectives = list(dict.fromkeys(method.partition("+")[0] for method in methods))
+    teachers = list(dict.fromkeys(PAIRS[pair].teacher for pair in pairs))  # whose logits a fresh machine computes once
     waiting = {job.teacher: sum(each.teacher == job.teacher for each in missing if each.method) for job in missing}
 
     def place(job: Job) -> tuple:
         if not job.method:
             return 0, -waiting[job.teacher], pairs.index(job.pair)
         objective = objectives.index(job.method.partition("+")[0])
-        return 1, job.seed, objective, pairs.index(job.pair), methods.index(job.method)
+        return 1, job.seed, objective, teachers.index(job.teacher), pairs.index(job.pair), methods.index(job.method)
 
     return sorted(missing, key=place)
 
@@ -308,9 +321,14 @@ class Speeds:
                      "precision": planned.precision, "data": planned.data.name}  # fmt: skip
         self.notes = planned.results_dir / "runs" / "epochs.jsonl"
         self.measured, self.set_up = self._from_records() | self._from_teachers(), SET_UP_SECONDS
+        self.at_once = 1  # jobs, when this was measured: each was slower than it would have been alone
         for note in read_records(self.notes) if self.notes.exists() else []:
-            if self.here.items() <= note.items():
-                self.measured[note["kind"]], self.set_up = note["seconds_per_million"], note["set_up"]
+            if isinstance(note, dict) and self.here.items() <= note.items():
+                with suppress(KeyError, TypeError, ValueError):  # notes are carried, and another version may have made them
+                    seconds, set_up, at_once = (float(note[name]) for name in ("seconds_per_million", "set_up", "at_once"))
+                    self.measured[str(note["kind"])], self.set_up, self.at_once = seconds, set_up, int(at_once)
+        known = {*PAIRS, *(f"teacher {pair.teacher}" for pair in PAIRS.values())}
+        self.measured = {kind: seconds for kind, seconds in self.measured.items() if kind in known and 0 < seconds < math.inf}
 
     def _from_records(self) -> dict[str, float]:
         sources = [path for path in (self.planned.results_dir, self.planned.records_file) if path.exists()]
@@ -330,10 +348,11 @@ class Speeds:
                 found[f"teacher {text['architecture']}"] = text["seconds"] / (text["epochs"] * text["train_images"]) * 1e6
         return found
 
-    def note(self, kind: str, images: int, seconds: float, set_up: float) -> None:
-        "Take what an epoch took, and keep it for the next slice."
-        self.measured[kind], self.set_up = seconds / images * 1e6, set_up
-        append_record(self.notes, {**self.here, "kind": kind, "seconds_per_million": self.measured[kind], "set_up": set_up})
+    def note(self, kind: str, images: int, seconds: float, set_up: float, at_once: int) -> None:
+        "Take what an epoch took, of so many jobs at once, and keep it for the next slice."
+        self.measured[kind], self.set_up, self.at_once = seconds / images * 1e6, set_up, at_once
+        about = {"seconds_per_million": self.measured[kind], "set_up": set_up, "at_once": at_once}
+        append_record(self.notes, {**self.here, "kind": kind, **about})
 
     def forward(self, architecture: str) -> float:
         return multiply_adds(architecture, self.planned.data.num_classes, self.planned.data.image_size)
@@ -392,6 +411,8 @@ def describe_plan(state: State, speeds: Speeds) -> str:
     hours = [f"{'≈' if row.how == 'scaled' else ''}{row.hours:,.3g}" if row.how != "unknown" else "unknown" for row in table.itertuples()]
     shown = table.assign(hours=hours).rename(columns={"million_rows": "million rows", "multiply_adds": "M multiply-adds"})
     counts = f"{len(state.finished)} of {len(state.grid.cells)} cells are done"
+    if state.others:
+        counts += " (not counted: " + ", ".join(f"{count} with other {names}" for names, count in state.others.items()) + ")"
     found = [name for name, teacher in state.teachers.items() if teacher]
     sentences = [f"{counts}, {len(found)} of {len(state.teachers)} teachers are there. "
                  f"Cost on {here['machine']}, {here['device']}, {here['precision']}, one job after the other:"]  # fmt: skip
@@ -400,6 +421,8 @@ def describe_plan(state: State, speeds: Speeds) -> str:
     sentences.append(shown.drop(columns="how").to_string(float_format="{:,.4g}".format))
     unknown = int(table[table["how"] == "unknown"]["missing"].sum())
     sentences.append(f"In all {table['missing'].sum()} jobs, {known.sum():,.1f} hours" + f", without {unknown} of unknown cost" * (unknown > 0) + ".")
+    if speeds.at_once > 1:
+        sentences.append(f"Measured with {speeds.at_once} jobs at once; so many share it in about {known.sum() / speeds.at_once:,.1f} hours.")
     if (table["how"] == "scaled").any():
         sentences.append("≈: from the multiply-adds and what was measured of " + ", ".join(sorted(speeds.measured)) + "; rough.")
     return "\n".join(sentences)
@@ -537,12 +560,12 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         raise ValueError(f"another process is at the grid in {grid.results_dir}; wait for it, or name another folder.") from None
     context = torch.multiprocessing.get_context("spawn")
     ends = context.RawValue("d", end - margin_of(seconds))
-    waiting, workers, done = priority(_with_logits(state), grid), list[_Worker](), dict[Job, dict]()
+    waiting, workers, done = _with_logits(state), list[_Worker](), dict[Job, dict]()
     ready = state.teachers.keys() - {job.teacher for job in waiting if not job.method}
 
     def seconds_needed(job: Job) -> float:
         rate, how = speeds.of(job.kind)
-        views = 0.0 if job.method else speeds.views_seconds(state.teachers[job.teacher], job.teacher)
+        views = 0.0 if job in state.epochs else speeds.views_seconds(state.teachers[job.teacher], job.teacher)
         if how == "unknown" or math.isnan(views):
             return seconds / 2
         return speeds.set_up + views + 1.1 * rate * state.images.get(job, len(state.planned.data.train_targets)) / 1e6
@@ -551,9 +574,11 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
         job, rows = worker.job, worker.rows
         assert job is not None
         top1 = rows[-1]["test_top1"] if rows else math.nan
+        if outcome == "finished" and rows and not job.method:
+            why = _against_published(state, job, top1)
         done[job] = {"job": str(job), "top1": top1, "outcome": outcome}
         if rows:
-            speeds.note(job.kind, state.images[job], rows[-1]["seconds"], worker.set_up)
+            speeds.note(job.kind, state.images[job], rows[-1]["seconds"], worker.set_up, len(busy()))
         where = f", epoch {rows[-1]['epoch']}/{state.epochs[job][1]}, top-1 {top1:.2f} %" if rows else ""
         lines(job, outcome + where + (f", {why}" if why else ""), ends=True)
         worker.job = None
@@ -627,12 +652,24 @@ def run_slice(state: State, seconds: float = math.inf, at_once: str | int = "aut
 
 
 def _with_logits(state: State) -> list[Job]:
-    "The missing jobs, and with cache=full, for each teacher that is there, the job that computes its logits."
-    jobs = state.missing
-    if state.planned.cache != "full":
-        return jobs
-    needed = {job.teacher: Job(job.pair) for job in reversed(jobs) if job.method and state.teachers[job.teacher]}
-    return [*needed.values(), *jobs]
+    """The missing jobs in their order, and with cache=full the job that computes the logits of a teacher that is there
+    before its first cell: a slice on a fresh machine computes no others than it comes to.
+    """
+    jobs, computed = list[Job](), set[str]()
+    for job in priority(state.missing, state.grid):
+        if job.method and state.teachers[job.teacher] and state.planned.cache == "full" and job.teacher not in computed:
+            jobs.append(Job(job.pair))
+            computed.add(job.teacher)
+        jobs.append(job)
+    return jobs
+
+
+def _against_published(state: State, job: Job, top1: float) -> str:
+    "How far a teacher of the full recipe is from the published one, in points of top-1; more than one is a finding."
+    if state.planned.data.name != "cifar100" or state.epochs[job][1] < Recipe().epochs:
+        return ""
+    away = top1 - PUBLISHED_TOP1[job.teacher]
+    return f"{away:+.2f} points from the published teacher" + ": a finding, explain it before a table rests on it" * (abs(away) > 1)
 
 
 def _hear_all(workers: Sequence[_Worker], hear: Callable[[_Worker], None], seconds: float) -> None:
@@ -649,8 +686,9 @@ def _clock(seconds: float) -> str:
 PART_BYTES = 16_000_000
 _NAME = r"[\w+-][\w.+-]*"
 _CARRIED = re.compile(
-    rf"results/(?:(?:quick|short|paper)\.jsonl|runs/epochs\.jsonl|runs/teacher-{_NAME}\.pt|"
-    rf"runs/{_NAME}/(?:checkpoint\.pt|started|sessions\.jsonl))|teachers/local/{_NAME}\.safetensors"
+    rf"results/(?:(?:quick|short|paper)\.jsonl|runs/epochs\.jsonl|runs/teacher-{_NAME}\.pt|runs/started-[0-9a-f]+|"
+    rf"runs/{_NAME}/(?:checkpoint\.pt|sessions\.jsonl))|"
+    rf"teachers/(?:(?:local/)?{_NAME}\.safetensors|cifar_teachers/\w+/ckpt_epoch_240\.pth)"
 )
 
 
@@ -687,12 +725,30 @@ def _checksum(path: Path) -> str:
 def _to_carry(grid: Grid) -> list[tuple[str, Path]]:
     "Names in the archive, and files."
     results, teachers = Path(grid.results_dir), Path(grid.teachers_dir)
-    runs = results / "runs"
-    found = [results / f"{grid.preset}.jsonl", runs / "epochs.jsonl", *sorted(runs.glob("teacher-*.pt"))]
+    runs, records = results / "runs", results / f"{grid.preset}.jsonl"
+    recorded = [str(each.get("run_id")) for each in (read_records(records) if records.exists() else []) if isinstance(each, dict)]
+    needed = {PAIRS[pair].teacher for pair in grid.cells["pair"]}
+    kept = [path for place in (teachers, teachers / "local") for path in sorted(place.glob("*.safetensors"))]
+    kept = [path for path in kept if _read_text(path).get("architecture") in needed]
+    made = {_checkpoint_of(_read_text(path)) for path in kept}  # elsewhere, if the checkpoint is still here
+    found = [records, runs / "epochs.jsonl", *(path for path in sorted(runs.glob("teacher-*.pt")) if path.name not in made)]
     for checkpoint in sorted(runs.glob("*/checkpoint.pt")):
-        found += [checkpoint.with_name(name) for name in ("started", "sessions.jsonl", "checkpoint.pt")]
-    names = [(f"results/{path.relative_to(results)}", path) for path in found if path.is_file()]
-    return names + [(f"teachers/local/{path.name}", path) for path in sorted((teachers / "local").glob("*.safetensors"))]
+        if not any(run_id.startswith(f"{checkpoint.parent.name}-") for run_id in recorded):
+            found += [*_beside(checkpoint), checkpoint]
+    kept += [teachers / _published_member(architecture) for architecture in sorted(needed)]
+    names = {f"results/{path.relative_to(results)}": path for path in found} | {f"teachers/{path.relative_to(teachers)}": path for path in kept}
+    return [(name, path) for name, path in names.items() if path.is_file()]
+
+
+def _beside(checkpoint: Path) -> list[Path]:
+    "What belongs to a run's checkpoint: when its job was started, and the machines it has been on."
+    return [checkpoint.parents[1] / f"started-{fingerprint([checkpoint.parent.name])}", checkpoint.with_name("sessions.jsonl")]
+
+
+def _checkpoint_of(text: Mapping) -> str:
+    "The name of the checkpoint that a teacher had while it was trained, from what its file says."
+    training = {key: text.get(key) for key in ("recipe", "epochs", "train_images", "data_checksum", "seed")}
+    return f"teacher-{text['architecture']}-{fingerprint(text['architecture'], training)}.pt"
 
 
 def pack(grid: Grid, folder: str | Path) -> pd.DataFrame:
@@ -783,9 +839,9 @@ def _take(staging: Path, name: str, grid: Grid) -> bool:
     "Bring one file of a parcel to its place, with those that belong to it; whether it was taken."
     top, _, rest = name.partition("/")
     new, place = staging / name, Path(grid.results_dir if top == "results" else grid.teachers_dir) / rest
-    refuse_links(place.parent, place)
+    refuse_links(place.parents[1], place.parent, place)
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.parent.parent.name == "runs" and place.name != "checkpoint.pt":
+    if re.match(r"runs/(started-|.*/sessions\.jsonl)", rest):
         return False  # comes with its checkpoint
     if place.suffix == ".jsonl":
         there = read_records(place) if place.exists() else []
@@ -796,16 +852,14 @@ def _take(staging: Path, name: str, grid: Grid) -> bool:
         return bool(added)
     if place.suffix == ".pt" and place.exists() and _epochs_in(place) >= _epochs_in(new):
         return False
-    if place.suffix == ".safetensors" and place.exists():
+    if top == "teachers" and place.exists():
         if _checksum(place) != _checksum(new):
             raise ValueError(f"{place} is there with other content; move it away, or unpack into fresh folders.")
         return False
-    others = [] if place.name != "checkpoint.pt" else ["started", "sessions.jsonl"]
-    for other in others:
-        place.with_name(other).unlink(missing_ok=True)
-        if new.with_name(other).exists():
-            refuse_links(place.with_name(other))
-            new.with_name(other).replace(place.with_name(other))
+    for other, carried in zip(_beside(place), _beside(new)) if place.name == "checkpoint.pt" else ():
+        other.unlink(missing_ok=True)
+        if carried.exists():
+            carried.replace(other)
     new.replace(place)
     return True
 

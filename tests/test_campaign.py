@@ -21,7 +21,10 @@ import yaml
 from sortkd import campaign
 from sortkd.campaign import Deadline, Job, Speeds, describe_plan, look, main, make_grid, pack, plan_table, priority, read_grid, run_slice, unpack
 from sortkd.experiments import PAIRS, append_record, compare_runs, describe_machine, plan_experiment, read_records, run_experiment
+from sortkd.models import create_model
 from sortkd.results import PAPER_METHODS, paper_grid, synthetic_record
+from sortkd.teachers import save_teacher
+from sortkd.training import fingerprint
 
 WORKFLOW = Path(__file__).parents[1] / "workflow"
 SETTINGS = {
@@ -64,6 +67,9 @@ def test_the_papers_grid_is_the_workflows():
         ({"options": {"epochs": "many"}}, "option epochs is 'many'"),
         ({"options": {"deterministic": "perhaps"}}, "option deterministic is 'perhaps'"),
         ({"options": {"teacher": "x.pt"}}, "an option is 'teacher'"),
+        ({"options": 5}, "options is 5"),
+        ({"results_dir": None}, "results_dir is None"),
+        ({"cells_dir": ["a"]}, "cells_dir is"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(change, said, tmp_path):
@@ -74,11 +80,11 @@ def test_mistakes_in_a_grid_are_named(change, said, tmp_path):
 def test_files_that_are_no_grid(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="there is no grid"):
         read_grid(tmp_path / "none.yaml")
-    for text, said in (("a: [", "is no YAML"), ("- 1", "give names with values"), ("pairs: paper", "does not say methods, seeds")):
+    for text, said in (("a: [", "is no YAML"), ("- 1", "give names with values"), ("pairs: paper", "does not say methods, seeds"), ("[" * 5000, "is no YAML")):
         (tmp_path / "grid.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):
             read_grid(tmp_path / "grid.yaml")
-    for arguments in (["--budget", "soon"], ["--budget", "0s"], ["--at-once", "many"], ["--at-once", "0"], ["--option", "epochs"]):
+    for arguments in (["--budget", "9" * 400 + "h"], ["--budget", "soon"], ["--budget", "0s"], ["--at-once", "many"], ["--at-once", "0"], ["--option", "epochs"]):
         assert main([str(WORKFLOW / "config.yaml"), *arguments]) == 1
         assert re.search(r"ValueError: (the budget|at_once|option)", capsys.readouterr().err)
 
@@ -97,7 +103,9 @@ def test_teachers_first_then_pairs_of_methods_seed_by_seed():
     assert not any(job.method for job in teachers) and waiting == sorted(waiting, reverse=True) and teachers[0].teacher == "resnet32x4"
     assert [job.seed for job in cells] == sorted(job.seed for job in cells)
     first = [(job.pair, job.method) for job in cells[: 4 * len(PAIRS)]]
-    assert first == [(pair, method) for objective in ("kd", "dkd") for pair in PAIRS for method in (objective, f"{objective}+sort")]
+    teachers = [PAIRS[pair].teacher for pair in PAIRS]
+    beside = sorted(PAIRS, key=lambda pair: teachers.index(PAIRS[pair].teacher))  # pairs of one teacher, whose logits are computed once
+    assert first == [(pair, method) for objective in ("kd", "dkd") for pair in beside for method in (objective, f"{objective}+sort")]
     # A teacher unlocks what is missing, not what the grid has.
     few = [job for job in jobs if job.teacher != "resnet32x4" or not job.method or job.method == "kd" and job.seed == 0 and job.pair == "r32x4_mv2"]
     assert priority(few, grid)[0].teacher == "wrn_40_2"
@@ -160,9 +168,13 @@ def test_time_is_predicted_from_what_was_measured_here_and_never_invented(planne
     work = {pair: 3 * speeds.forward(PAIRS[pair].student) + speeds.forward(PAIRS[pair].teacher) for pair in ("r56_r20", "r110_r32")}
     assert how == "scaled" and seconds == pytest.approx(4000.0 * work["r110_r32"] / work["r56_r20"])
     assert speeds.of("teacher resnet56")[0] == pytest.approx(4000.0 * 3 * speeds.forward("resnet56") / work["r56_r20"])
-    speeds.note("r56_r20", images=200, seconds=0.5, set_up=2.0)
+    speeds.note("r56_r20", images=200, seconds=0.5, set_up=2.0, at_once=4)
     later = Speeds(planned)
-    assert later.of("r56_r20") == (2500.0, "measured") and later.set_up == 2.0
+    assert later.of("r56_r20") == (2500.0, "measured") and (later.set_up, later.at_once) == (2.0, 4)
+    append_record(planned.records_file, measured(9.0, pair="ours", preset="quick"))
+    for note in ({}, {"kind": "r56_r20"}, {"kind": "r110_r32", "seconds_per_million": "fast", "set_up": 1, "at_once": 1}, {"kind": "ours", "seconds_per_million": 1, "set_up": 1, "at_once": 1}):
+        append_record(planned.results_dir / "runs" / "epochs.jsonl", {**speeds.here, **note})
+    assert Speeds(planned).measured == later.measured, "what is of another version, or no pair of ours, predicts nothing"
 
 
 def test_multiply_adds_are_counted():
@@ -181,6 +193,10 @@ def test_the_plan_says_what_is_missing_and_what_is_unknown(tmp_path):
     table = plan_table(state, Speeds(state.planned))
     assert table["hours"]["r56_r20"] == pytest.approx(4 * 3 * 200 / 1e6 * 4000 / 3600) and list(table["how"]) == ["scaled", "scaled", "measured", "scaled"]
     assert not (tmp_path / "teachers").exists() and not (tmp_path / "results" / "runs").exists()
+    speeds = Speeds(state.planned)
+    speeds.note("r56_r20", images=200, seconds=1800.0, set_up=2.0, at_once=3)  # 6 hours for each of its four runs' twelve epochs
+    hours = plan_table(state, speeds)["hours"].sum()
+    assert f"Measured with 3 jobs at once; so many share it in about {hours / 3:,.1f} hours" in describe_plan(state, speeds) and hours > 6
 
 
 def test_what_cannot_reach_a_checkpoint_is_not_started(tmp_path, monkeypatch):
@@ -311,10 +327,10 @@ def a_state(folder, epochs, run="r56_r20-kd-seed0-abc"):
     runs = folder / "results" / "runs"
     (runs / run).mkdir(parents=True)
     torch.save({"curve": [{}] * epochs, "model": {"w": torch.arange(400_000.0)}}, runs / run / "checkpoint.pt")
-    (runs / run / "started").write_text(f"2026-01-0{epochs}T00-00-00.000000Z")
+    start = runs / f"started-{fingerprint([run])}"  # as run_experiment calls it, which the proof below shows
+    start.write_text(f"2026-01-0{epochs}T00-00-00.000000Z")
     append_record(folder / "results" / "quick.jsonl", {"run_id": f"run {epochs}"})
-    (folder / "teachers" / "local").mkdir(parents=True)
-    (folder / "teachers" / "local" / "resnet56-digits-1.safetensors").write_bytes(b"weights")
+    save_teacher(folder / "teachers" / "local" / "resnet56-digits-1.safetensors", {"w": torch.zeros(2)}, {"architecture": "resnet56"})
     return grid, runs / run
 
 
@@ -328,17 +344,111 @@ def test_what_is_packed_comes_back_and_the_further_checkpoint_stays(tmp_path, mo
     fresh = grid_in(tmp_path / "fresh")
     assert unpack(fresh, tmp_path / "parcel-early") and len(unpack(fresh, tmp_path / "parcel-late")) == 2
     there = tmp_path / "fresh" / "results" / "runs" / run.name
-    assert all((there / name).read_bytes() == (run / name).read_bytes() for name in ("checkpoint.pt", "started"))
+    start = f"started-{fingerprint([run.name])}"
+    assert (there / "checkpoint.pt").read_bytes() == (run / "checkpoint.pt").read_bytes()
+    assert (there.parent / start).read_bytes() == (run.parent / start).read_bytes()
     assert [each["run_id"] for each in read_records(tmp_path / "fresh" / "results" / "quick.jsonl")] == ["run 2", "run 3"]
     assert unpack(fresh, tmp_path / "parcel-early") == [] == unpack(fresh, tmp_path / "parcel-late")
-    assert (there / "started").read_text().startswith("2026-01-03") and set(packed["name"]) >= {"results/quick.jsonl", "teachers/local/resnet56-digits-1.safetensors"}
+    assert (there.parent / start).read_text().startswith("2026-01-03") and set(packed["name"]) >= {"results/quick.jsonl", "teachers/local/resnet56-digits-1.safetensors"}
     pack(late, tmp_path / "parcel-late")  # replaces its own
-    (tmp_path / "fresh" / "teachers" / "local" / "resnet56-digits-1.safetensors").write_bytes(b"others")
+    other = tmp_path / "fresh" / "teachers" / "local" / "resnet56-digits-1.safetensors"
+    save_teacher(other, {"w": torch.ones(2)}, {"architecture": "resnet56"})
     with pytest.raises(ValueError, match="other content"):
         unpack(fresh, tmp_path / "parcel-late")
     with pytest.raises(ValueError, match="other files than a parcel"):
         pack(late, tmp_path / "fresh")
     assert not list(tmp_path.rglob(".unpacked*")) and not list(tmp_path.glob(".parcel*"))
+
+
+def test_what_was_finished_elsewhere_is_not_carried_on(tmp_path):
+    "A parcel brought records of runs, and a teacher, whose checkpoints are still here."
+    grid, run = a_state(tmp_path / "here", 2)
+    training = {"recipe": {"epochs": 4}, "epochs": 4, "train_images": 400, "data_checksum": "0", "seed": 0}
+    left = run.parent / f"teacher-resnet56-{fingerprint('resnet56', training)}.pt"
+    for path in (left, run.parent / "teacher-resnet110-0.pt"):
+        torch.save({"curve": [{}]}, path)
+    names = set(pack(grid, tmp_path / "parcel")["name"])
+    assert {f"results/runs/{run.name}/checkpoint.pt", f"results/runs/{left.name}", "results/runs/teacher-resnet110-0.pt"} <= names
+    append_record(tmp_path / "here" / "results" / "quick.jsonl", {"run_id": f"{run.name}-2026-01-04T00-00-00.000000Z"})
+    save_teacher(tmp_path / "here" / "teachers" / "local" / "made.safetensors", {"w": torch.zeros(2)}, {"architecture": "resnet56", **training})
+    now = set(pack(grid, tmp_path / "parcel")["name"])
+    kinds = (f"results/runs/{run.name}/checkpoint.pt", f"results/runs/started-{fingerprint([run.name])}", f"results/runs/{left.name}")
+    assert names - now == {*kinds} and now - names == {"teachers/local/made.safetensors"}
+    assert left.exists() and (run / "checkpoint.pt").exists(), "packing removes nothing"
+
+
+def test_every_teacher_in_use_is_carried_and_no_other(tmp_path):
+    grid, _ = a_state(tmp_path / "here", 2)
+    teachers = tmp_path / "here" / "teachers"
+    for name in ("resnet56", "vgg13"):
+        save_teacher(teachers / f"{name}-given.safetensors", {"w": torch.zeros(2)}, {"architecture": name})
+        fetched = teachers / "cifar_teachers" / f"{name}_vanilla" / "ckpt_epoch_240.pth"
+        fetched.parent.mkdir(parents=True)
+        torch.save({"model": {"w": torch.zeros(2)}}, fetched)
+    packed = pack(grid, tmp_path / "parcel")["name"]
+    expected = {"resnet56-given.safetensors", "local/resnet56-digits-1.safetensors", "cifar_teachers/resnet56_vanilla/ckpt_epoch_240.pth"}
+    assert {name for name in packed if name.startswith("teachers")} == {f"teachers/{name}" for name in expected}
+    fresh = grid_in(tmp_path / "fresh")
+    unpack(fresh, tmp_path / "parcel")
+    for name in expected:
+        assert (tmp_path / "fresh" / "teachers" / name).read_bytes() == (teachers / name).read_bytes()
+
+
+def test_folders_may_have_any_names(tmp_path):
+    "In a results folder that is itself called runs, too."
+    grid, run = a_state(tmp_path / "here", 2)
+    append_record(run.parent / "epochs.jsonl", {"kind": "r56_r20"})
+    packed = pack(grid, tmp_path / "parcel")
+    fresh = grid_in(tmp_path, results_dir=str(tmp_path / "runs"))
+    unpack(fresh, tmp_path / "parcel")
+    for name in packed["name"]:
+        assert ((tmp_path / "runs" / name.removeprefix("results/")) if name.startswith("results") else tmp_path / name).is_file(), name
+
+
+# What a slice begins with
+
+
+def test_a_teachers_logits_come_right_before_its_first_cell(tmp_path):
+    state = look(grid_in(tmp_path, pairs="paper", seeds=1, options={**SETTINGS["options"], "cache": "full"}))
+    for name in ("resnet56", "resnet32x4"):
+        state.teachers[name] = SimpleNamespace()
+    state.epochs = {job: epochs for job, epochs in state.epochs.items() if job.method or state.teachers[job.teacher] is None}
+    order = campaign._with_logits(state)
+    logits = [job for job in order if not job.method and state.teachers[job.teacher]]
+    assert [job.teacher for job in logits] == ["resnet56", "resnet32x4"] and [job for job in order if job not in logits] == priority(state.missing, state.grid)
+    for job in logits:
+        after = order[order.index(job) + 1]
+        assert after.teacher == job.teacher and after.method, "not earlier than it is needed"
+    state.planned = campaign.replace(state.planned, cache="off")
+    assert campaign._with_logits(state) == priority(state.missing, state.grid)
+
+
+def test_cells_recorded_with_other_settings_are_named_and_do_not_count(tmp_path):
+    grid = grid_in(tmp_path)
+    experiment = plan_experiment("r56_r20", "kd,kd+sort", "0,1", skip_recorded=True, **grid.shared)
+    save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
+    about = look(grid).teachers["resnet56"].as_record()
+    changes = iter([{"device": "cuda", "precision": "bfloat16"}, {"teacher_logits": "cached"}, {"device": "cuda", "precision": "bfloat16"}, {}])
+    for seed in experiment.seeds:
+        for method in experiment.methods:
+            run = campaign._plan_run(experiment, method, seed, "computed", about)
+            record = {"run_id": f"{run.folder.name}-2026", **run.settings, "data": run.about_data, "about_teacher": about}
+            change = next(changes)
+            append_record(experiment.records_file, record | change | ({"run_id": f"another-{seed}-{method.name}"} if change else {}))
+    state = look(grid)
+    assert state.finished == {Job("r56_r20", "kd+sort", 1)} and state.others == {"device and precision": 2, "teacher_logits": 1}
+    assert "1 of 4 cells are done (not counted: 2 with other device and precision, 1 with other teacher_logits)" in describe_plan(state, Speeds(state.planned))
+    save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
+    assert not look(grid).finished and "teacher.weights_sha256" in look(grid).others
+
+
+def test_a_teacher_away_from_the_published_one_is_called_a_finding():
+    job = Job("r56_r20")
+    state = SimpleNamespace(planned=SimpleNamespace(data=SimpleNamespace(name="cifar100")), epochs={job: (0, 240)})
+    assert campaign._against_published(state, job, 73.34) == "+1.00 points from the published teacher"
+    assert "-1.34 points from the published teacher: a finding" in campaign._against_published(state, job, 71.0)
+    state.epochs[job] = (0, 10)
+    assert campaign._against_published(state, job, 54.9) == ""
 
 
 # The proof
@@ -366,7 +476,8 @@ def test_cut_into_slices_and_carried_the_numbers_are_those_of_an_uncut_run(tmp_p
     run_experiment(plan_experiment("r56_r20", "kd,kd+sort", "0,1", "quick", **shared), progress=False)
     expected = records_in(whole)
 
-    cuts, taken = random.Random(time.time_ns()), []  # at other times in every test
+    cuts, taken = random.Random(time.time_ns()), []
+    began = {}  # at other times in every test
     for number in range(30):
         folder = tmp_path / f"machine{number}"
         grid = grid_in(folder)
@@ -388,12 +499,15 @@ def test_cut_into_slices_and_carried_the_numbers_are_those_of_an_uncut_run(tmp_p
             assert number or "stopped. What was saved is kept" in rest
         else:
             run_slice(state, begun * cuts.uniform(0.7, 1.5) * 1.1**number, at_once=cuts.choice([1, 2]), quiet=True)
+        for checkpoint in (folder / "results" / "runs").glob("*/checkpoint.pt"):
+            began.setdefault(checkpoint.parent.name, campaign._beside(checkpoint)[0].read_text())
         pack(grid, tmp_path / f"parcel{number}")
     else:
         pytest.fail("no end after 30 slices")
 
     assert any(name.endswith("checkpoint.pt") for name in taken), "no run was cut"
     ours = records_in(folder)
+    assert {f"{name}-{start}" for name, start in began.items()} <= {record["run_id"] for record in ours.values()}, "a start was lost"
     assert ours.keys() == expected.keys() and len(ours) == 4
     for cell, record in ours.items():
         assert compare_runs(expected[cell], record) == []
