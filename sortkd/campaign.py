@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import wait
@@ -379,9 +378,10 @@ class Speeds:
         views = len(data.train_targets) * number_of_views(data.pad, data.flip)
         checksum = teacher.as_record()["weights_sha256"] if teacher else ""
         for about in planned.cache_dir.glob("*/about.json"):
-            kept = json.loads(about.read_text())
-            if (kept["teacher_sha256"], kept["images"], kept["precision"]) == (checksum, len(data.train_targets), planned.precision):
-                views = (about.parent / "computed.bin").read_bytes().count(0)
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged cache is refused by the run that opens it
+                kept = json.loads(about.read_text())
+                if (kept["teacher_sha256"], kept["images"], kept["precision"]) == (checksum, len(data.train_targets), planned.precision):
+                    views = (about.parent / "computed.bin").read_bytes().count(0)
         return views * self.of(f"teacher {architecture}")[0] / 3e6 if views else 0.0
 
 

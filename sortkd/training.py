@@ -537,6 +537,9 @@ def train(
             if temperature is not None:
                 temperature.load_state_dict(state["temperature"])
             curve = [dict(row) for row in state["curve"]]
+            epochs, values = [row["epoch"] for row in curve], [value for row in curve for value in row.values()]
+            if epochs != list(range(1, len(curve) + 1))[: recipe.epochs] or not all(map(math.isfinite, values)):
+                raise ValueError("its curve is none")
             outcome = Outcome(curve, {}, dict(state["best_weights"]), float(state["seconds"]))
         except Exception as error:  # it has the name of this run, and yet something else in it
             raise ValueError(

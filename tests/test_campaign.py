@@ -423,6 +423,22 @@ def test_a_teachers_logits_come_right_before_its_first_cell(tmp_path):
     assert campaign._with_logits(state) == priority(state.missing, state.grid)
 
 
+def test_a_damaged_cache_counts_as_none(tmp_path):
+    "The plan is made without opening it; the run that opens it says what is wrong."
+    state = look(grid_in(tmp_path, options={**SETTINGS["options"], "cache": "full"}))
+    speeds = Speeds(state.planned)
+    speeds.measured["teacher resnet56"] = 3.0
+    needed = speeds.views_seconds(None, "resnet56")
+    about = {"teacher_sha256": "", "images": len(state.planned.data.train_targets), "precision": state.planned.precision}
+    for number, text in enumerate(["", "[]", "5", "{}", json.dumps(about)]):  # the last without its marks
+        folder = state.planned.cache_dir / str(number)
+        folder.mkdir(parents=True)
+        (folder / "about.json").write_text(text)
+    assert speeds.views_seconds(None, "resnet56") == needed > 0
+    (folder / "computed.bin").write_bytes(b"\x01" * 10)
+    assert speeds.views_seconds(None, "resnet56") == 0, "a whole one does count"
+
+
 def test_cells_recorded_with_other_settings_are_named_and_do_not_count(tmp_path):
     grid = grid_in(tmp_path)
     experiment = plan_experiment("r56_r20", "kd,kd+sort", "0,1", skip_recorded=True, **grid.shared)
