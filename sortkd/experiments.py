@@ -139,7 +139,7 @@ _EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")  # set
 def _method_for(name: str, pair: Pair, share: float = 1.0) -> Method:
     "The method with the numbers of the pair; `share`: how long the run is, 1 for the published recipe."
     method = create_method(name)
-    changes = {"beta": pair.beta} if "beta" in method.settings else {}
+    changes = {"beta": pair.beta} if OBJECTIVES[method.objective].pair_beta else {}
     if pair in IMAGENET_PAIRS.values():
         changes |= _IMAGENET_NUMBERS.get(method.objective, {})
         method = create_method(name, **changes)

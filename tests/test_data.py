@@ -110,9 +110,9 @@ def test_digits_are_those_of_scikit_learn(digits):
 
 def test_digits_sizes():
     assert load_digits(32).image_size == 32
-    with pytest.raises(ValueError, match="image_size must be at least 8, but is 4"):
+    with pytest.raises(ValueError, match="image_size is 4; give a whole number from 8"):
         load_digits(4)
-    with pytest.raises(TypeError, match="image_size must be an integer, but is 16.0"):
+    with pytest.raises(ValueError, match="image_size is 16.0"):
         load_digits(16.0)
 
 
@@ -133,7 +133,7 @@ def test_cifar100(cifar100):
 
 @pytest.mark.parametrize("name", ["cifar10", "CIFAR100", "", None])
 def test_unknown_data(name):
-    with pytest.raises(ValueError, match=f"unknown data set {name!r}: choose 'cifar100', 'digits', 'imagenet' or 'auto'"):
+    with pytest.raises(ValueError, match=f"the data set is {name!r}; choose one of auto, cifar100, digits, imagenet"):
         load_data(name)
 
 
@@ -312,24 +312,24 @@ def test_download_has_a_time_limit(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, error, message", [
-    (dict(train_targets=torch.arange(40)), ValueError, r"train_targets must lie in 0\.\.3, but holds 4"),
-    (dict(test_targets=torch.tensor([-1] + [0] * 11)), ValueError, r"test_targets must lie in 0\.\.3, but holds -1"),
+    (dict(train_targets=torch.arange(40)), ValueError, "train_targets holds 4; give numbers from 0 to 3"),
+    (dict(test_targets=torch.tensor([-1] + [0] * 11)), ValueError, "test_targets holds -1; give numbers from 0 to 3"),
     (dict(train_targets=torch.zeros(39, dtype=torch.int64)), ValueError,
-     r"train_targets must have shape \(40,\).*\(39,\)"),
+     r"train_targets has shape \(39,\); give one target for each of the 40 images"),
     (dict(train_targets=torch.zeros(40, dtype=torch.int32)), TypeError,
-     "train_targets must be a torch.int64.*torch.int32"),
-    (dict(train_images=torch.zeros(40, 8, 8, 3)), TypeError, "train_images must be a torch.uint8.*torch.float32"),
-    (dict(train_images=[1, 2]), TypeError, "train_images must be a torch.uint8 tensor, but is list"),
+     "train_targets is of type torch.int32; give a torch.int64 tensor"),
+    (dict(train_images=torch.zeros(40, 8, 8, 3)), TypeError, "train_images is of type torch.float32; give a torch.uint8"),
+    (dict(train_images=[1, 2]), TypeError, "train_images is of type list"),
     (dict(train_images=torch.zeros(40, 3, 8, 8, dtype=torch.uint8)), ValueError,
-     r"train_images must have shape.*\(40, 3, 8, 8\)"),
+     r"train_images has shape \(40, 3, 8, 8\)"),
     (dict(train_images=torch.zeros(0, 8, 8, 3, dtype=torch.uint8)), ValueError,
-     r"train_images must have.*\(0, 8, 8, 3\)"),
+     r"train_images has shape \(0, 8, 8, 3\)"),
     (dict(test_images=torch.zeros(12, 9, 9, 3, dtype=torch.uint8)), ValueError, r"test images are \(9, 9, 3\)"),
-    (dict(mean=(0.5,)), ValueError, r"mean must be three numbers.*\(0\.5,\)"),
-    (dict(std=(0.2, 0.0, 0.2)), ValueError, "std must be three numbers"),
-    (dict(pad=-1), ValueError, "pad must be at least 0, but is -1"),
-    (dict(pad=1.5), TypeError, "pad must be an integer, but is 1.5"),
-    (dict(class_names=("one",)), ValueError, "class_names must hold at least two classes"),
+    (dict(mean=(0.5,)), ValueError, r"mean is \(0\.5,\); give three numbers"),
+    (dict(std=(0.2, 0.0, 0.2)), ValueError, "std is 0.0; give a finite number above 0"),
+    (dict(pad=-1), ValueError, "pad is -1; give a whole number"),
+    (dict(pad=1.5), ValueError, "pad is 1.5; give a whole number"),
+    (dict(class_names=("one",)), ValueError, "give at least two classes"),
 ])
 def test_what_does_not_fit_is_refused(changes, error, message):
     with pytest.raises(error, match=message):
@@ -379,11 +379,11 @@ def test_subset_of_everything_is_everything():
 @pytest.mark.parametrize("sizes, error, message", [
     (dict(train_size=41), ValueError, "train_size is 41, but toy has 40 train images"),
     (dict(test_size=13), ValueError, "test_size is 13, but toy has 12 test images"),
-    (dict(train_size=-1), ValueError, "train_size must be at least 0, but is -1"),
-    (dict(test_size=0.5), TypeError, "test_size must be an integer, but is 0.5"),
-    (dict(train_size=True), TypeError, "train_size must be an integer, but is True"),
-    (dict(train_size="10"), TypeError, "train_size must be an integer, but is '10'"),
-    (dict(train_size=4, seed=-1), ValueError, "seed must be at least 0, but is -1"),
+    (dict(train_size=-1), ValueError, "train_size is -1; give"),
+    (dict(test_size=0.5), ValueError, "test_size is 0.5; give"),
+    (dict(train_size=True), ValueError, "train_size is True; give"),
+    (dict(train_size="10"), ValueError, "train_size is '10'; give"),
+    (dict(train_size=4, seed=-1), ValueError, "seed is -1; give"),
 ])
 def test_subset_sizes_are_checked(sizes, error, message):
     with pytest.raises(error, match=message):
@@ -409,7 +409,7 @@ def test_view_ids_are_reversible(pad, flip, count):
 
 def test_view_ids_out_of_range():
     for wrong in (-1, 162):
-        with pytest.raises(ValueError, match=rf"view ids must lie in 0\.\.161, but reach from .*{wrong}"):
+        with pytest.raises(ValueError, match=f"view ids reach from .*{wrong}.*from 0 to 161"):
             views_of(torch.arange(2), torch.tensor([5, wrong]), 4, True)
 
 
@@ -455,10 +455,10 @@ def test_an_epoch_is_a_permutation_and_views_are_uniform():
 
 @pytest.mark.parametrize("arguments, error", [
     ((0, 4, True, 0, 0), ValueError), ((10, -1, True, 0, 0), ValueError), ((10, 4, True, -1, 0), ValueError),
-    ((10, 4, True, 0, -1), ValueError), ((10, 4, True, 0.5, 0), TypeError), ((10, 4, True, 0, None), TypeError),
+    ((10, 4, True, 0, -1), ValueError), ((10, 4, True, 0.5, 0), ValueError), ((10, 4, True, 0, None), ValueError),
 ])
 def test_draws_check_their_arguments(arguments, error):
-    with pytest.raises(error, match="must be"):
+    with pytest.raises(error, match="give a whole number"):
         draw_views(*arguments)
 
 
@@ -537,8 +537,8 @@ def test_batch_bounds(num_images, batch_size, sizes):
 
 def test_batch_bounds_of_the_recipe():
     assert len(batch_bounds(50_000, 64)) == 782 and batch_bounds(50_000, 64)[-1] == (49_984, 50_000)
-    for arguments, error in (((10, 0), ValueError), ((0, 10), ValueError), ((10, 2.5), TypeError)):
-        with pytest.raises(error, match="must be"):
+    for arguments, error in (((10, 0), ValueError), ((0, 10), ValueError), ((10, 2.5), ValueError)):
+        with pytest.raises(error, match="give a whole number"):
             batch_bounds(*arguments)
 
 
@@ -613,7 +613,7 @@ def test_strong_views_differ_within_a_batch():
 
 def test_batches_of_a_wrong_dtype():
     for wrong in (torch.uint8, "float32"):
-        with pytest.raises(TypeError, match="dtype must be a floating point"):
+        with pytest.raises(TypeError, match="give a torch.dtype of floating point"):
             Batches(toy_data(), dtype=wrong)
 
 
