@@ -39,26 +39,11 @@ from tqdm import tqdm
 
 from .commands import _ends_cleanly
 from .data import ImageData, number_of_views
-from sortkd.experiments import (
-    PAIRS,
-    Experiment,
-    _choice,
-    _count,
-    _differences,
-    _end_with_parent,
-    _method_for,
-    _plain,
-    _plan_run,
-    _records_so_far,
-    _shown,
-    _split,
-    _teacher_training,
-    append_record,
-    describe_machine,
-    plan_experiment,
-    read_records,
-    run_experiment,
-)
+from .checks import choice, listed_names, shown, whole_number
+from .experiments import Experiment, plan_experiment
+from .pairs import PAIRS, method_for
+from .records import append_record, describe_machine, differences, plain, read_records
+from .runs import end_with_parent, plan_run, records_so_far, run_experiment, teacher_training
 from .losses import create_method
 from .models import create_model
 from .results import PAPER_METHODS, load_results, measured_rates, paper_grid
@@ -96,12 +81,12 @@ _DEFAULTS = {
 
 def _option(name: str, value):
     "An option's value of the right type: on a command line every value is a text."
-    default = _DEFAULTS[_choice("an option", name, list(_DEFAULTS))]
+    default = _DEFAULTS[choice("an option", name, list(_DEFAULTS))]
     text = str(value).lower()
     if isinstance(default, bool):
-        return _choice(f"option {name}", text, ["true", "false"]) == "true"
+        return choice(f"option {name}", text, ["true", "false"]) == "true"
     if isinstance(default, int) and not re.fullmatch(r"[0-9]{1,10}", text):
-        raise ValueError(f"option {name} is {_shown(value)}; give a whole number.")
+        raise ValueError(f"option {name} is {shown(value)}; give a whole number.")
     return type(default)(value)
 
 
@@ -113,31 +98,31 @@ def make_grid(settings: Mapping) -> Grid:
     """
     keys = ["pairs", "methods", "seeds", *list(Grid.__dataclass_fields__)[1:]]
     for key in settings:
-        _choice("a key of the grid", key, keys)
+        choice("a key of the grid", key, keys)
     missing = [key for key in keys if key not in settings]
     if missing:
         raise ValueError(f"the grid does not say {', '.join(missing)}; workflow/config.yaml explains each.")
     chosen = {name: settings[name] for name in ("pairs", "methods", "seeds") if settings[name] != "paper"}
     for name, value in chosen.items():
-        chosen[name] = _count(name, value, 1) if name == "seeds" else _split(name, value)
+        chosen[name] = whole_number(name, value, 1) if name == "seeds" else listed_names(name, value)
     if chosen.get("seeds", 1) > 1000:
         raise ValueError(f"seeds is {chosen['seeds']}; it counts them, and a grid has at most 1000.")
     for pair in chosen.get("pairs", ()):
-        _choice("a pair", pair, list(PAIRS))
+        choice("a pair", pair, list(PAIRS))
     for method in chosen.get("methods", ()):
         create_method(method)
     options = settings["options"] or {}
     if not isinstance(options, Mapping):
-        raise ValueError(f"options is {_shown(options)}; give names with values, such as {{epochs: 1}}.")
+        raise ValueError(f"options is {shown(options)}; give names with values, such as {{epochs: 1}}.")
     folders = {name: settings[name] for name in ("cells_dir", "teachers_dir", "results_dir")}
     for name, value in folders.items():
         if isinstance(value, bool) or not isinstance(value, str | int):  # 2026 is a name, too
-            raise ValueError(f"{name} is {_shown(value)}; give the path of a folder.")
+            raise ValueError(f"{name} is {shown(value)}; give the path of a folder.")
     return Grid(
         cells=paper_grid(**chosen),
-        preset=_choice("preset", settings["preset"], ["quick", "short", "paper"]),
-        cell=_choice("cell", settings["cell"], ["notebook", "command"]),
-        threads=_count("threads", settings["threads"], 1),
+        preset=choice("preset", settings["preset"], ["quick", "short", "paper"]),
+        cell=choice("cell", settings["cell"], ["notebook", "command"]),
+        threads=whole_number("threads", settings["threads"], 1),
         options={name: _option(name, value) for name, value in options.items()},
         **{name: str(value) for name, value in folders.items()},
     )
@@ -156,7 +141,7 @@ def read_grid(path: str | Path, **changes) -> Grid:
     except OSError:  # a name that no file can have
         is_there = False
     if not is_there:
-        raise FileNotFoundError(f"there is no grid {_shown(str(path))}; give a YAML file such as workflow/paper.yaml.")
+        raise FileNotFoundError(f"there is no grid {shown(str(path))}; give a YAML file such as workflow/paper.yaml.")
     for each in (path.with_name("config.yaml"), path):
         if each.is_file():
             try:
@@ -204,7 +189,7 @@ def _experiment(grid: Grid, job: Job) -> Experiment:
 def _of_pair(planned: Experiment, pair: str) -> Experiment:
     "What `plan_experiment` says for another pair, without loading the data again."
     share, chosen = planned.recipe.epochs / 240, PAIRS[pair]
-    methods = tuple(_method_for(method.name, chosen, share) for method in planned.methods)
+    methods = tuple(method_for(method.name, chosen, share) for method in planned.methods)
     return replace(
         planned, pair_name=pair, pair=chosen, methods=methods, recipe=replace(planned.recipe, lr=chosen.lr)
     )
@@ -241,7 +226,7 @@ def look(grid: Grid, planned: Experiment | None = None) -> State:
     "What is there of `grid`; nothing is written. `planned`: of an earlier look, to spare loading the data."
     planned = planned or _experiment(grid, Job(grid.cells["pair"][0]))
     state = State(grid, planned)
-    records = [each for each in _records_so_far(planned) if isinstance(each, dict) and isinstance(each.get("method"), dict)]
+    records = [each for each in records_so_far(planned) if isinstance(each, dict) and isinstance(each.get("method"), dict)]
     recorded = [str(each.get("run_id")) for each in records]
     by_cell = {(str(each.get("pair")), str(each["method"].get("name")), str(each.get("seed"))): each for each in records}
     kinds = {"off": ["computed"], "full": ["cached"]}.get(planned.cache, ["cached", "computed"])
@@ -249,7 +234,7 @@ def look(grid: Grid, planned: Experiment | None = None) -> State:
         experiment = _of_pair(planned, pair)
         preset, architecture, teacher_job = experiment.preset, experiment.pair.teacher, Job(pair)
         data = planned.full_data.subset(train_size=size) if (size := preset.teacher_train_size) else planned.data
-        training = _teacher_training(architecture, data, preset.teacher_recipe, seed=0)
+        training = teacher_training(architecture, data, preset.teacher_recipe, seed=0)
         if architecture not in state.teachers:
             teacher = find_teacher(
                 architecture, planned.data, planned.teachers_dir, preset.teacher_min_epochs, json.loads(json.dumps(training))
@@ -264,15 +249,15 @@ def look(grid: Grid, planned: Experiment | None = None) -> State:
         methods = {method.name: method for method in experiment.methods}
         for cell in cells.itertuples():
             job, method = Job(pair, cell.method, cell.seed), methods[cell.method]
-            folders = [_plan_run(experiment, method, cell.seed, kind, about).folder for kind in kinds if about]
+            folders = [plan_run(experiment, method, cell.seed, kind, about).folder for kind in kinds if about]
             if any(run_id.startswith(f"{folder.name}-") for folder in folders for run_id in recorded):
                 state.finished.add(job)
                 continue
             if other := by_cell.get((pair, cell.method, str(cell.seed))):
                 kind = next((each for each in kinds if each == other.get("teacher_logits")), kinds[0])
-                run = _plan_run(experiment, method, cell.seed, kind, about or {"weights_sha256": None})
+                run = plan_run(experiment, method, cell.seed, kind, about or {"weights_sha256": None})
                 settings = run.settings | {"data": run.about_data, "teacher": {"weights_sha256": run.about_teacher["weights_sha256"]}}
-                different = " and ".join(_differences(_plain(settings), other | {"teacher": other.get("about_teacher")}))
+                different = " and ".join(differences(plain(settings), other | {"teacher": other.get("about_teacher")}))
                 state.others[different] = state.others.get(different, 0) + 1
             behind = max((_epochs_in(folder / "checkpoint.pt") for folder in folders), default=0)
             state.epochs[job] = behind, experiment.recipe_for(method).epochs
@@ -452,7 +437,7 @@ def _work(pipe, grid: Grid, ends) -> None:
     "A worker process: makes one job after the other, and says what happens."
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler sends them to all processes; the first one decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is killed leaves there
     for job in iter(pipe.recv, None):
@@ -808,7 +793,7 @@ def unpack(grid: Grid, folder: str | Path) -> list[str]:
     """
     folder, results, teachers = Path(folder), Path(grid.results_dir), Path(grid.teachers_dir)
     if not (folder / "manifest.json").is_file():
-        raise FileNotFoundError(f"there is no {_shown(str(folder / 'manifest.json'))}; name a folder that --pack has written.")
+        raise FileNotFoundError(f"there is no {shown(str(folder / 'manifest.json'))}; name a folder that --pack has written.")
     try:
         about = json.loads((folder / "manifest.json").read_text())
         parts = [(folder / Path(part["name"]).name, part["sha256"]) for part in about["parts"]]
@@ -869,7 +854,7 @@ def _seconds(text: str) -> float:
     match = re.fullmatch(r"(?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})s)?", text)
     hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     if not hours + minutes + seconds:
-        raise ValueError(f"the budget is {_shown(text)}; give a time such as 25m, 1h30m or 90s.")
+        raise ValueError(f"the budget is {shown(text)}; give a time such as 25m, 1h30m or 90s.")
     return 3600.0 * hours + 60 * minutes + seconds
 
 
@@ -909,7 +894,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget = math.inf if given.budget is None else _seconds(given.budget)
         at_once = given.at_once
         if at_once != "auto":
-            at_once = _count("at_once", int(at_once) if re.fullmatch(r"[0-9]{1,10}", at_once) else at_once, 1)
+            at_once = whole_number("at_once", int(at_once) if re.fullmatch(r"[0-9]{1,10}", at_once) else at_once, 1)
         if given.unpack:
             print(f"{len(unpack(grid, given.unpack))} files taken from {given.unpack}")
         only_carries, failed = (given.pack or given.unpack) and not given.budget, False

@@ -109,7 +109,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun has started; the only one that talks
 
     def work():
-        from sortkd.experiments import plan_experiment, run_experiment, summarize
+        from sortkd.experiments import plan_experiment
+        from sortkd.plots import summarize
+        from sortkd.runs import run_experiment
 
         if source is not None:
             return _repeat(source, {name: value for name, value in given.items() if value != parser.get_default(name)}, progress)
@@ -128,7 +130,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _repeat(source: str, given: dict, progress: bool) -> int:
-    from sortkd.experiments import compare_runs, plan_repetition, run_experiment
+    from sortkd.records import compare_runs
+    from sortkd.runs import plan_repetition, run_experiment
 
     others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir"}
     if others:
@@ -144,7 +147,7 @@ def _repeat(source: str, given: dict, progress: bool) -> int:
 
 def _find_record(source: str) -> dict:
     "The record that FILE or FILE:RUN_ID names."
-    from sortkd.experiments import read_records
+    from sortkd.records import read_records
 
     path, _, run_id = (source, "", "") if os.path.isfile(source) else source.rpartition(":")
     if not os.path.isfile(path):  # which also says so of a name that no file can have
@@ -188,7 +191,7 @@ def evaluate_checkpoint(
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     from sortkd.data import load_data
-    from sortkd.experiments import create_batches
+    from sortkd.runs import create_batches
     from sortkd.models import create_model
     from sortkd.training import create_fabric
 

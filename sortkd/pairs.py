@@ -111,7 +111,7 @@ def method_for(name: str, pair: Pair, share: float = 1.0) -> Method:
     one.
     """
     method = create_method(name)
-    changes = {"beta": pair.beta} if "beta" in method.settings else {}
+    changes = {"beta": pair.beta} if OBJECTIVES[method.objective].pair_beta else {}
     changes |= {key: value for key, value in pair.numbers.get(method.objective, {}).items() if key not in _OF_RECIPES}
     method = create_method(name, **changes)
     for setting, epochs in {"warmup_epochs": method.warmup_epochs, **method.settings}.items():
@@ -127,7 +127,7 @@ def recipe_for(method: Method, pair: Pair, recipe: Recipe, published_length: boo
     objective, own = OBJECTIVES[method.objective], pair.numbers.get(method.objective, {})
     epochs = int(own.get("epochs", objective.epochs))
     if published_length and epochs != Recipe().epochs:
-        recipe = replace(recipe, epochs=epochs)  # its milestones stay where they are
+        recipe = replace(recipe, epochs=epochs, milestones=objective.milestones or recipe.milestones)
     scale = min(1.0, (classes / 100) ** 2) if objective.strong_views and objective.relates_rows else 1.0
     return replace(recipe, lr=min(recipe.lr, objective.lr, own.get("lr", math.inf)) * scale)
 

@@ -33,6 +33,7 @@ from .models import create_model
 from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
 from .teachers import Teacher, get_teacher, load_teacher, read_checkpoint, weights_checksum
+from .views import STRONG_VIEWS
 from .training import Outcome, Recipe, create_fabric, evaluate, fingerprint, precision_of, progress_bar, train
 
 # %% ../nbs/07c_runs.ipynb #8ecf5583
@@ -186,7 +187,7 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         **({"deterministic": True} if experiment.deterministic else {}),
         "channels_last": True,
         "teacher_logits": kind if method.uses_teacher else None,
-        **({"strong_views": "teacher logits computed"} if method.strong_views else {}),
+        **({"strong_views": STRONG_VIEWS} if method.strong_views else {}),
     }
     about_data = {
         "name": data.name,
