@@ -251,6 +251,25 @@ def test_ranks_share_each_batch(data, ranks, batch_size):
     assert (0 in [len(targets) for part in parts for _, targets in part]) == (ranks == 5), "48 in 23s leaves two images"
 
 
+@pytest.mark.parametrize("rank, ranks", [(0, 1), (1, 3)])
+def test_blocks_are_single_steps(data, rank, ranks):
+    whole, part = epoch_of(data, seed=5), epoch_of(data, seed=5, rank=rank, ranks=ranks)
+    blocks = list(ImageFolderBatches(data, workers=0).blocks(7, 5, 1, rank=rank, ranks=ranks))
+    for block, (_, targets), (images, _), (start, stop) in zip(blocks, whole, part, batch_bounds(48, 7), strict=True):
+        assert block.begin == start and block.bounds == [(0, stop - start)] and block.views is None
+        assert torch.equal(block.target, targets), "of all ranks"
+        assert torch.equal(block.images(0), images)
+
+
+def test_the_face_of_data_in_files(data):
+    pixels, inputs, targets = data.examples(3)
+    expected, _ = next(ImageFolderBatches(data, workers=0).test(3))
+    assert pixels.shape == (3, 32, 32, 3) and pixels.dtype == torch.uint8 and torch.equal(inputs, expected)
+    assert torch.equal(inputs, normalize(pixels, data.mean, data.std)) and torch.equal(targets, data.test_targets[:3])
+    assert data.views_per_image is None and len(data.examples(100)[0]) == 16
+    assert isinstance(data.batches("cpu"), ImageFolderBatches) and data.batches("cpu").data is data
+
+
 def test_a_view_is_a_function_of_seed_epoch_and_image(data):
     def views(seed, epoch, batch_size=7):
         order = torch.randperm(48, generator=seeded_generator("image order", seed, epoch))
