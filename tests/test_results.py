@@ -582,7 +582,6 @@ def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monk
     assert "mistakes is left as it is: it needs CIFAR-100" in text and "features is not drawn" in text
     assert first["mistakes.png"] == b"as committed"
     drawn = {
-        "distribution",
         "diagram",
         "curves_short",
         "curves_r56_r20",
@@ -606,4 +605,4 @@ def test_notebooks_run_where_nothing_is_measured(tmp_path, monkeypatch):
     text, tables = run_notebook("paper_tables", tmp_path, synthetic=False)
     assert "0 runs in" in text and "No short runs are recorded yet." in tables["short_runs.md"].decode()
     text, figures = run_notebook("paper_figures", tmp_path, synthetic=False)
-    assert "effect is not drawn" in text and {Path(name).stem for name in figures} == {"distribution", "diagram"}
+    assert "effect is not drawn" in text and {Path(name).stem for name in figures} == {"diagram"}
