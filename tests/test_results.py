@@ -545,8 +545,6 @@ def synthetic_folder(tmp_path_factory):
         [{"benchmark": "speed", "machine": machine, "rows": rows} for machine in machines]
         + [{"benchmark": "accuracy"}],
     )
-    campaign = {"faults": {"killed": 30, "disk full": 4}, "runs": {"killed": 40, "disk full": 16}, "damage": ["disk full: lost: a run"]}
-    write_lines(folder / "results" / "faults.jsonl", [campaign | {"command": "python tests/faults.py", "seconds": 60.0}])
     return folder
 
 
@@ -591,7 +589,6 @@ def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monk
         "curves_r32x4_shuv2",
         "effect",
         "effect_short",
-        "faults",
         "speed",
     }
     assert set(first) == {f"{name}.{suffix}" for name in drawn for suffix in ("png", "pdf", "md")} | {"mistakes.png"}
