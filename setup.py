@@ -25,6 +25,9 @@ setup(
         *(f"Programming Language :: Python :: {tested}" for tested in ["3 :: Only", *settings["tested_pythons"].split()]),
     ],
     keywords=settings["keywords"],
+    # Named although it is the default: an editable install then puts this folder on the path, and `import sortkd` works from the
+    # folder above a clone of that name, too.
+    package_dir={"": "."},
     packages=["sortkd"],
     package_data={"sortkd": ["py.typed"]},
     python_requires=f">={settings['min_python']}",

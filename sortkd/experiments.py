@@ -36,6 +36,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .data import Batches, ImageData, load_data, normalize, number_of_views
+from .views import STRONG_VIEWS
 from .imagenet import IMAGENET_RECIPE, ImageFolderBatches, ImageFolderData
 from .losses import OBJECTIVES, Method, create_method
 from .models import create_model
@@ -139,7 +140,7 @@ _EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")  # set
 def _method_for(name: str, pair: Pair, share: float = 1.0) -> Method:
     "The method with the numbers of the pair; `share`: how long the run is, 1 for the published recipe."
     method = create_method(name)
-    changes = {"beta": pair.beta} if "beta" in method.settings else {}
+    changes = {"beta": pair.beta} if OBJECTIVES[method.objective].pair_beta else {}
     if pair in IMAGENET_PAIRS.values():
         changes |= _IMAGENET_NUMBERS.get(method.objective, {})
         method = create_method(name, **changes)
@@ -808,7 +809,7 @@ def _plan_run(experiment: Experiment, method: Method, seed: int, kind: str, abou
         **({"deterministic": True} if experiment.deterministic else {}),
         "channels_last": True,
         "teacher_logits": kind if method.uses_teacher else None,
-        **({"strong_views": "teacher logits computed"} if method.strong_views else {}),
+        **({"strong_views": STRONG_VIEWS} if method.strong_views else {}),
     }
     about_data = {
         "name": data.name,

@@ -126,17 +126,18 @@ def standardize(logits: Tensor) -> Tensor:
     return centred / (1e-7 + logits.std(-1, keepdim=True))
 
 # %% ../nbs/01_losses.ipynb #ac4965b3
-def _unit_vectors(values: Tensor) -> Tensor:
-    "`values` brought to mean 0 and length 1 along the last dimension; 0 where they are constant to rounding."
+def _centre(values: Tensor) -> Tensor:
+    "`values` brought to mean 0 along the last dimension; exactly 0, without a gradient, where they are constant to rounding."
     centred = values - values.mean(-1, keepdim=True)
-    length = centred.norm(dim=-1, keepdim=True)
-    constant = length <= 8 * torch.finfo(values.dtype).eps * values.norm(dim=-1, keepdim=True)
-    return (centred / torch.where(constant, 1, length)).masked_fill(constant, 0)
+    rounding = 8 * torch.finfo(values.dtype).eps * values.norm(dim=-1, keepdim=True)
+    return centred.masked_fill(centred.norm(dim=-1, keepdim=True) <= rounding, 0)
 
 
 def _pearson_distance(first: Tensor, second: Tensor) -> Tensor:
     "1 - Pearson's correlation along the last dimension, averaged over the others."
-    return 1 - (_unit_vectors(first) * _unit_vectors(second)).sum(-1).mean()
+    first, second = _centre(first), _centre(second)
+    lengths = first.norm(dim=-1) * second.norm(dim=-1)
+    return 1 - ((first * second).sum(-1) / (lengths + 1e-8)).mean()  # 1 - ρ, with the authors' epsilon
 
 # %% ../nbs/01_losses.ipynb #2a3acc3e
 def dist_loss(
@@ -190,8 +191,8 @@ def mlkd_loss(
     Logits `(N, C)` of the weakly and the `strong`ly augmented view. `standardized`: instances are compared on z-scores
     (LSKD), batch and classes as they are. Returns a scalar, in nats.
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
-    Source: Jin et al., Multi-Level Logit Distillation, CVPR 2023, as the authors' code computes it: its strong view's
-    KD uses the weak view's logits at temperatures 2 and 6, and its confidence masks act as one factor a term.
+    Source: Jin et al., Multi-Level Logit Distillation, CVPR 2023, as the authors' code computes it: the last two of
+    the strong view's five KD terms use the weak view's logits, and its confidence masks act as one factor a term.
     """
     weak, strong = (student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)
     for logits in (weak, strong):
@@ -206,11 +207,11 @@ def mlkd_loss(
         weak_kd, strong_kd = ((standardize(student), standardize(teacher)) for student, teacher in (weak, strong))
 
     loss = student_logits.new_zeros(())
-    for each in (temperature, 3.0, 5.0, 2.0, 6.0):
+    for place, each in enumerate((temperature, 3.0, 5.0, 2.0, 6.0)):
         instances = kd_loss(*weak_kd, each)
         loss = loss + rows * (instances + _gram_loss(*weak, each, of_classes=False))
         loss = loss + classes * _gram_loss(*weak, each, of_classes=True)
-        loss = loss + (instances if each in (2.0, 6.0) else kd_loss(*strong_kd, each))
+        loss = loss + (kd_loss(*strong_kd, each) if place < 3 else instances)  # by place: `temperature` may be 2 or 6
     return loss
 
 # %% ../nbs/01_losses.ipynb #ec333121
@@ -331,6 +332,8 @@ class Objective:
     learns_temperature: bool = False
     lr: float = math.inf  # the learning rate of its paper, where that is below the pair's
     epochs: int = 240  # how long its paper trains
+    milestones: tuple[int, ...] | None = None  # its learning rate drops after these epochs, whatever the length; None: the recipe's
+    pair_beta: bool = False  # whether its beta is the one that the DKD paper gives each pair of networks
     settings: Mapping[str, float] = field(default_factory=dict)
     in_epoch: Callable[[Mapping, int], Mapping] = lambda settings, epoch: settings  # the term's settings then
 
@@ -369,6 +372,7 @@ OBJECTIVES: dict[str, Objective] = {
         ce_weight=1.0,
         kd_weight=1.0,
         warmup_epochs=20,
+        pair_beta=True,
         settings={"alpha": 1.0, "beta": 8.0, "temperature": 4.0},
     ),
     "lskd": Objective(_kd_term, ce_weight=0.1, kd_weight=9.0, standardize=True, settings={"temperature": 2.0}),
@@ -378,6 +382,7 @@ OBJECTIVES: dict[str, Objective] = {
         kd_weight=9.0,
         warmup_epochs=20,
         standardize=True,
+        pair_beta=True,
         settings={"alpha": 1.0, "beta": 8.0, "temperature": 2.0},
     ),
     "ctkd": Objective(
@@ -392,9 +397,8 @@ OBJECTIVES: dict[str, Objective] = {
         dkd_loss,
         ce_weight=1.0,
         kd_weight=1.0,
-        warmup_epochs=20,
         learns_temperature=True,
-        settings={"alpha": 1.0, "beta": 8.0, **_CTKD},
+        settings={"alpha": 1.0, "beta": 2.0, **_CTKD},
         in_epoch=_ctkd_settings,
     ),
     "mlkd": Objective(
@@ -405,6 +409,7 @@ OBJECTIVES: dict[str, Objective] = {
         strong_views=True,
         lr=0.025,
         epochs=480,
+        milestones=(150, 180, 210),
         settings={"temperature": 4.0},
     ),
     "lskd_mlkd": Objective(
@@ -415,12 +420,13 @@ OBJECTIVES: dict[str, Objective] = {
         strong_views=True,
         lr=0.025,
         epochs=480,
+        milestones=(150, 180, 210),
         settings={"temperature": 2.0},
     ),
     "sld": Objective(
         sld_loss,
-        ce_weight=1.0,
-        kd_weight=1.0,
+        ce_weight=0.1,
+        kd_weight=0.9,
         repair="swap",
         strong_views=True,
         lr=0.025,

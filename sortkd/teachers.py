@@ -311,7 +311,7 @@ def get_teacher(
 
     teacher = find()  # a folder that can only be read will do
     if teacher is None and fetch and data.name == "imagenet":
-        from sortkd.imagenet import pretrained_weights
+        from sortkd.models import pretrained_weights
 
         model = load_weights(create_model(architecture, data.num_classes), pretrained_weights(architecture), architecture)
         teacher = Teacher(model.eval().requires_grad_(False), architecture, "fetched", "torchvision IMAGENET1K_V1")

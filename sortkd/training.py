@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batches, Views, batch_bounds, crop, draw_views, normalize, strong_views
+from .data import Batches, Views, batch_bounds, draw_views
 from .losses import LearnedTemperature, Method
 from .teacher_logits import TeacherLogits
 from .teachers import save_atomically
@@ -367,7 +367,7 @@ class _Lessons:
                 teacher_logits = ranks.gather(self.teacher(views.part(start, stop)), end - begin)
                 ahead["repaired"] = self._repair(teacher_logits, target)
                 if self.method.strong_views:
-                    part = views_on_device.part(begin, end)
+                    part = views.part(begin, end)
                     ahead |= self._strong_views(batches, self.teacher, part, target, epoch, begin)
             for start, stop in steps:
                 own = [start + each for each in ranks.part(stop - start)]
@@ -378,9 +378,7 @@ class _Lessons:
 
     def _strong_views(self, batches: Batches, teacher: TeacherLogits, views: Views, target: Tensor, epoch: int,
                       begin: int) -> dict[str, Tensor]:
-        data, rows = batches.data, len(target)
-        pixels = crop(batches.padded, views, data.image_size)
-        images = normalize(strong_views(pixels, self.seed, epoch, begin), data.mean, data.std, batches.dtype)
+        rows, images = len(target), batches.strong_images(views.index, self.seed, epoch, begin)
         start, stop = self.ranks.part(rows)
         teacher_logits = self.ranks.gather(teacher.of_images(images[start:stop]), rows)
         return {"strong_images": images, "strong_repaired": self.method.repair_logits(teacher_logits, target)}

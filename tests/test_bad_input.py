@@ -280,10 +280,10 @@ def test_spoilt_cifar100_for_real(tmp_path, how):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"train_targets": torch.full((40,), 2**62)}, "train_targets must lie in 0..3"), ({"test_targets": torch.zeros(12)}, "test_targets must be"),
+    ({"train_targets": torch.full((40,), 2**62)}, "train_targets holds 4611686018427387904"), ({"test_targets": torch.zeros(12)}, "test_targets is"),
     ({"train_images": torch.zeros(40, 8, 9, 3, dtype=torch.uint8)}, "train_images"), ({"train_images": torch.zeros(40, 8, 8, 1, dtype=torch.uint8)}, "train_images"),
     ({"test_images": torch.zeros(0, 8, 8, 3, dtype=torch.uint8), "test_targets": torch.zeros(0, dtype=torch.int64)}, "test_images"),
-    ({"train_images": torch.zeros(40, 0, 0, 3, dtype=torch.uint8)}, "train_images"), ({"train_images": None}, "train_images must be"),
+    ({"train_images": torch.zeros(40, 0, 0, 3, dtype=torch.uint8)}, "train_images"), ({"train_images": None}, "train_images is"),
     ({"test_targets": torch.tensor(0)}, "test_targets"), ({"class_names": ()}, "class_names"), ({"class_names": ("a",)}, "class_names"),
     ({"mean": (float("nan"), 0.4, 0.3)}, "mean"), ({"std": (0.2, float("inf"), 0.3)}, "std"), ({"std": (0.2, float("nan"), 0.3)}, "std"), ({"std": (0.2, -0.1, 0.3)}, "std"),
     ({"mean": ("a", "b", "c")}, "mean"), ({"mean": ()}, "mean"), ({"pad": 10.5}, "pad"), ({"pad": -(10**30)}, "pad"),

@@ -22,7 +22,8 @@ from sortkd import campaign
 from sortkd.campaign import Deadline, Job, Speeds, describe_plan, look, main, make_grid, pack, plan_table, priority, read_grid, run_slice, unpack
 from sortkd.experiments import PAIRS, append_record, compare_runs, describe_machine, plan_experiment, read_records, run_experiment
 from sortkd.models import create_model
-from sortkd.results import PAPER_METHODS, paper_grid, synthetic_record
+from sortkd.results import PAPER_METHODS, paper_grid
+from synthetic import synthetic_record
 from sortkd.teachers import save_teacher
 from sortkd.training import fingerprint
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import math
 import pickle
 import shutil
 import socket
@@ -21,10 +22,12 @@ import torchvision.transforms.v2.functional as vision
 from conftest import needs_cifar100
 from torchvision.datasets import CIFAR100
 
+import sortkd.views
 from sortkd.data import (
     Batches, ImageData, Views, batch_bounds, crop, draw_views, has_cifar100, load_cifar100, load_data, load_digits,
-    normalize, number_of_views, pad_images, seeded_generator, strong_views, view_id, views_of,
+    normalize, number_of_views, pad_images, seeded_generator, view_id, views_of,
 )
+from sortkd.views import rank_bounds, strong_views
 
 CIFAR_FILES = ("train", "test", "meta")
 DIGITS_CHECKSUM = "3834cdec9b345647258856fb597d86d80bbd6e4afaf705ce84b73050b6b6b772"
@@ -110,9 +113,9 @@ def test_digits_are_those_of_scikit_learn(digits):
 
 def test_digits_sizes():
     assert load_digits(32).image_size == 32
-    with pytest.raises(ValueError, match="image_size must be at least 8, but is 4"):
+    with pytest.raises(ValueError, match="image_size is 4; give a whole number from 8"):
         load_digits(4)
-    with pytest.raises(TypeError, match="image_size must be an integer, but is 16.0"):
+    with pytest.raises(ValueError, match="image_size is 16.0"):
         load_digits(16.0)
 
 
@@ -133,7 +136,7 @@ def test_cifar100(cifar100):
 
 @pytest.mark.parametrize("name", ["cifar10", "CIFAR100", "", None])
 def test_unknown_data(name):
-    with pytest.raises(ValueError, match=f"unknown data set {name!r}: choose 'cifar100', 'digits', 'imagenet' or 'auto'"):
+    with pytest.raises(ValueError, match=f"the data set is {name!r}; choose one of auto, cifar100, digits, imagenet"):
         load_data(name)
 
 
@@ -312,24 +315,24 @@ def test_download_has_a_time_limit(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, error, message", [
-    (dict(train_targets=torch.arange(40)), ValueError, r"train_targets must lie in 0\.\.3, but holds 4"),
-    (dict(test_targets=torch.tensor([-1] + [0] * 11)), ValueError, r"test_targets must lie in 0\.\.3, but holds -1"),
+    (dict(train_targets=torch.arange(40)), ValueError, "train_targets holds 4; give numbers from 0 to 3"),
+    (dict(test_targets=torch.tensor([-1] + [0] * 11)), ValueError, "test_targets holds -1; give numbers from 0 to 3"),
     (dict(train_targets=torch.zeros(39, dtype=torch.int64)), ValueError,
-     r"train_targets must have shape \(40,\).*\(39,\)"),
+     r"train_targets has shape \(39,\); give one target for each of the 40 images"),
     (dict(train_targets=torch.zeros(40, dtype=torch.int32)), TypeError,
-     "train_targets must be a torch.int64.*torch.int32"),
-    (dict(train_images=torch.zeros(40, 8, 8, 3)), TypeError, "train_images must be a torch.uint8.*torch.float32"),
-    (dict(train_images=[1, 2]), TypeError, "train_images must be a torch.uint8 tensor, but is list"),
+     "train_targets is of type torch.int32; give a torch.int64 tensor"),
+    (dict(train_images=torch.zeros(40, 8, 8, 3)), TypeError, "train_images is of type torch.float32; give a torch.uint8"),
+    (dict(train_images=[1, 2]), TypeError, "train_images is of type list"),
     (dict(train_images=torch.zeros(40, 3, 8, 8, dtype=torch.uint8)), ValueError,
-     r"train_images must have shape.*\(40, 3, 8, 8\)"),
+     r"train_images has shape \(40, 3, 8, 8\)"),
     (dict(train_images=torch.zeros(0, 8, 8, 3, dtype=torch.uint8)), ValueError,
-     r"train_images must have.*\(0, 8, 8, 3\)"),
+     r"train_images has shape \(0, 8, 8, 3\)"),
     (dict(test_images=torch.zeros(12, 9, 9, 3, dtype=torch.uint8)), ValueError, r"test images are \(9, 9, 3\)"),
-    (dict(mean=(0.5,)), ValueError, r"mean must be three numbers.*\(0\.5,\)"),
-    (dict(std=(0.2, 0.0, 0.2)), ValueError, "std must be three numbers"),
-    (dict(pad=-1), ValueError, "pad must be at least 0, but is -1"),
-    (dict(pad=1.5), TypeError, "pad must be an integer, but is 1.5"),
-    (dict(class_names=("one",)), ValueError, "class_names must hold at least two classes"),
+    (dict(mean=(0.5,)), ValueError, r"mean is \(0\.5,\); give three numbers"),
+    (dict(std=(0.2, 0.0, 0.2)), ValueError, "std is 0.0; give a finite number above 0"),
+    (dict(pad=-1), ValueError, "pad is -1; give a whole number"),
+    (dict(pad=1.5), ValueError, "pad is 1.5; give a whole number"),
+    (dict(class_names=("one",)), ValueError, "give at least two classes"),
 ])
 def test_what_does_not_fit_is_refused(changes, error, message):
     with pytest.raises(error, match=message):
@@ -379,11 +382,11 @@ def test_subset_of_everything_is_everything():
 @pytest.mark.parametrize("sizes, error, message", [
     (dict(train_size=41), ValueError, "train_size is 41, but toy has 40 train images"),
     (dict(test_size=13), ValueError, "test_size is 13, but toy has 12 test images"),
-    (dict(train_size=-1), ValueError, "train_size must be at least 0, but is -1"),
-    (dict(test_size=0.5), TypeError, "test_size must be an integer, but is 0.5"),
-    (dict(train_size=True), TypeError, "train_size must be an integer, but is True"),
-    (dict(train_size="10"), TypeError, "train_size must be an integer, but is '10'"),
-    (dict(train_size=4, seed=-1), ValueError, "seed must be at least 0, but is -1"),
+    (dict(train_size=-1), ValueError, "train_size is -1; give"),
+    (dict(test_size=0.5), ValueError, "test_size is 0.5; give"),
+    (dict(train_size=True), ValueError, "train_size is True; give"),
+    (dict(train_size="10"), ValueError, "train_size is '10'; give"),
+    (dict(train_size=4, seed=-1), ValueError, "seed is -1; give"),
 ])
 def test_subset_sizes_are_checked(sizes, error, message):
     with pytest.raises(error, match=message):
@@ -409,7 +412,7 @@ def test_view_ids_are_reversible(pad, flip, count):
 
 def test_view_ids_out_of_range():
     for wrong in (-1, 162):
-        with pytest.raises(ValueError, match=rf"view ids must lie in 0\.\.161, but reach from .*{wrong}"):
+        with pytest.raises(ValueError, match=f"view ids reach from .*{wrong}.*from 0 to 161"):
             views_of(torch.arange(2), torch.tensor([5, wrong]), 4, True)
 
 
@@ -455,10 +458,10 @@ def test_an_epoch_is_a_permutation_and_views_are_uniform():
 
 @pytest.mark.parametrize("arguments, error", [
     ((0, 4, True, 0, 0), ValueError), ((10, -1, True, 0, 0), ValueError), ((10, 4, True, -1, 0), ValueError),
-    ((10, 4, True, 0, -1), ValueError), ((10, 4, True, 0.5, 0), TypeError), ((10, 4, True, 0, None), TypeError),
+    ((10, 4, True, 0, -1), ValueError), ((10, 4, True, 0.5, 0), ValueError), ((10, 4, True, 0, None), ValueError),
 ])
 def test_draws_check_their_arguments(arguments, error):
-    with pytest.raises(error, match="must be"):
+    with pytest.raises(error, match="give a whole number"):
         draw_views(*arguments)
 
 
@@ -537,8 +540,8 @@ def test_batch_bounds(num_images, batch_size, sizes):
 
 def test_batch_bounds_of_the_recipe():
     assert len(batch_bounds(50_000, 64)) == 782 and batch_bounds(50_000, 64)[-1] == (49_984, 50_000)
-    for arguments, error in (((10, 0), ValueError), ((0, 10), ValueError), ((10, 2.5), TypeError)):
-        with pytest.raises(error, match="must be"):
+    for arguments, error in (((10, 0), ValueError), ((0, 10), ValueError), ((10, 2.5), ValueError)):
+        with pytest.raises(error, match="give a whole number"):
             batch_bounds(*arguments)
 
 
@@ -589,31 +592,122 @@ def test_test_batches_of_several_ranks_are_the_batches_of_one(ranks):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_strong_views_are_of_the_kind_they_say(device, digits):
-    images = random_images(640, 32).clamp(min=1).to(device)  # without black, so that what is cut out can be seen
-    state = torch.random.get_rng_state()
-    strong, again, other = strong_views(images, 0, 3), strong_views(images, 0, 3), strong_views(images, 0, 4)
+@pytest.mark.parametrize("steps, ranks", [(1, 1), (3, 1), (32, 1), (3, 2), (2, 5)])
+def test_blocks_hold_the_batches(device, steps, ranks):
+    "Rows, targets, views and images of each step, as an epoch drawn by hand has them."
+    data = toy_data(train=41)
+    batches, drawn, bounds = Batches(data, device), draw_views(41, data.pad, data.flip, 5, 2), iter(batch_bounds(41, 8))
+    by_rank = [list(data.batches(device).blocks(8, 5, 2, rank=rank, ranks=ranks, steps=steps)) for rank in range(ranks)]
+    for blocks in zip(*by_rank, strict=True):
+        block = blocks[0]
+        assert len(block.bounds) <= steps and len(block.target) == len(block.views.index) == block.bounds[-1][1]
+        assert block.target.device.type == device and block.views.index.device.type == "cpu"
+        for step, (start, stop) in enumerate(block.bounds):
+            begin, end = next(bounds)
+            assert (block.begin + start, block.begin + stop) == (begin, end)
+            assert all(map(torch.equal, block.views.part(start, stop), drawn.part(begin, end)))
+            images, targets = batches.gather(drawn.part(begin, end))
+            assert torch.equal(torch.cat([each.images(step) for each in blocks]), images)
+            assert all(torch.equal(each.target[start:stop], targets) for each in blocks)
+            parts = torch.arange(end - begin).tensor_split(ranks)
+            assert [len(each.images(step)) for each in blocks] == list(map(len, parts))
+    assert next(bounds, None) is None
+
+
+def test_the_face_of_data_in_memory():
+    data = toy_data()
+    pixels, inputs, targets = data.examples(7)
+    assert torch.equal(pixels, data.train_images[:7]) and torch.equal(targets, data.train_targets[:7])
+    assert torch.equal(inputs, normalize(pixels, data.mean, data.std))
+    assert data.views_per_image == 50 and toy_data(flip=False).views_per_image == 25
+    assert isinstance(data.batches("cpu"), Batches) and data.batches("cpu").data is data
+    with pytest.raises(ValueError, match="rank is 2; give a number from 0 to 1"):
+        rank_bounds(0, 4, 2, 2)
+
+
+# Strong views
+
+
+def by_torchvision(image, operation, level, sign):
+    "One operation of RandAugment on one image (3, H, W)."
+    amount, shift = sign * level / 30, int(150 / 331 * image.shape[2] * sign * level / 30)
+    shear = math.degrees(math.atan(0.3 * amount))
+    return [
+        lambda: image,
+        lambda: vision.affine(image, 0.0, [0, 0], 1.0, [shear, 0.0], center=[0, 0]),
+        lambda: vision.affine(image, 0.0, [0, 0], 1.0, [0.0, shear], center=[0, 0]),
+        lambda: vision.affine(image, 0.0, [shift, 0], 1.0, [0.0, 0.0]),
+        lambda: vision.affine(image, 0.0, [0, shift], 1.0, [0.0, 0.0]),
+        lambda: vision.rotate(image, 30 * amount),
+        lambda: vision.adjust_brightness(image, 1 + 0.9 * amount),
+        lambda: vision.adjust_saturation(image, 1 + 0.9 * amount),
+        lambda: vision.adjust_contrast(image, 1 + 0.9 * amount),
+        lambda: vision.adjust_sharpness(image, 1 + 0.9 * amount),
+        lambda: vision.posterize(image, 8 - round(level * 4 / 30)),
+        lambda: vision.solarize(image, 255 * (1 - level / 30)),
+        lambda: vision.autocontrast(image),
+        lambda: vision.equalize(image),
+    ][operation]()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operation", range(14))
+def test_operations_are_those_of_torchvision(device, operation):
+    "Every level and both signs at once, next to images of another operation."
+    images = random_images(124, 16)
+    level, sign = torch.arange(124) // 4, 1 - 2 * (torch.arange(124) % 2)
+    kinds = torch.full((124,), operation)
+    kinds[::4] = 0
+    ours = sortkd.views._augmented(images.to(device), kinds, level, sign).cpu()
+    expected = torch.stack([by_torchvision(image.permute(2, 0, 1), *each).permute(1, 2, 0)
+                            for image, *each in zip(images, kinds.tolist(), level.tolist(), sign.tolist())])
+    difference = (ours.int() - expected.int()).abs()
+    if operation in (1, 2, 5):  # where a pixel lies between two, either is right
+        assert (difference > 0).float().mean() < 0.01
+    else:
+        assert difference.max() <= (1 if 6 <= operation <= 9 else 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strong_views_are_drawn_for_each_image(device):
+    images = random_images(1, 32).repeat(2000, 1, 1, 1).to(device)
+    before, state = images.clone(), torch.random.get_rng_state()
+    strong, again, other = (strong_views(images, 0, epoch) for epoch in (3, 3, 4))
     assert torch.equal(state, torch.random.get_rng_state()), "nobody else's randomness is touched"
-    assert strong.dtype == torch.uint8 and strong.shape == images.shape and strong.device == images.device
-    assert torch.equal(strong, again) and not torch.equal(strong, other)
-    assert (strong != images).flatten(1).any(1).double().mean() > 0.95
-    plain = strong_views(torch.full((640, 32, 32, 3), 128, dtype=torch.uint8), 0, 3)
-    black = (plain == 0).all(3)  # the square, and what an operation has moved in from outside or darkened
-    shares = black.flatten(1).double().mean(1)
-    assert 0.01 < shares.median() < 0.3
-    one = black[(shares > 0.1) & (shares < 0.2)][0].nonzero()
-    assert len(one) > 100
+    assert torch.equal(images, before) and strong.dtype == torch.uint8 and strong.shape == images.shape
+    assert torch.equal(strong, again) and not torch.equal(strong, other) and strong.device == images.device
+    assert len(strong.flatten(1).unique(dim=0)) > 1900, "2,000 copies of one image become different images"
+    assert strong_views(images[:0], 0).shape == (0, 32, 32, 3)
 
 
-def test_strong_views_differ_within_a_batch():
-    flat = torch.full((64, 32, 32, 3), 100, dtype=torch.uint8)
-    assert len(strong_views(flat, "seed").flatten(1).unique(dim=0)) >= 4  # groups of 16, each with a square of its own
-    assert strong_views(flat[:0], 0).shape == (0, 32, 32, 3)
+def test_squares_are_grey_and_of_up_to_half_the_side():
+    sizes, middles = [], []
+    for picture in strong_views(torch.zeros(4000, 32, 32, 3, dtype=torch.uint8), "squares"):
+        if (picture == 0).any() and (picture == 127).any():  # black images stay black, unless solarised or sharpened
+            rows, columns = (picture == 127).all(2).nonzero().T
+            sizes.append((rows.max() - rows.min() + 1).item())
+            middles.append((rows.float().mean().item(), columns.float().mean().item()))
+            assert len(rows) == sizes[-1] * (columns.max() - columns.min() + 1), "a square, or what the border leaves of it"
+    assert len(sizes) > 2000 and 15 <= max(sizes) <= 16 and min(sizes) == 1
+    assert all(abs(torch.tensor(each).mean() - 16) < 1.5 for each in zip(*middles))
+
+
+def test_strong_images_have_a_crop_and_flip_of_their_own():
+    batches = Batches(toy_data(train=1, pad=3, size=16, train_images=random_images(1, 16).clamp(min=1)))
+    index = torch.zeros(3000, dtype=torch.int64)
+    images = batches.strong_images(index, 5, 1, 0)
+    assert images.shape == (3000, 3, 16, 16) and torch.equal(images, batches.strong_images(index, 5, 1, 0))
+    assert not torch.equal(images, batches.strong_images(index, 5, 2, 0))
+    every = views_of(torch.zeros(98, dtype=torch.int64), torch.arange(98), 3, True)
+    views = batches.gather(every)[0].flatten(1)
+    found = {number for number, view in enumerate(views) if (images.flatten(1) == view).float().mean(1).max() > 0.9}
+    assert len(found) > 50, "many of the 98 crops, plain and mirrored, come through nearly unchanged"
+    assert {number % 2 for number in found} == {0, 1}
 
 
 def test_batches_of_a_wrong_dtype():
     for wrong in (torch.uint8, "float32"):
-        with pytest.raises(TypeError, match="dtype must be a floating point"):
+        with pytest.raises(TypeError, match="give a torch.dtype of floating point"):
             Batches(toy_data(), dtype=wrong)
 
 

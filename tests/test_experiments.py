@@ -200,7 +200,7 @@ def test_bad_speed_parameters_are_named(changes, words, tmp_path):
 def test_every_method(folder, tmp_path):
     "All objectives with all repairs that make sense: the record is whole, and the loss falls."
     from sortkd.losses import OBJECTIVES, list_methods
-    from sortkd.results import check_record
+    from sortkd.schema import check_record
     experiment = small_experiment(folder, methods=",".join(list_methods()), epochs=3, train_size=200, cache="full", results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
     assert [check_record(record)["method"]["name"] for record in records] == list_methods() and len(records) >= 48

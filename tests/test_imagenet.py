@@ -1,35 +1,23 @@
-"ImageNet: networks against the reference, folders that are refused, and views that depend on nothing but their key."
+"ImageNet: folders that are refused, and views that depend on nothing but their key."
 import json
-import math
 import os
-import pickle
 import subprocess
 import sys
-import urllib.error
-import zlib
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.models import ResNet34_Weights
 from torchvision.transforms import v2
 
-from sortkd.data import batch_bounds, normalize, seeded_generator
+from sortkd.views import batch_bounds, normalize, seeded_generator
 from sortkd.imagenet import (
-    IMAGENET_RECIPE, SAMPLE_REGIONS, ImageFolderBatches, create_imagenet_model, list_imagenet_models, load_image_folder,
-    pretrained_weights, save_sample_folder,
+    IMAGENET_RECIPE, SAMPLE_REGIONS, ImageFolderBatches, load_image_folder, save_sample_folder,
 )
-from sortkd.teachers import load_weights
 from sortkd.training import Recipe
 
-GOLDENS = Path(__file__).parent / "goldens"
-SHAPES = json.loads((GOLDENS / "state_dict_shapes.json").read_text())
-LOGITS = np.load(GOLDENS / "model_logits.npz")
-every_network = pytest.mark.parametrize("name", list_imagenet_models())
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
@@ -53,179 +41,6 @@ def opened(path):
     with Image.open(path) as image:
         image.load()
         return image
-
-
-def golden_state_dict(shapes):
-    state_dict = {}
-    for key, shape in shapes.items():
-        random = np.random.RandomState(zlib.crc32(key.encode()))
-        if key.endswith("num_batches_tracked"):
-            values = np.zeros(shape, dtype=np.int64)
-        elif key.endswith("running_var"):
-            values = random.uniform(0.5, 1.5, shape)
-        elif key.endswith(("running_mean", "bias")):
-            values = 0.1 * random.standard_normal(shape)
-        elif len(shape) == 1:
-            values = random.uniform(0.5, 1.5, shape)
-        else:
-            values = random.standard_normal(shape) * math.sqrt(0.5 / math.prod(shape[1:]))
-        state_dict[key] = torch.as_tensor(values)
-    return state_dict
-
-
-# Networks
-
-
-def test_list_is_the_reference_list():
-    assert sorted(list_imagenet_models()) == sorted(name for name in SHAPES if name.startswith("imagenet/"))
-    list_imagenet_models().clear()
-    assert list_imagenet_models(), "list_imagenet_models() must hand out a list of its own"
-
-
-@every_network
-def test_keys_order_and_shapes(name):
-    with torch.device("meta"):
-        state_dict = create_imagenet_model(name).state_dict()
-    assert [(key, list(value.shape)) for key, value in state_dict.items()] == list(SHAPES[name].items())
-
-
-@every_network
-def test_golden_logits(name):
-    images = torch.tensor(np.random.RandomState(0).standard_normal((2, 3, 224, 224)), dtype=torch.float32)
-    network, golden = create_imagenet_model(name).eval(), LOGITS[name.replace("/", "__")]
-    network.load_state_dict(golden_state_dict(SHAPES[name]))
-    with torch.no_grad():
-        logits = network(images).numpy()
-    assert np.linalg.norm(logits - golden) / np.linalg.norm(golden) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["imagenet/ResNet18", "imagenet/MobileNetV1"])
-def test_logits_stay_float32_under_autocast(name):
-    torch.manual_seed(0)
-    network = create_imagenet_model(name, num_classes=5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = network(torch.randn(4, 3, 64, 64))
-    assert logits.dtype == torch.float32 and logits.shape == (4, 5)
-    assert not torch.equal(logits, logits.bfloat16().float()), "no rounding on the way"
-    F.cross_entropy(logits, torch.arange(4)).backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
-
-
-@pytest.mark.parametrize("name", ["imagenet/ResNet18", "imagenet/MobileNetV1"])
-def test_copies_repeats_and_compiles(name):
-    torch.manual_seed(0)
-    network = create_imagenet_model(name, num_classes=5).eval()
-    torch.manual_seed(0)
-    again = create_imagenet_model(name, num_classes=5).eval()
-    images = torch.randn(2, 3, 64, 64)
-    torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        expected = network(images)
-        assert torch.equal(again(images), expected)
-        assert torch.equal(pickle.loads(pickle.dumps(network))(images), expected)
-        torch.testing.assert_close(compiled(images), expected)
-
-
-def test_features_of_the_student():
-    network = create_imagenet_model("imagenet/MobileNetV1").eval()
-    with torch.no_grad():
-        logits, features = network(torch.randn(1, 3, 96, 96), return_features=True)
-    assert [tuple(maps.shape[1:]) for maps in features.maps] == [
-        (64, 48, 48), (128, 24, 24), (256, 12, 12), (512, 6, 6), (1024, 3, 3)]
-    assert torch.equal(network.classifier_layer(features.pooled), logits)
-
-
-@pytest.mark.parametrize("arguments, error", [
-    (("resnet18",), r"no ImageNet network 'resnet18'; choose imagenet/ResNet18"),
-    (("imagenet/VGG",), "imagenet/VGG"),
-    ((None,), "None"),
-    ((["imagenet/ResNet18"],), "no ImageNet network"),
-    (("imagenet/ResNet18", 1), "num_classes must be at least 2, but is 1"),
-    (("imagenet/MobileNetV1", "ten"), "num_classes must be an integer, but is 'ten'"),
-])
-def test_wrong_names_and_classes(arguments, error):
-    with pytest.raises((ValueError, TypeError), match=error):
-        create_imagenet_model(*arguments)
-
-
-@pytest.mark.parametrize("name", ["imagenet/ResNet18", "imagenet/MobileNetV1"])
-def test_a_part_without_images(name):
-    "What a rank is given that has no part in a batch."
-    network = create_imagenet_model(name, num_classes=5).eval()
-    logits = network(torch.empty(0, 3, 64, 64))
-    assert logits.shape == (0, 5)
-    logits.sum().backward()
-    assert all((parameter.grad == 0).all() for parameter in network.parameters())
-
-
-# Published weights
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    "An empty hub folder and a network on which every request fails; yields the folder and the requests."
-    requests = []
-
-    def refuse(request, *arguments, **named):
-        requests.append(request.full_url)
-        raise urllib.error.URLError("the network is unreachable")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "urlopen", refuse)
-    return tmp_path / "checkpoints", requests
-
-
-@pytest.mark.parametrize("name, file", [("imagenet/ResNet34", "resnet34-b627a593.pth"),
-                                        ("imagenet/ResNet50", "resnet50-0676ba61.pth")])
-def test_weights_without_a_network(hub, name, file):
-    with pytest.raises(FileNotFoundError) as caught:
-        pretrained_weights(name)
-    assert hub[1] == [f"https://download.pytorch.org/models/{file}"]
-    for part in (name, hub[1][0], "unreachable", "checkpoint"):
-        assert part in str(caught.value)
-
-
-def test_weights_are_found_and_fit(hub):
-    network = create_imagenet_model("imagenet/ResNet34")
-    hub[0].mkdir()
-    torch.save(network.state_dict(), hub[0] / "resnet34-b627a593.pth")
-    weights = pretrained_weights("imagenet/ResNet34")
-    assert not hub[1], "a file that is there is not downloaded"
-    other = load_weights(create_imagenet_model("imagenet/ResNet34"), weights)
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in network.state_dict().items())
-
-
-def test_a_download_with_another_checksum_is_refused(hub, tmp_path, monkeypatch):
-    served = tmp_path / "served.pth"
-    torch.save({"fc.weight": torch.zeros(2)}, served)
-    monkeypatch.setattr(torch.hub, "urlopen", lambda request, **named: urllib.request.urlopen(served.as_uri()))
-    with pytest.raises(FileNotFoundError, match="invalid hash"):
-        pretrained_weights("imagenet/ResNet34")
-    assert not list(hub[0].iterdir()), "what was refused is not kept"
-
-
-def test_damaged_or_hostile_weights(hub, tmp_path):
-    class CreatesFile:
-        def __reduce__(self):
-            return open, (str(tmp_path / "executed"), "w")
-
-    hub[0].mkdir()
-    file = hub[0] / "resnet34-b627a593.pth"
-    torch.save({"fc.weight": torch.zeros(2)}, file)
-    contents = [b"", b"hello", file.read_bytes()[:300], pickle.dumps(CreatesFile(), protocol=2)]
-    for content in contents:
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match="resnet34-b627a593.pth cannot be read as weights"):
-            pretrained_weights("imagenet/ResNet34")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_networks_without_published_weights():
-    with pytest.raises(ValueError, match="no weights of imagenet/MobileNetV1"):
-        pretrained_weights("imagenet/MobileNetV1")
-    with pytest.raises(ValueError, match="no ImageNet network 'ResNet34'"):
-        pretrained_weights("ResNet34")
 
 
 # Folders
@@ -285,7 +100,7 @@ def test_subset(data):
     assert set(data.subset(6).train_files) < set(data.subset(20).train_files)
     assert data.subset().checksum == data.checksum
     assert data.subset(8, seed=0).checksum != data.subset(8, seed=1).checksum
-    for arguments, error in (((49,), "train_size is 49"), ((-1,), "at least 0"), ((0, 0.5), "must be an integer")):
+    for arguments, error in (((49,), "train_size is 49"), ((-1,), "train_size is -1"), ((0, 0.5), "test_size is 0.5")):
         with pytest.raises((ValueError, TypeError), match=error):
             data.subset(*arguments)
 
@@ -342,7 +157,7 @@ def spoil_single_class(folder):
     (spoil_surplus_class, ValueError, r"same class folders as .*1 only in val, such as 'zebra'"),
     (spoil_empty_class, ValueError, r"/train has classes without images.*pagoda"),
     (spoil_empty_file, ValueError, r"val_00000.JPEG is empty"),
-    (spoil_single_class, ValueError, r"at least two classes, but is \('dahlia',\)"),
+    (spoil_single_class, ValueError, r"class_names is \('dahlia',\)"),
 ], ids=lambda value: getattr(value, "__name__", None))
 def test_spoiled_folders(folder, spoil, kind, error):
     spoil(folder)
@@ -356,17 +171,17 @@ def test_root_that_is_missing_or_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file is a file"):
         load_image_folder(tmp_path / "file")
-    with pytest.raises(ValueError, match="image_size must be at least 1"):
+    with pytest.raises(ValueError, match="image_size is 0; give"):
         load_image_folder(tmp_path, image_size=0)
 
 
 @pytest.mark.parametrize("changes, error", [
-    ({"train_targets": torch.zeros(47, dtype=torch.int64)}, r"train_targets must have shape \(48,\)"),
-    ({"train_targets": torch.full((48,), 4)}, r"must lie in 0..3, but holds 4"),
-    ({"test_targets": torch.zeros(16)}, "test_targets must be a torch.int64 tensor, but is torch.float32"),
+    ({"train_targets": torch.zeros(47, dtype=torch.int64)}, r"train_targets has shape \(47,\); give one target for each of the 48"),
+    ({"train_targets": torch.full((48,), 4)}, "train_targets holds 4; give numbers from 0 to 3"),
+    ({"test_targets": torch.zeros(16)}, "test_targets is of type torch.float32; give a torch.int64 tensor"),
     ({"test_files": (), "test_targets": torch.zeros(0, dtype=torch.int64)}, "at least one"),
-    ({"std": (0.2, 0.0, 0.2)}, "std must be three numbers"),
-    ({"image_size": 300}, "resize must be at least 300"),
+    ({"std": (0.2, 0.0, 0.2)}, "std is 0.0; give"),
+    ({"image_size": 300}, "resize is 36; give a whole number from 300"),
 ])
 def test_data_that_does_not_fit(data, changes, error):
     with pytest.raises((ValueError, TypeError), match=error):
@@ -384,7 +199,7 @@ def test_sample_folder_repeats_and_overwrites_nothing(root, tmp_path):
     assert len(files) == 64 and all((again / file).read_bytes() == (root / file).read_bytes() for file in files)
     with pytest.raises(FileExistsError, match="train exists"):
         save_sample_folder(root)
-    with pytest.raises(ValueError, match="test must be at least 1"):
+    with pytest.raises(ValueError, match="test is 0; give"):
         save_sample_folder(tmp_path / "none", test=0)
 
 
@@ -434,6 +249,25 @@ def test_ranks_share_each_batch(data, ranks, batch_size):
         assert [len(images) for images, _ in batch] == [len(targets) for _, targets in batch] == lengths
         assert all(images.shape[1:] == (3, 32, 32) for images, _ in batch)
     assert (0 in [len(targets) for part in parts for _, targets in part]) == (ranks == 5), "48 in 23s leaves two images"
+
+
+@pytest.mark.parametrize("rank, ranks", [(0, 1), (1, 3)])
+def test_blocks_are_single_steps(data, rank, ranks):
+    whole, part = epoch_of(data, seed=5), epoch_of(data, seed=5, rank=rank, ranks=ranks)
+    blocks = list(ImageFolderBatches(data, workers=0).blocks(7, 5, 1, rank=rank, ranks=ranks))
+    for block, (_, targets), (images, _), (start, stop) in zip(blocks, whole, part, batch_bounds(48, 7), strict=True):
+        assert block.begin == start and block.bounds == [(0, stop - start)] and block.views is None
+        assert torch.equal(block.target, targets), "of all ranks"
+        assert torch.equal(block.images(0), images)
+
+
+def test_the_face_of_data_in_files(data):
+    pixels, inputs, targets = data.examples(3)
+    expected, _ = next(ImageFolderBatches(data, workers=0).test(3))
+    assert pixels.shape == (3, 32, 32, 3) and pixels.dtype == torch.uint8 and torch.equal(inputs, expected)
+    assert torch.equal(inputs, normalize(pixels, data.mean, data.std)) and torch.equal(targets, data.test_targets[:3])
+    assert data.views_per_image is None and len(data.examples(100)[0]) == 16
+    assert isinstance(data.batches("cpu"), ImageFolderBatches) and data.batches("cpu").data is data
 
 
 def test_a_view_is_a_function_of_seed_epoch_and_image(data):
@@ -518,14 +352,13 @@ def test_an_unreadable_image_is_named(folder, workers, content):
 
 def test_bad_arguments_are_refused_at_once(data):
     batches = ImageFolderBatches(data, workers=0)
-    for call, error in ((lambda: batches.train(0, 0, 1), "batch_size must be at least 1"),
-                        (lambda: batches.train(4, 0.5, 1), "seed must be an integer"),
-                        (lambda: batches.train(4, 0, -1), "epoch must be at least 0"),
-                        (lambda: batches.train(4, 0, 1, 2, 2), r"rank must lie in 0..1, but is 2"),
-                        (lambda: batches.test(4, 0, 0), "ranks must be at least 1"),
-                        (lambda: ImageFolderBatches(data, workers=-1), "workers must be at least 0"),
-                        (lambda: ImageFolderBatches(data, dtype=torch.uint8), "floating point"),
-                        (lambda: ImageFolderBatches("imagenet"), "must be ImageFolderData.*is str")):
+    for call, error in ((lambda: batches.train(0, 0, 1), "batch_size is 0"),
+                        (lambda: batches.train(4, 0.5, 1), "seed is 0.5"),
+                        (lambda: batches.train(4, 0, -1), "epoch is -1"),
+                        (lambda: batches.train(4, 0, 1, 2, 2), "rank is 2; give a number from 0 to 1"),
+                        (lambda: batches.test(4, 0, 0), "ranks is 0"),
+                        (lambda: ImageFolderBatches(data, workers=-1), "workers is -1"),
+                        (lambda: ImageFolderBatches(data, dtype=torch.uint8), "floating point")):
         with pytest.raises((ValueError, TypeError), match=error):
             call()
 

@@ -3,6 +3,8 @@ import copy
 import json
 import math
 import pickle
+import urllib.error
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sortkd.models import Features, create_model, list_models
+from sortkd.models import Features, create_model, list_imagenet_models, list_models, pretrained_weights
+from sortkd.teachers import load_weights
 
 GOLDENS = Path(__file__).parent / "goldens"
 SHAPES = json.loads((GOLDENS / "state_dict_shapes.json").read_text())
@@ -20,6 +23,7 @@ IMAGES = torch.tensor(np.random.RandomState(0).standard_normal((4, 3, 32, 32)), 
 ONE_PER_FAMILY = ["resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
 
 every_network = pytest.mark.parametrize("name", list_models())
+every_imagenet_network = pytest.mark.parametrize("name", list_imagenet_models())
 every_family = pytest.mark.parametrize("name", ONE_PER_FAMILY)
 
 
@@ -226,13 +230,13 @@ def test_unknown_name_is_named_with_close_matches():
 
 @pytest.mark.parametrize("num_classes", [10.0, "10", True, None])
 def test_number_of_classes_of_another_type(num_classes):
-    with pytest.raises(TypeError, match="num_classes must be an integer"):
+    with pytest.raises(ValueError, match="num_classes is .*; give a whole number from 2"):
         create_model("resnet8", num_classes)
 
 
 @pytest.mark.parametrize("num_classes", [1, 0, -5])
 def test_too_few_classes(num_classes):
-    with pytest.raises(ValueError, match=f"it is {num_classes};"):
+    with pytest.raises(ValueError, match=f"num_classes is {num_classes}; give"):
         create_model("resnet8", num_classes)
 
 
@@ -244,3 +248,158 @@ def test_numpy_number_of_classes():
 def test_images_of_another_shape(shape):
     with pytest.raises(ValueError, match=r"images must have the shape \(N, 3, height, width\)"):
         create_model("resnet8")(torch.zeros(shape))
+
+
+# ImageNet's networks
+
+
+def test_list_is_the_reference_list_of_imagenet():
+    assert sorted(list_imagenet_models()) == sorted(name for name in SHAPES if name.startswith("imagenet/"))
+    list_imagenet_models().clear()
+    assert list_imagenet_models(), "list_imagenet_models() must hand out a list of its own"
+
+
+@every_imagenet_network
+def test_imagenet_keys_order_and_shapes(name):
+    with torch.device("meta"):
+        state_dict = create_model(name, 1000).state_dict()
+    assert [(key, list(value.shape)) for key, value in state_dict.items()] == list(SHAPES[name].items())
+
+
+@every_imagenet_network
+def test_imagenet_golden_logits(name):
+    images = torch.tensor(np.random.RandomState(0).standard_normal((2, 3, 224, 224)), dtype=torch.float32)
+    network, golden = create_model(name, 1000).eval(), LOGITS[name.replace("/", "__")]
+    network.load_state_dict(golden_state_dict(SHAPES[name]))
+    with torch.no_grad():
+        logits = network(images).numpy()
+    assert np.linalg.norm(logits - golden) / np.linalg.norm(golden) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["imagenet/ResNet18", "imagenet/MobileNetV1"])
+def test_logits_stay_float32_under_autocast(name):
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(torch.randn(4, 3, 64, 64))
+    assert logits.dtype == torch.float32 and logits.shape == (4, 5)
+    assert not torch.equal(logits, logits.bfloat16().float()), "no rounding on the way"
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("name", ["imagenet/ResNet18", "imagenet/MobileNetV1"])
+def test_copies_repeats_and_compiles(name):
+    torch.manual_seed(0)
+    network = create_model(name, num_classes=5).eval()
+    torch.manual_seed(0)
+    again = create_model(name, num_classes=5).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = network(images)
+        assert torch.equal(again(images), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(network))(images), expected)
+        torch.testing.assert_close(compiled(images), expected)
+
+
+def test_features_of_the_student():
+    network = create_model("imagenet/MobileNetV1", 1000).eval()
+    with torch.no_grad():
+        logits, features = network(torch.randn(1, 3, 96, 96), return_features=True)
+    assert [tuple(maps.shape[1:]) for maps in features.maps] == [
+        (64, 48, 48), (128, 24, 24), (256, 12, 12), (512, 6, 6), (1024, 3, 3)]
+    assert torch.equal(network.classifier_layer(features.pooled), logits)
+
+
+@pytest.mark.parametrize("arguments, error", [
+    (("resnet18",), r"no network 'resnet18'.*imagenet/ResNet18"),
+    (("imagenet/VGG",), "imagenet/VGG"),
+    ((None,), "None"),
+    ((["imagenet/ResNet18"],), "no network"),
+    (("imagenet/ResNet18", 1), "num_classes is 1; give a whole number from 2"),
+    (("imagenet/MobileNetV1", "ten"), "num_classes is 'ten'"),
+])
+def test_wrong_names_and_classes(arguments, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        create_model(*arguments)
+
+
+@pytest.mark.parametrize("name", ["imagenet/ResNet18", "imagenet/MobileNetV1"])
+def test_a_part_without_images(name):
+    "What a rank is given that has no part in a batch."
+    network = create_model(name, num_classes=5).eval()
+    logits = network(torch.empty(0, 3, 64, 64))
+    assert logits.shape == (0, 5)
+    logits.sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in network.parameters())
+
+
+# Published weights
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "An empty hub folder and a network on which every request fails; yields the folder and the requests."
+    requests = []
+
+    def refuse(request, *arguments, **named):
+        requests.append(request.full_url)
+        raise urllib.error.URLError("the network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    return tmp_path / "checkpoints", requests
+
+
+@pytest.mark.parametrize("name, file", [("imagenet/ResNet34", "resnet34-b627a593.pth"),
+                                        ("imagenet/ResNet50", "resnet50-0676ba61.pth")])
+def test_weights_without_a_network(hub, name, file):
+    with pytest.raises(FileNotFoundError) as caught:
+        pretrained_weights(name)
+    assert hub[1] == [f"https://download.pytorch.org/models/{file}"]
+    for part in (name, hub[1][0], "unreachable", "checkpoint"):
+        assert part in str(caught.value)
+
+
+def test_weights_are_found_and_fit(hub):
+    network = create_model("imagenet/ResNet34", 1000)
+    hub[0].mkdir()
+    torch.save(network.state_dict(), hub[0] / "resnet34-b627a593.pth")
+    weights = pretrained_weights("imagenet/ResNet34")
+    assert not hub[1], "a file that is there is not downloaded"
+    other = load_weights(create_model("imagenet/ResNet34", 1000), weights)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in network.state_dict().items())
+
+
+def test_a_download_with_another_checksum_is_refused(hub, tmp_path, monkeypatch):
+    served = tmp_path / "served.pth"
+    torch.save({"fc.weight": torch.zeros(2)}, served)
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request, **named: urllib.request.urlopen(served.as_uri()))
+    with pytest.raises(FileNotFoundError, match="invalid hash"):
+        pretrained_weights("imagenet/ResNet34")
+    assert not list(hub[0].iterdir()), "what was refused is not kept"
+
+
+def test_damaged_or_hostile_weights(hub, tmp_path):
+    class CreatesFile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+
+    hub[0].mkdir()
+    file = hub[0] / "resnet34-b627a593.pth"
+    torch.save({"fc.weight": torch.zeros(2)}, file)
+    contents = [b"", b"hello", file.read_bytes()[:300], pickle.dumps(CreatesFile(), protocol=2)]
+    for content in contents:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="resnet34-b627a593.pth cannot be read as weights"):
+            pretrained_weights("imagenet/ResNet34")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_networks_without_published_weights():
+    with pytest.raises(ValueError, match="no weights of 'imagenet/MobileNetV1'"):
+        pretrained_weights("imagenet/MobileNetV1")
+    with pytest.raises(ValueError, match="no weights of 'ResNet34'"):
+        pretrained_weights("ResNet34")
