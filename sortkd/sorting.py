@@ -89,7 +89,7 @@ def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index:
         first, ranked, below = ranked[:, :1], ranked[:, :-1], ranked[:, 1:]  # z_π(1), z_π(j), z_π(j+1)
         below = torch.where(below > value, below, value)  # by comparison: -0.0 stays itself
         handed_out = torch.where(ranked > value, below, ranked)  # z'_π(j)
-        rows = rows.scatter(1, classes[:, :-1], handed_out).scatter(1, index, first)  # z'_y = z_π(1)
+        rows.scatter_(1, classes[:, :-1], handed_out).scatter_(1, index, first)  # z'_y = z_π(1)
     repaired.movedim(dim, -1)[wrong] = rows
     return repaired
 
