@@ -51,7 +51,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 # A process that starts from here has everything imported already; it costs a fork instead of seconds.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["sortkd.experiments", "sortkd.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
+    ["sortkd.runs", "sortkd.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
      "safetensors.torch", "tqdm", "faults"]
 )
 
@@ -173,9 +173,9 @@ def loss_that_explodes(epoch, folder):
 
 def clock_that_jumps(hours, folder):
     "Each look at the clock finds it `hours` before the last one; 0: it stands still."
-    import sortkd.runs as experiments
+    from sortkd import runs
     looks = itertools.count()
-    experiments._now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(experiments._TIME)
+    runs._now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(runs._TIME)
 
 
 # Running an experiment in a process of its own.
@@ -183,25 +183,25 @@ def clock_that_jumps(hours, folder):
 
 def _start_worker(*arguments):
     "A worker of the experiment, which also keeps a checkpoint after every epoch."
-    import sortkd.runs as experiments
-    experiments.train = partial(experiments.train, checkpoint_seconds=0)
-    experiments._start_worker(*arguments)
+    from sortkd import runs
+    runs.train = partial(runs.train, checkpoint_seconds=0)
+    runs._start_worker(*arguments)
 
 
 def _process(settings, break_it, log, folder, as_command):
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         import torch
 
-        import sortkd.runs as experiments
+        from sortkd import runs
         from sortkd.commands import run
         torch.set_num_threads(1)
-        experiments.train = partial(experiments.train, checkpoint_seconds=0)
-        experiments._start_worker = _start_worker
+        runs.train = partial(runs.train, checkpoint_seconds=0)
+        runs._start_worker = _start_worker
         break_it(folder)
         if as_command:
             sys.exit(run([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()] + ["--quiet"]))
         try:
-            experiments.run_experiment(experiments.plan_experiment(**settings), progress=False)
+            runs.run_experiment(runs.plan_experiment(**settings), progress=False)
             print("records appended to their file")  # as the command says
         except Exception as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)  # there is room for words
