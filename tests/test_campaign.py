@@ -23,7 +23,7 @@ from sortkd.campaign import Deadline, Job, Speeds, describe_plan, look, main, ma
 from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
 from sortkd.records import append_record, compare_runs, describe_machine, read_records
-from sortkd.runs import run_experiment
+from sortkd.runs import plan_run, run_experiment
 from sortkd.models import create_model
 from sortkd.results import PAPER_METHODS, paper_grid
 from synthetic import synthetic_record
@@ -451,7 +451,7 @@ def test_cells_recorded_with_other_settings_are_named_and_do_not_count(tmp_path)
     changes = iter([{"device": "cuda", "precision": "bfloat16"}, {"teacher_logits": "cached"}, {"device": "cuda", "precision": "bfloat16"}, {}])
     for seed in experiment.seeds:
         for method in experiment.methods:
-            run = campaign._plan_run(experiment, method, seed, "computed", about)
+            run = plan_run(experiment, method, seed, "computed", about)
             record = {"run_id": f"{run.folder.name}-2026", **run.settings, "data": run.about_data, "about_teacher": about}
             change = next(changes)
             append_record(experiment.records_file, record | change | ({"run_id": f"another-{seed}-{method.name}"} if change else {}))
