@@ -107,8 +107,8 @@ def _sort_whole_rows(logits: Tensor, index: Tensor, value: Tensor, wrong: Tensor
 
 def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` with shapes that do not depend on the values, and without reading any."
-    found = _find_wrong_rows(logits, target, dim, ignore_index)
-    return _sort_whole_rows(logits, *(each.unsqueeze(dim) for each in found), dim)
+    index, value, wrong = (each.unsqueeze(dim) for each in _find_wrong_rows(logits, target, dim, ignore_index))
+    return _sort_whole_rows(logits, index, value, wrong, dim)
 
 # %% ../nbs/00_sorting.ipynb #4ca87ce5
 def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
