@@ -644,7 +644,7 @@ def test_a_folder_of_teachers_that_can_only_be_read(tmp_path, monkeypatch):
     weights = create_model("resnet8", 10).state_dict()
     get_teacher("resnet8", load_digits(), tmp_path, {}, lambda: (weights, {}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for name in ("one_at_a_time", "save_atomically", "_check_writable"):
+    for name in ("exclusive", "save_atomically", "_check_writable"):
         monkeypatch.setattr(sortkd.teachers, name, lambda *_: pytest.fail("writes"))
     assert get_teacher("resnet8", load_digits(), tmp_path, {}, lambda: pytest.fail("trained")).source == "found"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
