@@ -44,7 +44,7 @@ from .experiments import Experiment, plan_experiment
 from .pairs import PAIRS, method_for
 from .records import append_record, describe_machine, differences, plain, read_records
 from .runs import end_with_parent, plan_run, records_so_far, run_experiment, teacher_training
-from .losses import create_method
+from .methods import create_method
 from .models import create_model
 from .results import PAPER_METHODS, load_results, measured_rates, paper_grid
 from .teachers import PUBLISHED_TOP1, Teacher, _published_member, _read_text, find_teacher, refuse_links
