@@ -10,10 +10,12 @@ import difflib
 import math
 import operator
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from .files import refuse_links
 
@@ -39,9 +41,10 @@ def whole_number(name: str, value, minimum: int = 0, maximum: int = 2**31 - 1) -
 
 def finite_number(name: str, value, minimum: float = 0.0, above: bool = False) -> float:
     "`value` as a `float`, finite and at least `minimum`; greater than `minimum` if `above`."
-    if isinstance(value, bool) or not isinstance(value, Real) or not minimum <= value < math.inf or (above and value == minimum):
+    number: Any = value if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not minimum <= number <= sys.float_info.max or (above and number == minimum):
         raise ValueError(f"{name} is {shown(value)}; give a finite number {'above' if above else 'of at least'} {minimum:g}.")
-    return float(value)
+    return float(number)
 
 # %% ../nbs/90_checks.ipynb #56082cf2
 def flag(name: str, value) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .checks import choice, whole_number
-from .files import exclusive, exclusive as one_at_a_time, network_timeout
+from .files import exclusive, network_timeout
 from .imagenet import ImageFolderData, load_image_folder
 # What belongs to data for whoever uses it, and is written in the chapter on views:
 from sortkd.views import (

@@ -32,22 +32,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .checks import choice, folder_path, listed_names, shown, whole_number
-from .commands import _ends_cleanly as ends_cleanly
+from .commands import ends_cleanly
 from .data import ImageData, number_of_views
-from sortkd.experiments import (
-    PAIRS,
-    Experiment,
-    _differences as differences,
-    _end_with_parent as end_with_parent,
-    _method_for as method_for,
-    _plain as plain,
-    _plan_run as plan_run,
-    _teacher_training as teacher_training,
-    describe_machine,
-    plan_experiment,
-    read_records,
-    run_experiment,
-)
+from .experiments import Experiment, plan_experiment
+from .pairs import PAIRS, method_for
+from .records import describe_machine, differences, plain, read_records
+from .runs import end_with_parent, plan_run, run_experiment, teacher_training
 from .losses import Method, create_method
 from .models import create_model
 from .results import load_results, measured_rates, paper_grid

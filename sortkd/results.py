@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .experiments import PAIRS, _method_for, _recipe_for
+from .pairs import PAIRS, method_for, recipe_for
 from .losses import OBJECTIVES
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
@@ -34,10 +34,10 @@ def _why_not_paper(record: dict) -> str | None:
         return f"the pair {record['pair']} is not one of the paper's"
     pair = PAIRS[record["pair"]]
     try:
-        method = _method_for(record["method"]["name"], pair)
+        method = method_for(record["method"]["name"], pair)
     except ValueError as error:
         return str(error)
-    published = json.loads(json.dumps(asdict(_recipe_for(method, Recipe(lr=pair.lr), True))))
+    published = json.loads(json.dumps(asdict(recipe_for(method, pair, Recipe(lr=pair.lr), True))))
     method_fields = asdict(method)
     pairs = [
         ("preset", record["preset"], "paper"),
@@ -75,10 +75,10 @@ def _why_not_paper_teacher(about: dict) -> str | None:
 
 def _base_recipe(record: dict) -> dict:
     "The record's recipe; that of the other methods, where an objective is published with a length of its own."
-    recipe, objective = record["recipe"], OBJECTIVES.get(record["method"]["objective"])
-    if not record["full_recipe"] or objective is None or recipe["epochs"] != objective.epochs:
+    recipe = record["recipe"]
+    if not record["full_recipe"] or recipe["epochs"] <= Recipe().epochs:
         return recipe
-    return json.loads(json.dumps(asdict(Recipe(**recipe).shortened(Recipe().epochs))))
+    return recipe | {"epochs": Recipe().epochs, "milestones": list(Recipe().milestones)}
 
 
 def _row(record: dict) -> dict:

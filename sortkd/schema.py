@@ -9,7 +9,8 @@ __all__ = ['RECORD_SCHEMA', 'RecordError', 'check_record']
 import math
 from collections.abc import Iterable
 
-from .experiments import PAIRS, SCHEMA_VERSION
+from .pairs import PAIRS
+from .records import SCHEMA_VERSION
 from .losses import OBJECTIVES, _method_name
 
 # %% ../nbs/08a_schema.ipynb #ad69ff13

@@ -6,10 +6,6 @@
 __all__ = ['sort_logits', 'swap_logits']
 
 # %% ../nbs/00_sorting.ipynb #8d4f50b9
-import functools
-import math
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -46,14 +42,14 @@ def _describe(value) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.60}"
 
 # %% ../nbs/00_sorting.ipynb #ba42ca37
-def _cannot_be_looked_at(logits: Tensor) -> bool:
-    "Whether no decision may depend on values: a trace has none yet, and a GPU would have to stop and tell."
+def _must_not_synchronize(logits: Tensor) -> bool:
+    "Whether reading values would break a trace or make the CPU wait for a GPU."
     return logits.is_cuda or torch.compiler.is_compiling()
 
 
 def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
     "Refuse class indices that the logits do not have; on a GPU `gather` asserts instead."
-    if _cannot_be_looked_at(logits) or not index.numel():
+    if _must_not_synchronize(logits) or not index.numel():
         return
     lowest, highest = index.long().aminmax()
     if lowest.item() < 0 or highest.item() >= logits.shape[dim]:
@@ -65,167 +61,54 @@ def _check_range(index: Tensor, logits: Tensor, dim: int) -> None:
         )
 
 
-def _find_target(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    "Class (0 where ignored) and value of the target, with `dim` kept, and which targets count (None: all of them)."
-    index = target.long().unsqueeze(dim)
-    if not _cannot_be_looked_at(logits) and not 0 <= ignore_index < logits.shape[dim]:
-        try:
-            return index, logits.gather(dim, index), None  # gather looks at every index anyway
-        except (IndexError, RuntimeError):
-            pass  # an ignored target, or one that _check_range will name
+def _find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    "The target (0 where ignored), its value, and whether something ranks above it; each of the target's shape."
+    index = target.long().unsqueeze(dim)  # y
     counted = index != ignore_index
     index = torch.where(counted, index, 0)
     _check_range(index, logits, dim)
-    return index, logits.gather(dim, index), counted
-
-
-def _find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    "The target (0 where ignored), its value, and whether something ranks above it; each of the target's shape."
-    index, value, counted = _find_target(logits, target, dim, ignore_index)
-    wrong = logits.amax(dim, keepdim=True) > value
-    wrong = wrong if counted is None else wrong & counted
+    value = logits.gather(dim, index)  # z_y
+    wrong = (logits.amax(dim, keepdim=True) > value) & counted  # z_π(1) > z_y
     return index.squeeze(dim), value.squeeze(dim), wrong.squeeze(dim)
 
-# %% ../nbs/00_sorting.ipynb #695634bb
-def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
-    "`sort_logits` by one sort, with shapes that do not depend on the data."
-    return _sort_once(logits, *_find_target(logits, target, dim, ignore_index), dim)
-
-
-def _sort_once(logits: Tensor, index: Tensor, value: Tensor, counted: Tensor | None, dim: int) -> Tensor:
-    "Rank, and hand out the place below; `index`, `value`, `counted` as from `_find_target`."
-    ranked, order = logits.sort(dim=dim, descending=True, stable=True)
-    below = ranked.roll(-1, dim)
-    if not (_cannot_be_looked_at(logits) or counted is not None or logits.requires_grad):
-        ratio = ranked / ranked
-        if torch.equal(ratio, ratio):  # neither zero nor NaN: 0/0 is NaN, and NaN does not equal itself
-            handed_out = torch.clamp(value, below, ranked)
-            return logits.scatter(dim, order, handed_out).scatter_(dim, index, ranked)  # the first of ranked
-    largest = ranked.narrow(dim, 0, 1)
-    floor = torch.minimum(value, largest)  # NaN if the row has one: then nothing is above it
-    if counted is not None:
-        floor = torch.where(counted, floor, torch.nan)
-    one_place_below = torch.where(below > floor, below, value)
-    handed_out = torch.where(ranked > floor, one_place_below, logits.gather(dim, order))
-    top = torch.where(largest > floor, largest, value)
-    return logits.scatter(dim, order, handed_out).scatter(dim, index, top)
-
-# %% ../nbs/00_sorting.ipynb #0c8f13ab
-_SMALL = 4096  # entries: up to here calling PyTorch costs more than the sort that it saves
-
-
+# %% ../nbs/00_sorting.ipynb #06632fc2
 def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
-    "`sort_logits` by touching only the rows and classes that move."
-    if logits.numel() <= _SMALL:
-        return _sort_fixed_shape(logits, target, dim, ignore_index)
-    if logits.ndim == 2 and dim == 1:
-        return _sort_wrong_rows(logits, target, ignore_index)
-    classes_last = logits.movedim(dim, -1)
-    rows = classes_last.reshape(-1, classes_last.shape[-1])
-    repaired = _sort_wrong_rows(rows, target.reshape(-1), ignore_index).view(classes_last.shape).movedim(-1, dim)
-    return repaired.contiguous() if logits.is_contiguous() else repaired
-
-
-def _sort_wrong_rows(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    index, value, counted = _find_target(logits, target, 1, ignore_index)
-    wrong = logits.amax(1, keepdim=True) > value
-    wrong = (wrong if counted is None else wrong & counted).flatten().nonzero().squeeze(1)
-    entries = len(wrong) * logits.shape[1]
-    if entries == 0:
-        return logits.clone()
-    if entries <= 2 * _SMALL and 2 * len(wrong) > len(logits):
-        return _sort_once(logits, index, value, counted, 1)
-    rows, row_index, row_value = (each.index_select(0, wrong) for each in (logits, index, value))
-    if entries > 2 * _SMALL:
-        moving = (rows > row_value).scatter_(1, row_index, True).flatten().nonzero().squeeze(1)
-        if 8 * len(moving) < entries:
-            row, column, values = _rotate(rows, moving)
-            return logits.clone().index_put_((wrong[row], column), values)
-    if 2 * len(wrong) > len(logits):
-        return _sort_once(logits, index, value, counted, 1)
-    return logits.clone().index_copy_(0, wrong, _sort_once(rows, row_index, row_value, None, 1))
-
-# %% ../nbs/00_sorting.ipynb #fc4c970b
-def _rotate(rows: Tensor, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Row, class and new value of the entries that move; `moving` counts through all rows, the target the lowest in each."
-    row = torch.div(moving, rows.shape[1], rounding_mode="floor")
-    by_value = rows.take(moving).argsort(descending=True, stable=True)
-    cycle = moving[by_value[row[by_value].argsort(stable=True)]]
-    giver = cycle.roll(-1)
-    last = row.bincount().cumsum(0) - 1
-    giver[last] = giver[last].roll(1)
-    return row, cycle % rows.shape[1], rows.take(giver)
-
-# %% ../nbs/00_sorting.ipynb #9938f96f
-_MOST_CLASSES_IN_REGISTERS = 1024
-_triton_works = True  # until a launch fails
-
-
-@functools.cache
-def _load_kernel():
-    "The Triton kernel, compiled at its first launch; None without Triton."
-    global tl  # Triton looks a kernel's names up among the module's
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        return None
-
-    @triton.jit
-    def repair_row(logits, target, repaired, classes, inner, ignore_index, BLOCK: tl.constexpr):  # type: ignore[name-defined]
-        row = tl.program_id(0).to(tl.int64)
-        start = row // inner * inner * classes + row % inner
-        column = tl.arange(0, BLOCK).to(tl.int64)
-        inside = column < classes
-        exact = tl.load(logits + start + column * inner, mask=inside, other=-float("inf"))
-        label = tl.load(target + row).to(tl.int64)
-        counts = (label != ignore_index) & (label >= 0) & (label < classes)
-        value = tl.load(logits + start + label * inner, mask=counts, other=0.0)
-        number, target_number = exact, value
-        if exact.dtype != tl.float64:  # float32 orders the half types exactly
-            number, target_number = exact.to(tl.float32), value.to(tl.float32)
-        nans = tl.sum((number != number).to(tl.int32), 0)
-        # an ignored row, or one with a NaN: nothing is above infinity
-        above = (number > tl.where(counts & (nans == 0), target_number, float("inf"))) & inside
-        remaining = tl.where(above, number, -float("inf"))  # what is above the target is above -inf
-        left = tl.sum(above.to(tl.int32), 0)
-        winner = tl.argmax(remaining, 0).to(tl.int64)
-        largest = tl.load(logits + start + winner * inner)
-        result = tl.where(column == tl.where(left > 0, label, -1), largest, exact)
-        while left > 0:
-            remaining = tl.where(column == winner, -float("inf"), remaining)
-            following = tl.argmax(remaining, 0).to(tl.int64)
-            below = tl.load(logits + start + following * inner)
-            below = tl.where(left > 1, below, value)
-            result = tl.where(column == winner, below, result)
-            winner = following
-            left -= 1
-        tl.store(repaired + start + column * inner, result, mask=inside)
-
-    return repair_row
-
-
-def _sort_in_one_pass(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor | None:
-    "`sort_logits` by the kernel, or None where it does not apply."
-    global _triton_works
-    classes = logits.shape[dim]
-    if classes > _MOST_CLASSES_IN_REGISTERS or not target.numel() or not _triton_works or _load_kernel() is None:
-        return None
-    _find_target(logits, target, dim, ignore_index)
-    logits, target = logits.contiguous(), target.contiguous()
-    repaired = torch.empty_like(logits)
-    block = 1 << (classes - 1).bit_length()
-    inner = math.prod(logits.shape[dim + 1 :])
-    try:
-        with torch.cuda.device_of(logits):
-            _load_kernel()[(target.numel(),)](
-                logits, target, repaired, classes, inner, ignore_index, BLOCK=block, num_warps=max(1, block // 256)
-            )
-    except Exception as error:  # a driver, compiler or GPU that this Triton does not fit
-        warnings.warn(f"sort_logits sorts with PyTorch from now on, since Triton failed: {error!r:.300}", stacklevel=3)
-        _triton_works = False
-        return None
+    "`sort_logits` by reordering the highest classes of the wrong rows; reads values to learn how many."
+    index, value, wrong = _find_wrong_rows(logits, target, dim, ignore_index)
+    repaired = logits.clone()
+    rows, index, value = logits.movedim(dim, -1)[wrong], index[wrong].unsqueeze(1), value[wrong].unsqueeze(1)
+    if not len(rows):
+        return repaired
+    k = int((rows > value).sum(1).max())  # r - 1, where the target lies deepest
+    if 8 * k > rows.shape[1]:  # then one sort of the whole row is faster
+        rows = _sort_whole_rows(rows, index, value, torch.ones_like(index, dtype=torch.bool), 1)
+    else:
+        classes = rows.topk(k + 1).indices.sort().values
+        ranked, order = rows.gather(1, classes).sort(descending=True, stable=True)  # z_π(1), ..., z_π(k+1)
+        classes = classes.gather(1, order)  # π(1), ..., π(k+1)
+        first, ranked, below = ranked[:, :1], ranked[:, :-1], ranked[:, 1:]  # z_π(1), z_π(j), z_π(j+1)
+        below = torch.where(below > value, below, value)  # by comparison: -0.0 stays itself
+        handed_out = torch.where(ranked > value, below, ranked)  # z'_π(j)
+        rows.scatter_(1, classes[:, :-1], handed_out).scatter_(1, index, first)  # z'_y = z_π(1)
+    repaired.movedim(dim, -1)[wrong] = rows
     return repaired
+
+# %% ../nbs/00_sorting.ipynb #310d7244
+def _sort_whole_rows(logits: Tensor, index: Tensor, value: Tensor, wrong: Tensor, dim: int) -> Tensor:
+    "Rank all classes and hand the values out; `index`, `value` and `wrong` have the dimension `dim`, of length 1."
+    order = logits.argsort(dim=dim, descending=True, stable=True)  # π
+    ranked = logits.gather(dim, order)  # z_π(j)
+    below = ranked.roll(-1, dim)  # z_π(j+1)
+    below = torch.where(below > value, below, value)
+    handed_out = torch.where(wrong & (ranked > value), below, ranked)  # z'_π(j)
+    first = torch.where(wrong, ranked.narrow(dim, 0, 1), value)  # z'_y = z_π(1)
+    return logits.scatter(dim, order, handed_out).scatter(dim, index, first)
+
+
+def _sort_fixed_shape(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
+    "`sort_logits` with shapes that do not depend on the values, and without reading any."
+    index, value, wrong = (each.unsqueeze(dim) for each in _find_wrong_rows(logits, target, dim, ignore_index))
+    return _sort_whole_rows(logits, index, value, wrong, dim)
 
 # %% ../nbs/00_sorting.ipynb #4ca87ce5
 def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:
@@ -248,12 +131,8 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     Source: Limantoro, Parameter-Free Logit Distillation via Sorting Mechanism, IEEE SPL 2025 (arXiv 2508.16544).
     """
     dim = _check_arguments(logits, target, dim)
-    if not _cannot_be_looked_at(logits):
-        return _sort_moving_classes(logits, target, dim, ignore_index)
-    repaired = None
-    if not torch.compiler.is_compiling() and not logits.requires_grad:
-        repaired = _sort_in_one_pass(logits, target, dim, ignore_index)
-    return _sort_fixed_shape(logits, target, dim, ignore_index) if repaired is None else repaired
+    fixed_shape = _must_not_synchronize(logits) or logits.numel() <= 4096  # below, calls cost more than the sort
+    return (_sort_fixed_shape if fixed_shape else _sort_moving_classes)(logits, target, dim, ignore_index)
 
 # %% ../nbs/00_sorting.ipynb #a00ac7e1
 def swap_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100) -> Tensor:

@@ -51,7 +51,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 # A process that starts from here has everything imported already; it costs a fork instead of seconds.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["sortkd.experiments", "sortkd.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
+    ["sortkd.runs", "sortkd.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
      "safetensors.torch", "tqdm", "faults"]
 )
 
@@ -104,7 +104,7 @@ def killed_in_half_a_record(number, folder):
     "SIGKILL when half of the line of the `number`-th record is written."
     import io
 
-    import sortkd.experiments as experiments
+    import sortkd.records as records
     count = 0
 
     class Torn(io.FileIO):
@@ -115,7 +115,7 @@ def killed_in_half_a_record(number, folder):
                 super().write(content[: len(content) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().write(content)
-    experiments.open = lambda path, mode, **settings: Torn(path, mode.replace("b", "")) if str(path).endswith("quick.jsonl") else open(path, mode, **settings)
+    records.open = lambda path, mode, **settings: Torn(path, mode.replace("b", "")) if str(path).endswith("quick.jsonl") else open(path, mode, **settings)
 
 
 def killed_in_the_cache(when, folder):
@@ -173,9 +173,9 @@ def loss_that_explodes(epoch, folder):
 
 def clock_that_jumps(hours, folder):
     "Each look at the clock finds it `hours` before the last one; 0: it stands still."
-    import sortkd.experiments as experiments
+    from sortkd import runs
     looks = itertools.count()
-    experiments._now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(experiments._TIME)
+    runs._now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(runs._TIME)
 
 
 # Running an experiment in a process of its own.
@@ -183,25 +183,25 @@ def clock_that_jumps(hours, folder):
 
 def _start_worker(*arguments):
     "A worker of the experiment, which also keeps a checkpoint after every epoch."
-    import sortkd.experiments as experiments
-    experiments.train = partial(experiments.train, checkpoint_seconds=0)
-    experiments._start_worker(*arguments)
+    from sortkd import runs
+    runs.train = partial(runs.train, checkpoint_seconds=0)
+    runs._start_worker(*arguments)
 
 
 def _process(settings, break_it, log, folder, as_command):
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         import torch
 
-        import sortkd.experiments as experiments
+        from sortkd import runs
         from sortkd.commands import run
         torch.set_num_threads(1)
-        experiments.train = partial(experiments.train, checkpoint_seconds=0)
-        experiments._start_worker = _start_worker
+        runs.train = partial(runs.train, checkpoint_seconds=0)
+        runs._start_worker = _start_worker
         break_it(folder)
         if as_command:
             sys.exit(run([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()] + ["--quiet"]))
         try:
-            experiments.run_experiment(experiments.plan_experiment(**settings), progress=False)
+            runs.run_experiment(runs.plan_experiment(**settings), progress=False)
             print("records appended to their file")  # as the command says
         except Exception as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)  # there is room for words
@@ -286,7 +286,7 @@ class Tally:
         """Give the command again (unless all of it had been done), unbroken, and look at what is there: `expected` records of
         each run, and the weights.
         """
-        from sortkd.experiments import compare_runs, read_records
+        from sortkd.records import compare_runs, read_records
         self.faults[kind] += faults
         self.runs[kind] += len(reference)
         status = victim.run() if again and not victim.ended else 0
@@ -349,7 +349,7 @@ class Harness:
         """The records of the experiment when nobody breaks it, with checksums of its weights in `kept`; how long it took is
         in `self.seconds`.
         """
-        from sortkd.experiments import read_records
+        from sortkd.records import read_records
         name = str(changes)
         if name not in self.unbroken:
             started, victim = time.monotonic(), self.victim(**changes)
@@ -595,7 +595,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", help="append what was found to this file")
     arguments = parser.parse_args()
-    from sortkd.experiments import append_record, describe_machine
+    from sortkd.records import append_record, describe_machine
     with tempfile.TemporaryDirectory() as folder:
         tally, found = break_everything(Path(folder), arguments.kills, arguments.seed)
     for kind, count in tally.faults.items():

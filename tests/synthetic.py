@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import numpy as np
 
-from sortkd.experiments import PAIRS, SCHEMA_VERSION, _method_for, _recipe_for
+from sortkd.pairs import PAIRS, method_for, recipe_for
+from sortkd.records import SCHEMA_VERSION
 from sortkd.losses import OBJECTIVES
 from sortkd.results import CIFAR100_CHECKSUM
 from sortkd.teachers import PUBLISHED_TOP1
@@ -31,7 +32,7 @@ def synthetic_record(
     full = preset == "paper"
     recipe = Recipe(lr=PAIRS[pair].lr if pair in PAIRS else 0.05).shortened(240 if full else epochs)
     if full:
-        recipe = _recipe_for(_method_for(method, PAIRS[pair]), recipe, True)
+        recipe = recipe_for(method_for(method, PAIRS[pair]), PAIRS[pair], recipe, True)
     objective, _, repair = method.partition("+")
     repair = repair or OBJECTIVES[objective].repair
     teacher, student = (PAIRS[pair].teacher, PAIRS[pair].student) if pair in PAIRS else ("resnet56", "resnet20")
@@ -93,7 +94,7 @@ def synthetic_record(
         },
     }
     if full:
-        record["method"] = asdict(_method_for(method, PAIRS[pair]))
+        record["method"] = asdict(method_for(method, PAIRS[pair]))
     return json.loads(json.dumps(record | changes))
 
 

@@ -19,9 +19,11 @@ from test_data import fake_cifar100, toy_data
 
 import sortkd.data
 import sortkd.experiments
+import sortkd.runs
 from sortkd.commands import evaluate, evaluate_checkpoint, run
 from sortkd.data import Batches, load_cifar100
-from sortkd.experiments import Experiment, plan_experiment, run_experiment
+from sortkd.experiments import Experiment, plan_experiment
+from sortkd.runs import run_experiment
 from sortkd.losses import OBJECTIVES, create_method, dist_loss, dkd_loss, kd_loss, list_methods, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits, swap_logits
@@ -179,7 +181,7 @@ def test_run_with_bad_values(place, name, capsys, monkeypatch):
     def stop(*_):
         raise RuntimeError("this would run")
 
-    monkeypatch.setattr(sortkd.experiments, "run_experiment", stop)
+    monkeypatch.setattr(sortkd.runs, "run_experiment", stop)
     option, there = f"--{name.replace('_', '-')}", everything_in(place)
     small = [part for key, value in (SMALL | {"results_dir": place / "r", "teachers_dir": place / "t"}).items() for part in (f"--{key.replace('_', '-')}", str(value))]
     values = COMMAND_TEXTS + NAMES + [str(value) for value in NUMBERS] + ["nan", "inf", "None", "[]", "--", "-"]
@@ -592,7 +594,7 @@ def test_records_with_other_values(tmp_path, place, recorded, monkeypatch, capsy
     def stop(*_):
         raise RuntimeError("this would run")
 
-    monkeypatch.setattr(sortkd.experiments, "run_experiment", stop)
+    monkeypatch.setattr(sortkd.runs, "run_experiment", stop)
     record, options = recorded
     path, refused = tmp_path / "records.jsonl", 0
     for field in NEEDED:

@@ -13,7 +13,8 @@ import torch
 
 from sortkd.commands import PARAMETERS, evaluate, evaluate_checkpoint, run
 from sortkd.data import load_digits
-from sortkd.experiments import append_record, plan_experiment, read_records
+from sortkd.experiments import plan_experiment
+from sortkd.records import append_record, read_records
 from sortkd.models import create_model
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
@@ -107,7 +108,7 @@ def test_eval_mistakes(tmp_path, capsys):
 def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupt(*arguments, **settings):
         raise KeyboardInterrupt
-    monkeypatch.setattr("sortkd.experiments.run_experiment", interrupt)
+    monkeypatch.setattr("sortkd.runs.run_experiment", interrupt)
     assert run([*SMALL, "--results-dir", str(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
 

@@ -12,7 +12,12 @@ from conftest import needs_cifar100
 
 import sortkd
 from sortkd.data import Batches, load_digits
-from sortkd.experiments import PAIRS, append_record, compare_runs, plan_experiment, plan_repetition, read_records, run_experiment, summarize
+from sortkd.experiments import plan_experiment
+from sortkd.pairs import PAIRS
+from sortkd.plots import summarize
+from sortkd.records import append_record, compare_runs, read_records
+from sortkd.pairs import method_for, published_recipe, recipe_for
+from sortkd.runs import plan_repetition, run_experiment
 from sortkd.losses import create_method
 from sortkd.models import create_model
 from sortkd.teachers import save_atomically
@@ -80,11 +85,11 @@ def test_every_pair_takes_a_step(pair):
 def test_killed_and_started_again(folder, tmp_path):
     "A process killed between two epochs; the second one ends with the same record as one that was never killed."
     script = ("import os, signal, sys, torch; torch.set_num_threads(1)\n"
-              "import sortkd.experiments as experiments, sortkd.training as training\n"
+              "import sortkd.experiments as planning, sortkd.runs as experiments\n"
               "train = experiments.train\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
               "experiments.train = lambda *a, **k: train(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
-              f"e = experiments.plan_experiment('r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=200, test_size=100, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
+              f"e = planning.plan_experiment('r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=200, test_size=100, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
               "experiments.run_experiment(e, progress=False)\n")
     small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
     run_experiment(small_teacher, progress=False)
@@ -127,7 +132,7 @@ def test_records_of_different_settings_share_no_table(folder):
 
 
 def test_many_writers_share_a_file(tmp_path):
-    code = "import sys; from sortkd.experiments import append_record\nfor i in range(50): append_record(sys.argv[1], {'writer': sys.argv[2], 'number': i, 'filling': 'x' * 5000})"
+    code = "import sys; from sortkd.records import append_record\nfor i in range(50): append_record(sys.argv[1], {'writer': sys.argv[2], 'number': i, 'filling': 'x' * 5000})"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "records.jsonl"), str(number)]) for number in range(3)]
     assert all(writer.wait() == 0 for writer in writers)
     records = read_records(tmp_path / "records.jsonl")
@@ -279,7 +284,7 @@ def test_loggers_are_off_unless_asked_for(folder, tmp_path):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     "Pieces of two photographs, laid out like ImageNet, and a teacher for each pair that has not learned anything."
-    from sortkd.experiments import IMAGENET_PAIRS
+    from sortkd.pairs import IMAGENET_PAIRS
     from sortkd.imagenet import save_sample_folder
     from sortkd.teachers import save_teacher
     root = tmp_path_factory.mktemp("photographs")
@@ -392,7 +397,7 @@ def test_the_same_command_twice_at_once(folder, tmp_path):
 
 
 def test_a_clock_that_stands_still(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sortkd.experiments._now", lambda: "2020-01-01T00-00-00.999999Z")
+    monkeypatch.setattr("sortkd.runs._now", lambda: "2020-01-01T00-00-00.999999Z")
     experiment = small_experiment(folder, methods="kd", results_dir=str(tmp_path))
     started = [run_experiment(experiment, progress=False).records[0]["started"] for _ in range(3)]
     assert started == ["2020-01-01T00-00-00.999999Z", "2020-01-01T00-00-01.000000Z", "2020-01-01T00-00-01.000001Z"]
@@ -453,3 +458,28 @@ def test_deterministic_on_a_gpu(folder, tmp_path):
     experiment = small_experiment(folder, methods="kd,dkd+sort", device="cuda", deterministic=True, results_dir=str(tmp_path))
     one, two = (run_experiment(experiment, progress=False).records for _ in range(2))
     assert all(map(same_numbers, one, two)) and one[0]["deterministic"] is True
+
+
+NUMBERS = [  # pair, method, what it is trained with: LSKD's logs, SLD's code, MLKD's logs
+    ("r56_r20", "lskd_dkd", dict(temperature=3, kd_weight=18, beta=2)), ("r110_r32", "lskd_dkd", dict(temperature=2, kd_weight=15, beta=2)),
+    ("wrn40_2_wrn16_2", "lskd_dkd", dict(temperature=2, kd_weight=12, beta=2)), ("wrn40_2_wrn40_1", "lskd_dkd", dict(temperature=2, kd_weight=12, beta=2)),
+    ("vgg13_vgg8", "lskd_dkd", dict(temperature=2, kd_weight=15, beta=2)), ("vgg13_mv2", "lskd_dkd", dict(temperature=3, kd_weight=9, beta=2)),
+    ("r50_mv2", "lskd_dkd", dict(temperature=2, kd_weight=15, beta=2)), ("r32x4_shuv2", "lskd_dkd", dict(temperature=2, kd_weight=9, beta=8)),
+    ("vgg13_vgg8", "lskd+sort", dict(temperature=3, kd_weight=9)), ("vgg13_mv2", "lskd", dict(temperature=3, kd_weight=9)),
+    ("r50_mv2", "lskd", dict(temperature=3, kd_weight=1)), ("r56_r20", "lskd", dict(temperature=2, kd_weight=9)),
+    ("vgg13_vgg8", "lskd_mlkd", dict(kd_weight=6, lr=0.01, epochs=480)), ("vgg13_mv2", "lskd_mlkd", dict(kd_weight=6, lr=0.01, epochs=480)),
+    ("r32x4_shuv2", "lskd_mlkd", dict(kd_weight=6, epochs=960)), ("r32x4_shuv1", "lskd_mlkd", dict(kd_weight=9, epochs=960)), ("r56_r20", "lskd_mlkd", dict(kd_weight=9, lr=0.025, epochs=480)),
+    ("r32x4_shuv1", "mlkd", dict(epochs=960)), ("r32x4_shuv2", "mlkd+sort", dict(epochs=960)), ("wrn40_2_shuv1", "mlkd", dict(epochs=480)),
+    ("r56_r20", "sld", dict(lr=0.025, epochs=240)), ("r32x4_shuv1", "sld", dict(lr=0.009)), ("wrn40_2_shuv1", "sld+sort", dict(lr=0.009)),
+    ("r32x4_shuv2", "sld", dict(lr=0.008)), ("r50_mv2", "sld", dict(lr=0.008)), ("vgg13_mv2", "sld", dict(lr=0.008)),
+    ("wrn40_2_wrn16_2", "dkd", dict(beta=6, kd_weight=1, temperature=4, lr=0.05)), ("r56_r20", "ctkd_dkd", dict(beta=2)), ("r32x4_r8x4", "ctkd_dkd", dict(beta=2)),
+]
+
+
+@pytest.mark.parametrize("pair,name,numbers", NUMBERS)
+def test_numbers_of_a_pair(pair, name, numbers):
+    method = method_for(name, PAIRS[pair])
+    recipe = recipe_for(method, PAIRS[pair], published_recipe(PAIRS[pair]), True)
+    assert recipe.milestones == (150, 180, 210)
+    stated = {**method.settings, "kd_weight": method.kd_weight, "lr": recipe.lr, "epochs": recipe.epochs}
+    assert {key: stated[key] for key in numbers} == numbers

@@ -17,7 +17,10 @@ import yaml
 
 from sortkd import grids
 from sortkd.grids import Deadline, Job, Speeds, describe_plan, main, make_grid, plan_table, priority, read_grid, read_state, run_slice
-from sortkd.experiments import PAIRS, append_record, compare_runs, describe_machine, plan_experiment, read_records, run_experiment
+from sortkd.experiments import plan_experiment
+from sortkd.pairs import PAIRS
+from sortkd.records import append_record, compare_runs, describe_machine, read_records
+from sortkd.runs import plan_run, run_experiment
 from sortkd.models import create_model
 from sortkd.results import PAPER_METHODS, paper_grid
 from synthetic import synthetic_record
@@ -280,7 +283,7 @@ def test_cells_recorded_with_other_settings_are_named_and_do_not_count(tmp_path)
     changes = iter([{"device": "cuda", "precision": "bfloat16"}, {"teacher_logits": "cached"}, {"device": "cuda", "precision": "bfloat16"}, {}])
     for seed in experiment.seeds:
         for method in experiment.methods:
-            run = grids.plan_run(experiment, method, seed, "computed", about)
+            run = plan_run(experiment, method, seed, "computed", about)
             record = {"run_id": f"{run.folder.name}-2026", **run.settings, "data": run.about_data, "about_teacher": about}
             change = next(changes)
             append_record(experiment.records_file, record | change | ({"run_id": f"another-{seed}-{method.name}"} if change else {}))

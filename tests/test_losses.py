@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from conftest import needs_cifar100
 from sortkd.data import load_cifar100, normalize
-from sortkd.experiments import PAIRS, plan_experiment
+from sortkd.experiments import plan_experiment
+from sortkd.pairs import PAIRS
 from sortkd.losses import (OBJECTIVES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, dist_loss, dkd_loss, kd_loss,
                            list_methods, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize)
 from sortkd.sorting import sort_logits, swap_logits
@@ -313,7 +314,8 @@ def test_an_experiment_gives_the_pair_its_beta_and_no_other_objective():
     plan = plan_experiment("r56_r20", "dkd,lskd_dkd+sort,dist,ctkd_dkd", dataset="digits", device="cpu")
     dkd, lskd_dkd, dist, ctkd_dkd = plan.methods
     assert dkd.settings["beta"] == lskd_dkd.settings["beta"] == PAIRS["r56_r20"].beta == 2
-    assert lskd_dkd.kd_weight == 9 and dist == create_method("dist")
+    assert lskd_dkd.kd_weight == 18 and lskd_dkd.settings["temperature"] == 3  # of this pair, by the name of its log
+    assert dist == create_method("dist")
     wide = plan_experiment("r32x4_r8x4", "ctkd_dkd", dataset="digits", device="cpu")
     assert PAIRS["r32x4_r8x4"].beta == 8 and wide.methods[0].settings["beta"] == ctkd_dkd.settings["beta"] == 2
 

@@ -11,7 +11,9 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from sortkd.experiments import PAIRS, plan_experiment, run_experiment
+from sortkd.experiments import plan_experiment
+from sortkd.pairs import PAIRS
+from sortkd.runs import run_experiment
 from sortkd.results import (
     CIFAR100_CHECKSUM,
     load_results,
@@ -545,8 +547,6 @@ def synthetic_folder(tmp_path_factory):
         [{"benchmark": "speed", "machine": machine, "rows": rows} for machine in machines]
         + [{"benchmark": "accuracy"}],
     )
-    campaign = {"faults": {"killed": 30, "disk full": 4}, "runs": {"killed": 40, "disk full": 16}, "damage": ["disk full: lost: a run"]}
-    write_lines(folder / "results" / "faults.jsonl", [campaign | {"command": "python tests/faults.py", "seconds": 60.0}])
     return folder
 
 
@@ -584,14 +584,12 @@ def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monk
     assert "mistakes is left as it is: it needs CIFAR-100" in text and "features is not drawn" in text
     assert first["mistakes.png"] == b"as committed"
     drawn = {
-        "distribution",
         "diagram",
         "curves_short",
         "curves_r56_r20",
         "curves_r32x4_shuv2",
         "effect",
         "effect_short",
-        "faults",
         "speed",
     }
     assert set(first) == {f"{name}.{suffix}" for name in drawn for suffix in ("png", "pdf", "md")} | {"mistakes.png"}
@@ -609,4 +607,4 @@ def test_notebooks_run_where_nothing_is_measured(tmp_path, monkeypatch):
     text, tables = run_notebook("paper_tables", tmp_path, synthetic=False)
     assert "0 runs in" in text and "No short runs are recorded yet." in tables["short_runs.md"].decode()
     text, figures = run_notebook("paper_figures", tmp_path, synthetic=False)
-    assert "effect is not drawn" in text and {Path(name).stem for name in figures} == {"distribution", "diagram"}
+    assert "effect is not drawn" in text and {Path(name).stem for name in figures} == {"diagram"}

@@ -1,9 +1,5 @@
 "The mechanism where the chapter does not look: devices, layouts, compilation to machine code, the special values."
-import importlib.util
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sortkd
-from sortkd import sorting
-from sortkd.sorting import _sort_fixed_shape, _sort_in_one_pass, _sort_moving_classes, sort_logits, swap_logits
+from sortkd.sorting import _sort_fixed_shape, _sort_moving_classes, sort_logits, swap_logits
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 REPAIRS = [sort_logits, swap_logits]
@@ -203,81 +198,3 @@ def _sort_one_row(row, label):
     above = [c for c in row.argsort(descending=True, stable=True).tolist() if row[c] > row[label]]
     cycle = torch.tensor([label, *above])
     return row.scatter(0, cycle, row[cycle.roll(-1)])
-
-
-KERNEL_CASES = """
-import warnings, torch
-from sortkd import sorting
-warnings.simplefilter("error")
-special = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, 1.0, 2.0])
-generator = torch.Generator().manual_seed(0)
-sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-    for classes in (1, 2, 3, 100, 1000, 1024):
-        for first, rounded in ((None, False), (None, True), (3, True), (0, True)):
-            rows = 4 if classes > 100 else 12
-            logits = 3 * torch.randn(rows, classes, generator=generator)
-            logits = logits.round() if rounded else logits
-            if first is not None:
-                few = torch.rand(logits.shape, generator=generator) < max(0.01, 1 / classes)
-                logits = torch.where(few, special[torch.randint(first, 8, logits.shape, generator=generator)], logits)
-            logits = logits.to(DEVICE, dtype)
-            rank = torch.randint(min(classes, 12), (rows, 1), generator=generator).to(DEVICE)
-            target = logits.argsort(dim=1, descending=True).gather(1, rank)[:, 0]
-            target[3::4] = -100
-            repaired = sorting._sort_in_one_pass(logits, target, 1, -100)
-            for way in (sorting._sort_moving_classes, sorting._sort_fixed_shape):
-                expected = way(logits.cpu(), target.cpu(), 1, -100)
-                size = sizes[expected.element_size()]
-                assert torch.equal(repaired.cpu().view(size), expected.view(size)), (dtype, classes, first, way)
-            fixed = sorting._sort_fixed_shape(logits, target, 1, -100)
-            assert torch.equal(fixed.view(size), repaired.view(size)), (dtype, classes, first)
-maps, labels = torch.randn(2, 7, 3, 5, device=DEVICE), torch.randint(7, (2, 3, 5), device=DEVICE)
-assert torch.equal(sorting._sort_in_one_pass(maps, labels, 1, -100), sorting._sort_fixed_shape(maps, labels, 1, -100))
-assert sorting._sort_in_one_pass(torch.randn(2, 1025, device=DEVICE), torch.zeros(2, dtype=torch.int64, device=DEVICE), 1, -100) is None
-print("the same bits")
-"""
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernel needs Triton")
-
-
-@needs_triton
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_kernel_gives_the_same_bits(device):
-    "On a CPU in Triton's interpreter, which has to be chosen before Triton is imported."
-    environment = dict(os.environ, TRITON_INTERPRET=str(int(device == "cpu")))
-    run = subprocess.run([sys.executable, "-c", f"DEVICE = {device!r}\n" + KERNEL_CASES], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0 and "the same bits" in run.stdout, run.stderr[-2000:]
-
-
-@pytest.mark.parametrize("mistake", [-1, 10])
-def test_the_kernel_refuses_a_target_out_of_range(mistake, monkeypatch):
-    monkeypatch.setattr(sorting, "_load_kernel", lambda: pytest.fail)
-    with pytest.raises(ValueError, match=f"target holds {mistake}"):
-        _sort_in_one_pass(torch.zeros(2, 10), torch.tensor([0, mistake]), 1, -100)
-
-
-def test_a_kernel_that_fails_is_reported_once_and_left_alone(monkeypatch):
-    class Broken:
-        def __getitem__(self, grid):
-            raise RuntimeError("no such architecture")
-
-    monkeypatch.setattr(sorting, "_load_kernel", Broken)
-    monkeypatch.setattr(sorting, "_triton_works", True)
-    logits, target = some_rows(4, 10)
-    with pytest.warns(UserWarning, match="no such architecture"):
-        assert _sort_in_one_pass(logits, target, 1, -100) is None
-    monkeypatch.setattr(sorting, "_load_kernel", lambda: pytest.fail("asked again"))
-    assert _sort_in_one_pass(logits, target, 1, -100) is None
-
-
-def test_importing_leaves_triton_out():
-    code = "import sys, torch; had = 'triton' in sys.modules; import sortkd.sorting; assert had or 'triton' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@needs_triton
-def test_the_kernel_is_what_a_gpu_runs(monkeypatch):
-    logits, target = (each.cuda() for each in some_rows(64, 100))
-    monkeypatch.setattr(sorting, "_sort_fixed_shape", lambda *_: pytest.fail("the kernel was not used"))
-    assert torch.equal(sort_logits(logits, target).cpu(), _sort_moving_classes(logits.cpu(), target.cpu(), 1, -100))

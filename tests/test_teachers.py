@@ -73,6 +73,10 @@ def test_which_teacher_serves(tmp_path, weights):
     assert find(seed=0) is None and find(min_epochs=1, seed=0).file == "short.safetensors"
     keep("full", complete=True, epochs=240, seed=5, top1=70.0)
     assert find(seed=0).file == "full.safetensors"
+    assert find(min_epochs=1, seed=0).file == "full.safetensors"  # of two that serve the better one
+    keep("a_better_one", complete=True, epochs=240, seed=6, top1=71.0)
+    keep("worse", complete=True, epochs=240, seed=7, top1=9.5)
+    assert find(seed=0).file == "a_better_one.safetensors"
 
 
 def test_a_damaged_teacher_is_named(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from conftest import needs_cifar100
 
 from sortkd.data import load_data
-from sortkd.experiments import create_batches
+from sortkd.runs import create_batches
 from sortkd.teachers import PUBLISHED_TOP1, load_teacher, read_checkpoint
 from sortkd.training import create_fabric, evaluate
 

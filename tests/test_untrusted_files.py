@@ -26,7 +26,9 @@ import sortkd
 import sortkd.teachers
 from sortkd.commands import evaluate, run
 from sortkd.data import load_cifar100, load_digits
-from sortkd.experiments import plan_experiment, read_records, run_experiment
+from sortkd.experiments import plan_experiment
+from sortkd.records import read_records
+from sortkd.runs import run_experiment
 from sortkd.models import create_model
 from sortkd.teachers import fetch_published, find_teacher, get_teacher, load_teacher, read_checkpoint, save_teacher
 from sortkd.training import Stopped
@@ -148,10 +150,11 @@ def test_a_training_checkpoint_with_something_else_in_it(tmp_path, interrupted, 
 
 
 def test_a_teachers_training_checkpoint_that_would_run_code(tmp_path):
-    from sortkd.experiments import SHORT_TEACHER, _teacher_training, train_teacher
+    from sortkd.pairs import SHORT_TEACHER
+    from sortkd.runs import teacher_training, train_teacher
     from sortkd.training import fingerprint
     data = load_digits().subset(train_size=40, test_size=20)
-    name = f"teacher-resnet8-{fingerprint('resnet8', _teacher_training('resnet8', data, SHORT_TEACHER, 0))}.pt"
+    name = f"teacher-resnet8-{fingerprint('resnet8', teacher_training('resnet8', data, SHORT_TEACHER, 0))}.pt"
     save_zip(CreatesFile(tmp_path / "executed"), tmp_path / name)
     with pytest.raises(ValueError, match=f"{name} cannot be read"):
         train_teacher("resnet8", data, SHORT_TEACHER, device="cpu", runs_dir=tmp_path, progress=False)
@@ -440,7 +443,7 @@ def test_parameters_reach_no_shell(tmp_path, monkeypatch, capsys, teacher_file, 
     from inspect import signature
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SORTKD_DATA", text)
-    monkeypatch.setattr("sortkd.experiments.run_experiment", lambda *_: (_ for _ in ()).throw(RuntimeError("this would run")))
+    monkeypatch.setattr("sortkd.runs.run_experiment", lambda *_: (_ for _ in ()).throw(RuntimeError("this would run")))
     given = SMALL | {"teacher": str(teacher_file)}
     for name in signature(plan_experiment).parameters:
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in (given | {name: text}).items()]
@@ -641,7 +644,7 @@ def test_a_folder_of_teachers_that_can_only_be_read(tmp_path, monkeypatch):
     weights = create_model("resnet8", 10).state_dict()
     get_teacher("resnet8", load_digits(), tmp_path, {}, lambda: (weights, {}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    for name in ("one_at_a_time", "save_atomically", "_check_writable"):
+    for name in ("exclusive", "save_atomically", "_check_writable"):
         monkeypatch.setattr(sortkd.teachers, name, lambda *_: pytest.fail("writes"))
     assert get_teacher("resnet8", load_digits(), tmp_path, {}, lambda: pytest.fail("trained")).source == "found"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import yaml
 
-from sortkd.experiments import PAIRS, read_records
+from sortkd.pairs import PAIRS
+from sortkd.records import read_records
 from sortkd.results import paper_grid
 
 pytest.importorskip("snakemake")

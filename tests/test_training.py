@@ -1,0 +1,256 @@
+"The trainer against a loop written by hand in plain PyTorch, to the last bit; resuming; and which run a checkpoint belongs to."
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sortkd.data import Batches, draw_views, load_digits
+from sortkd.losses import create_method
+from sortkd.models import create_model
+from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
+from sortkd.training import Recipe, Stopped, create_fabric, evaluate, fingerprint, train
+
+# 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
+RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
+LEARNING_RATES = [0.08, 0.08, 0.08 * 0.1, 0.08 * 0.1**2]
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return Batches(load_digits().subset(train_size=150, test_size=120))
+
+
+@pytest.fixture(scope="module")
+def fabric():
+    return create_fabric("cpu", "float32")
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return create_model("resnet8", 10).to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    "Right on some images, wrong on others."
+    return network(7).eval().requires_grad_(False)
+
+
+def images_of(batches, views):
+    "The views as a float tensor (N, 3, H, W) in channels-last memory, image by image."
+    data, size, images = batches.data, batches.data.image_size, []
+    for index, top, left, flip in zip(*(each.tolist() for each in views)):
+        padded = F.pad(data.train_images[index].permute(2, 0, 1), [data.pad] * 4)
+        view = padded[:, top : top + size, left : left + size]
+        images.append(view.flip(2) if flip else view)
+    return normalized(data, torch.stack(images))
+
+
+def normalized(data, images):
+    mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None] for each in (data.mean, data.std))
+    scale, shift = (1 / (255 * std)).float(), (-mean / std).float()
+    return torch.addcmul(shift, images.float(), scale).contiguous(memory_format=torch.channels_last)
+
+
+def train_by_hand(student, batches, recipe=RECIPE, learning_rates=LEARNING_RATES, seed=0, method=None, teacher=None):
+    "Weights after each epoch and the curve, with nothing but a loss and SGD."
+    data, curve, weights = batches.data, [], []
+    groups = [{"params": list(student.parameters()), "weight_decay": recipe.weight_decay}]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, fused=True)
+    for epoch, lr in enumerate(learning_rates, 1):
+        optimizer.param_groups[0]["lr"] = lr
+        views = draw_views(150, data.pad, data.flip, seed, epoch)
+        targets, total, hits, wrong, changed = data.train_targets[views.index], 0.0, 0, 0, 0
+        for start in range(0, 150, recipe.batch_size):
+            stop = min(start + recipe.batch_size, 150)
+            images, target = images_of(batches, views.part(start, stop)), targets[start:stop]
+            logits = student.train()(images)
+            if teacher is None:
+                loss = F.cross_entropy(logits, target)
+            else:
+                with torch.no_grad():
+                    full = torch.cat([images, images[:1].expand(-len(images) % 32, -1, -1, -1)])  # the same last bits
+                    teacher_logits = teacher(full.contiguous(memory_format=torch.channels_last))[: len(images)]
+                repaired = method.repair_logits(teacher_logits, target)
+                loss = method.loss(logits, repaired, target, epoch)
+                wrong += (teacher_logits.argmax(1) != target).sum().item()
+                changed += (repaired != teacher_logits).any(1).sum().item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += (loss.detach() * len(target)).item()
+            hits += (logits.argmax(1) == target).sum().item()
+        row = {"epoch": epoch, "lr": lr, "train_loss": total / 150, "train_top1": 100 * hits / 150}
+        row |= {} if teacher is None else {"teacher_wrong_rows": wrong, "changed_rows": changed}
+        with torch.no_grad():
+            logits = student.eval()(normalized(data, data.test_images.permute(0, 3, 1, 2)))
+        row["test_loss"] = F.cross_entropy(logits, data.test_targets, reduction="sum").item() / 120
+        row["test_top1"] = 100 * (logits.argmax(1) == data.test_targets).sum().item() / 120
+        curve.append(row)
+        weights.append({name: value.clone() for name, value in student.state_dict().items()})
+    return weights, curve
+
+
+def without_time(curve):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in curve]
+
+
+def assert_same_weights(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name in ours:
+        assert torch.equal(ours[name], expected[name]), name
+
+
+def test_training_is_sgd_on_the_cross_entropy(batches, fabric):
+    "Momentum, weight decay on all parameters, the schedule, the metrics, last and best weights."
+    weights, curve = train_by_hand(network(8), batches)
+    outcome = train(network(8), batches, create_method("ce"), RECIPE, fabric)
+    assert without_time(outcome.curve) == curve
+    assert_same_weights(outcome.last_weights, weights[-1])
+    best = max(range(4), key=lambda epoch: curve[epoch]["test_top1"])
+    assert best < 3, "choose another seed: the best epoch must differ from the last"
+    assert outcome.best["epoch"] == best + 1 and outcome.last["epoch"] == 4
+    assert_same_weights(outcome.best_weights, weights[best])
+
+
+@pytest.mark.parametrize("name", ["kd", "kd+sort", "dkd+sort"])
+def test_distillation_is_sgd_on_the_method_s_loss(batches, fabric, teacher, name):
+    "The teacher sees the same views in evaluation mode, and its logits are repaired row by row."
+    method = create_method(name)
+    weights, curve = train_by_hand(network(1), batches, method=method, teacher=teacher, seed=3)
+    outcome = train(network(1), batches, method, RECIPE, fabric, teacher=teacher, seed=3)
+    assert without_time(outcome.curve) == curve
+    assert_same_weights(outcome.last_weights, weights[-1])
+    assert all(0 < row["teacher_wrong_rows"] < 150 for row in curve)
+    assert all(row["changed_rows"] == (row["teacher_wrong_rows"] if "sort" in name else 0) for row in curve)
+
+
+def test_more_steps_than_are_repaired_at_once(batches, fabric, teacher):
+    "38 steps, the last of two images."
+    recipe, method = replace(RECIPE, epochs=1, batch_size=4, lr=0.01), create_method("kd+sort")
+    weights, curve = train_by_hand(network(1), batches, recipe, [0.01], method=method, teacher=teacher)
+    outcome = train(network(1), batches, method, recipe, fabric, teacher=teacher)
+    assert without_time(outcome.curve) == curve
+    assert_same_weights(outcome.last_weights, weights[-1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_uses_running_statistics_and_leaves_the_mode(batches, fabric, training):
+    model = network(1).train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = evaluate(model, batches, fabric)
+    assert model.training is training
+    assert_same_weights(model.state_dict(), before)
+    with torch.no_grad():
+        logits = model.eval()(normalized(batches.data, batches.data.test_images.permute(0, 3, 1, 2)))
+    assert found.loss == F.cross_entropy(logits, batches.data.test_targets, reduction="sum").item() / 120
+    assert found.top1 == 100 * (logits.argmax(1) == batches.data.test_targets).sum().item() / 120 and found.images == 120
+
+
+def test_dropout_is_seeded_by_the_epoch(batches, fabric):
+    "The caller's generator neither matters nor moves."
+
+    def run(state):
+        model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 10))
+        nn.init.constant_(model[2].weight, 0.01)
+        nn.init.zeros_(model[2].bias)
+        torch.manual_seed(state)
+        outcome = train(model, batches, create_method("ce"), replace(RECIPE, epochs=2, lr=0.01), fabric, seed=4)
+        assert torch.equal(torch.get_rng_state(), torch.manual_seed(state).get_state())
+        return outcome
+
+    one, other = run(0), run(1)
+    assert without_time(one.curve) == without_time(other.curve)
+    assert_same_weights(one.last_weights, other.last_weights)
+
+
+class Unplugged(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", ["kd+sort", "ctkd"])
+def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(batches, fabric, teacher, tmp_path, name):
+    "Interrupted after every epoch, once by an exception and then by request; only missing epochs are trained."
+
+    def run(**more):
+        rows = []
+        more["callbacks"] = [rows.append, *more.get("callbacks", ())]
+        try:
+            outcome = train(network(1), batches, create_method(name), RECIPE, fabric, teacher=teacher, seed=2, **more)
+        except (Unplugged, Stopped) as interruption:
+            outcome = interruption
+        return outcome, [row["epoch"] for row in rows]
+
+    def unplug(row):
+        raise Unplugged
+
+    expected, epochs = run()
+    assert epochs == [1, 2, 3, 4]
+    checkpoint = tmp_path / "run.pt"
+    for epoch, kind, more in ((1, Unplugged, {"callbacks": [unplug]}), (2, Stopped, {"stop": lambda: True}), (3, Unplugged, {"callbacks": [unplug]})):
+        interruption, epochs = run(checkpoint=checkpoint, checkpoint_seconds=0, **more)
+        assert isinstance(interruption, kind) and epochs == [epoch]
+    resumed, epochs = run(checkpoint=checkpoint)
+    assert epochs == [4]
+    finished, epochs = run(checkpoint=checkpoint)
+    assert epochs == []
+    for outcome in (resumed, finished):
+        assert without_time(outcome.curve) == without_time(expected.curve)
+        assert_same_weights(outcome.last_weights, expected.last_weights)
+        assert_same_weights(outcome.best_weights, expected.best_weights)
+
+
+def test_a_checkpoint_belongs_to_one_run(fabric, teacher, tmp_path):
+    "Whatever changes the numbers of a run changes its identity, the data included; what identifies it stays as it was."
+    data, checkpoint = load_digits().subset(train_size=40, test_size=20), tmp_path / "run.pt"
+    batches, recipe, method = Batches(data), Recipe(epochs=1, batch_size=20, milestones=()), create_method("kd")
+
+    def run(model=None, batches=batches, method=method, recipe=recipe, fabric=fabric, teacher=teacher, **more):
+        return train(model or network(1), batches, method, recipe, fabric, teacher=teacher, checkpoint=checkpoint, **more)
+
+    first = run()
+    # Checkpoints of earlier versions must be found: this expression may not change.
+    parts = asdict(recipe), asdict(method), data.checksum, 0, "ResNet", "float32", "computed", ""
+    assert torch.load(checkpoint, weights_only=True)["run"] == fingerprint(*parts)
+    assert without_time(run().curve) == without_time(first.curve)  # read, not trained
+
+    images = data.train_images.clone()
+    images[0, 0, 0, 0] ^= 1
+    content = checkpoint.read_bytes()
+    for other in (
+        {"batches": Batches(replace(data, train_images=images))},
+        {"batches": Batches(load_digits().subset(train_size=41, test_size=20))},
+        {"method": create_method("kd+sort")},
+        {"method": create_method("kd", kd_weight=0.5)},
+        {"recipe": replace(recipe, lr=0.04)},
+        {"seed": 1},
+        {"model": create_model("vgg8", 10)},
+        {"fabric": create_fabric("cpu", "bfloat16")},
+        {"teacher": CachedTeacherLogits(teacher, batches, tmp_path / "kept")},
+        {"run": "another teacher"},
+    ):
+        with pytest.raises(ValueError, match="belongs to a run with other settings, data, teacher or seed"):
+            run(**other)
+    assert checkpoint.read_bytes() == content
+
+
+def test_refusals(batches, fabric):
+    with pytest.raises(ValueError, match="method 'kd' .*teacher is None"):
+        train(network(1), batches, create_method("kd"), RECIPE, fabric)
+    with pytest.raises(FloatingPointError, match="loss of ce is (nan|inf) in epoch 1; lower the learning rate"):
+        train(network(1), batches, create_method("ce"), replace(RECIPE, lr=1e30), fabric)
+    for wrong in ({"epochs": 0}, {"epochs": True}, {"batch_size": 1.5}, {"lr": float("nan")}, {"weight_decay": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Recipe(**wrong)
+    for wrong in ({"device": "tpu"}, {"precision": "float16"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            create_fabric(**wrong)
+
+
+def test_the_learning_rate_falls_after_each_milestone():
+    recipe = Recipe()
+    for epoch, lr in ((1, 0.05), (150, 0.05), (151, 0.005), (180, 0.005), (181, 0.0005), (210, 0.0005), (211, 0.00005), (240, 0.00005)):
+        assert recipe.lr_in(epoch) == pytest.approx(lr, rel=1e-12), epoch
+    assert recipe.shortened(24) == replace(recipe, epochs=24, milestones=(15, 18, 21))
