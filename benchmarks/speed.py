@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sortkd.data import Batches, ImageData, has_cifar100, load_cifar100
 from sortkd.pairs import PAIRS
 from sortkd.records import append_record, describe_machine
-from sortkd.losses import create_method
+from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits, expected_views

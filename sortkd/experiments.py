@@ -15,7 +15,7 @@ from pathlib import Path
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
 from .data import ImageData, load_data, number_of_views
 from .imagenet import ImageFolderData
-from .losses import Method, create_method
+from .methods import Method, create_method
 from .pairs import IMAGENET_PAIRS, PAIRS, PRESETS, Pair, Preset, method_for, published_recipe, recipe_for
 from .teacher_logits import expected_views
 from .teachers import load_teacher

@@ -38,7 +38,7 @@ from .experiments import Experiment, plan_experiment
 from .pairs import PAIRS, method_for
 from .records import describe_machine, differences, plain, read_records
 from .runs import end_with_parent, plan_run, run_experiment, teacher_training
-from .losses import Method, create_method
+from .methods import Method, create_method
 from .models import create_model
 from .results import load_results, measured_rates, paper_grid
 from .teachers import PUBLISHED_TOP1, Teacher, find_teacher

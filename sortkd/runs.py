@@ -28,7 +28,7 @@ from .data import Batches, ImageData
 from .experiments import Experiment, plan_experiment
 from .files import exclusive, refuse_links, remove_leftovers, save_atomically
 from .imagenet import ImageFolderBatches, ImageFolderData
-from .losses import Method, create_method
+from .methods import Method, create_method
 from .models import create_model
 from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
 from .teacher_logits import CachedTeacherLogits, TeacherLogits

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Batches, Views, batch_bounds, draw_views
-from .losses import LearnedTemperature, Method
+from .methods import LearnedTemperature, Method
 from .teacher_logits import TeacherLogits
 from .teachers import save_atomically
 

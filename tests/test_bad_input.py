@@ -24,7 +24,8 @@ from sortkd.commands import evaluate, evaluate_checkpoint, run
 from sortkd.data import Batches, load_cifar100
 from sortkd.experiments import Experiment, plan_experiment
 from sortkd.runs import run_experiment
-from sortkd.losses import OBJECTIVES, create_method, dist_loss, dkd_loss, kd_loss, list_methods, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize
+from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize
+from sortkd.methods import OBJECTIVES, create_method, list_methods
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits, swap_logits
 from sortkd.teachers import load_teacher, read_checkpoint, save_teacher

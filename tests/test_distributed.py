@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sortkd.data import Batches, load_digits
-from sortkd.losses import create_method
+from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.training import Ranks, Recipe, _SumOverRanks, _SynchronizedBatchNorm, create_fabric, evaluate, train
 

@@ -18,7 +18,7 @@ from sortkd.plots import summarize
 from sortkd.records import append_record, compare_runs, read_records
 from sortkd.pairs import method_for, published_recipe, recipe_for
 from sortkd.runs import plan_repetition, run_experiment
-from sortkd.losses import create_method
+from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teachers import save_atomically
 from sortkd.training import Recipe, Stopped, create_fabric, train
@@ -204,7 +204,7 @@ def test_bad_speed_parameters_are_named(changes, words, tmp_path):
 
 def test_every_method(folder, tmp_path):
     "All objectives with all repairs that make sense: the record is whole, and the loss falls."
-    from sortkd.losses import OBJECTIVES, list_methods
+    from sortkd.methods import OBJECTIVES, list_methods
     from sortkd.schema import check_record
     experiment = small_experiment(folder, methods=",".join(list_methods()), epochs=3, train_size=200, cache="full", results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records

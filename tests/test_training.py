@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sortkd.data import Batches, draw_views, load_digits
-from sortkd.losses import create_method
+from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.training import Recipe, Stopped, create_fabric, evaluate, fingerprint, train
