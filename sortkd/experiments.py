@@ -109,8 +109,8 @@ class Experiment:
                 if self.preset_name == "short"
                 else "It shows how everything works; its numbers are not evidence about the methods. "
             )
-            + f"That takes preset='paper' on {'all of ImageNet' if data.name == 'imagenet' else 'CIFAR-100'}, "
-            "an accelerator and several seeds."
+            + f"For evidence, use preset='paper' on {'all of ImageNet' if data.name == 'imagenet' else 'CIFAR-100'}, "
+            "a GPU and several seeds."
         )
 
 
