@@ -48,7 +48,8 @@ from .methods import create_method
 from .models import create_model
 from .results import PAPER_METHODS, load_results, measured_rates, paper_grid
 from .teachers import PUBLISHED_TOP1, Teacher, _published_member, _read_text, find_teacher, refuse_links
-from .training import Recipe, Stopped, fingerprint
+from .checkpoints import Stopped, fingerprint
+from .training import Recipe
 
 # %% ../nbs/12_campaign.ipynb #5ec2a14d
 @dataclass(frozen=True, eq=False)
