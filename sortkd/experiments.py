@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
 from .data import load_data
@@ -141,7 +142,8 @@ def _checked_values(given: Parameters) -> Parameters:
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed; pip install {package}, or do not log with it.")
     minima = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
-    return replace(given, **{name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()})
+    whole: Any = {name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()}
+    return replace(given, **whole)
 
 
 def _check_together(given: Parameters, processes: int) -> None:
@@ -180,7 +182,7 @@ def _checked_folders(given: Parameters) -> Parameters:
     return given
 
 # %% ../nbs/07_experiments.ipynb #c3ddb508
-def _part_of(data: ImageData | ImageFolderData, given: Parameters, preset: Preset) -> ImageData | ImageFolderData:
+def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
     "The images that the experiment uses: as many as asked for, or as the preset says."
     sizes = {"train_size": given.train_size or preset.train_size, "test_size": given.test_size or preset.test_size}
     if given.pair in IMAGENET_PAIRS:  # a folder may hold less than the preset asks for
