@@ -191,9 +191,8 @@ def evaluate_checkpoint(
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     from sortkd.data import load_data
-    from sortkd.runs import create_batches
     from sortkd.models import create_model
-    from sortkd.training import create_fabric
+    from sortkd.devices import create_fabric
 
     if architecture == "auto":
         architecture = training.get("architecture", "")
@@ -204,7 +203,7 @@ def evaluate_checkpoint(
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
     network = fabric.setup_module(network.to(memory_format=torch.channels_last)).eval()
     with torch.inference_mode():
-        answers = [(network(images).float(), target) for images, target in create_batches(data, fabric.device).test(200)]
+        answers = [(network(images).float(), target) for images, target in data.batches(fabric.device).test(200)]
         logits, target = (torch.cat(parts) for parts in zip(*answers))
     calibration_error = multiclass_calibration_error(logits.softmax(1), target, data.num_classes, n_bins=15)
     best_five = logits.topk(min(5, data.num_classes)).indices

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
-from .data import ImageData, load_data, number_of_views
-from .imagenet import ImageFolderData
+from .data import load_data
 from .methods import Method, create_method
 from .pairs import IMAGENET_PAIRS, PAIRS, PRESETS, Pair, Preset, method_for, published_recipe, recipe_for
 from .teacher_logits import expected_views
 from .teachers import load_teacher
-from .training import Recipe, create_fabric, precision_of
+from .devices import create_fabric, precision_of
+from .training import Recipe
+from .views import ImageSet
 
 # %% ../nbs/07_experiments.ipynb #d795595a
 _IMAGENET_IMAGES = (1_281_167, 50_000)  # training and validation images of ILSVRC 2012
@@ -36,8 +37,8 @@ class Experiment:
     preset_name: str
     preset: Preset
     recipe: Recipe
-    data: ImageData | ImageFolderData
-    full_data: ImageData | ImageFolderData
+    data: ImageSet
+    full_data: ImageSet
     device: str
     precision: str
     deterministic: bool
@@ -73,9 +74,9 @@ class Experiment:
         images, seeds = len(self.data.train_targets), len(self.seeds)
         epochs = [self.recipe_for(method).epochs for method in self.methods if method.uses_teacher]
         asked, longest = images * seeds * sum(epochs), max(epochs)
-        if self.cache == "off" or isinstance(self.data, ImageFolderData):
+        if self.cache == "off" or not self.data.views_per_image:
             return f"The teacher runs in every epoch, on {asked:,} images in all."
-        views = number_of_views(self.data.pad, self.data.flip)
+        views = self.data.views_per_image
         computed = images * (views if self.cache == "full" else expected_views(views, longest * seeds))
         size = images * views * self.data.num_classes * 2
         return (

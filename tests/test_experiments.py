@@ -21,7 +21,9 @@ from sortkd.runs import plan_repetition, run_experiment
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teachers import save_atomically
-from sortkd.training import Recipe, Stopped, create_fabric, train
+from sortkd.checkpoints import Stopped
+from sortkd.devices import create_fabric
+from sortkd.training import Recipe, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 200, "test_size": 100}

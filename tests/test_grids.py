@@ -25,7 +25,7 @@ from sortkd.models import create_model
 from sortkd.results import PAPER_METHODS, paper_grid
 from synthetic import synthetic_record
 from sortkd.teachers import save_teacher
-from sortkd.training import fingerprint
+from sortkd.checkpoints import fingerprint
 
 WORKFLOW = Path(__file__).parents[1] / "workflow"
 SETTINGS = {
