@@ -18,11 +18,12 @@ from scipy.stats import ttest_ind
 
 from sortkd.data import Batches, load_cifar100
 from sortkd.records import append_record, describe_machine
-from sortkd.losses import create_method
+from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits
 from sortkd.teachers import load_teacher
-from sortkd.training import Recipe, create_fabric, precision_of, train
+from sortkd.devices import create_fabric, precision_of
+from sortkd.training import Recipe, train
 
 
 def initial_student(seed: int) -> torch.nn.Module:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import create_method
-from .sorting import _check_arguments, _check_range, _find_wrong_rows
+from .methods import create_method
+from .sorting import check_arguments, check_range, find_wrong_rows
 
 # %% ../nbs/11_bring_your_own.ipynb #a4db168b
 class DistillationLoss(nn.Module):
@@ -47,8 +47,8 @@ class DistillationLoss(nn.Module):
         """
         self._check_epoch(epoch)
         student_logits, repaired, self.teacher_wrong = _widen(student_logits, "student_logits"), None, None
-        _check_arguments(student_logits, target, 1)
-        _check_range(target, student_logits, 1)
+        check_arguments(student_logits, target, 1)
+        check_range(target, student_logits, 1)
         if self.method.uses_teacher:
             teacher_logits = _widen(teacher_logits, "teacher_logits").detach()
             if teacher_logits.shape != student_logits.shape:
@@ -57,7 +57,7 @@ class DistillationLoss(nn.Module):
                     f"{tuple(teacher_logits.shape)}; do both know the same classes?"
                 )
             repaired = self.method.repair_logits(teacher_logits, target)
-            self.teacher_wrong = _find_wrong_rows(teacher_logits, target, 1, -100)[2]
+            self.teacher_wrong = find_wrong_rows(teacher_logits, target, 1, -100)[2]
         return self.method.loss(student_logits, repaired, target, epoch or 1, temperature=self.temperature)
 
     def _check_epoch(self, epoch: int | None) -> None:

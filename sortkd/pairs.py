@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from .imagenet import IMAGENET_RECIPE
-from .losses import OBJECTIVES, Method, create_method
+from .methods import OBJECTIVES, Method, create_method
 from .training import Recipe
 
 # %% ../nbs/07a_pairs.ipynb #ea030eca

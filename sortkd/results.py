@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .pairs import PAIRS, method_for, recipe_for
-from .losses import OBJECTIVES
+from .methods import OBJECTIVES
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1

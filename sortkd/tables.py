@@ -22,7 +22,7 @@ _REPORTED_AS = {"kd+lskd": "lskd", "dkd+lskd": "lskd_dkd", "mlkd+lskd": "lskd_ml
 
 
 def read_reported(path: str | Path) -> pd.DataFrame:
-    """Reported accuracies in percent: dataset, method (named as in `sortkd.losses`), teacher, student, top1 (best
+    """Reported accuracies in percent: dataset, method (named as in `sortkd.methods`), teacher, student, top1 (best
     epoch), top1_last, runs, source, paper, arxiv.
     """
     reported = pd.read_csv(path, dtype={"arxiv": str})

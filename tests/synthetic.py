@@ -8,7 +8,7 @@ import numpy as np
 
 from sortkd.pairs import PAIRS, method_for, recipe_for
 from sortkd.records import SCHEMA_VERSION
-from sortkd.losses import OBJECTIVES
+from sortkd.methods import OBJECTIVES
 from sortkd.results import CIFAR100_CHECKSUM
 from sortkd.teachers import PUBLISHED_TOP1
 from sortkd.training import Recipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sortkd.data import load_digits
-from sortkd.losses import create_method
+from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits
 from sortkd.training import Recipe

@@ -19,7 +19,8 @@ from sortkd.integrations import (
     SortedKDLoss,
     register_torchdistill,
 )
-from sortkd.losses import create_method, dist_loss, dkd_loss, kd_loss
+from sortkd.losses import dist_loss, dkd_loss, kd_loss
+from sortkd.methods import create_method
 
 CLASSES, EPOCHS, LR, BATCH = 5, 2, 0.05, 16
 
