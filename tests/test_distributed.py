@@ -59,7 +59,7 @@ def run_all(folder: Path) -> None:
     curves["evaluation"] = vars(evaluate(teacher, batches, fabric))
     if fabric.world_size > 1:
         with pytest.raises(ValueError, match="workers is 2"):
-            plan_experiment("r56_r20", "kd", dataset="digits", preset="quick", device="cpu", precision="float32", workers=2)
+            plan_experiment(pair="r56_r20", methods="kd", dataset="digits", preset="quick", device="cpu", workers=2)
     if not fabric.is_global_zero:
         assert not any(curves[name] for name in METHODS), "callbacks belong to the first process"
         return
