@@ -20,7 +20,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from .data import ImageData
-from .views import Batches, ImageBatches, Views, number_of_views, view_id, views_of
+from .views import ImageBatches, Views, number_of_views, view_id, views_of
 from .files import refuse_links, save_atomically
 from .teachers import weights_checksum
 
@@ -155,7 +155,7 @@ class CachedTeacherLogits(TeacherLogits):
     def __init__(
         self,
         network: nn.Module,
-        batches: Batches,
+        batches: ImageBatches,
         cache_dir: str | Path,
         precision: str = "float32",
         batch_size: int | None = None,
@@ -239,8 +239,9 @@ class CachedTeacherLogits(TeacherLogits):
         missing = rows[(self._computed[rows] | self._marks[rows]) == 0].unique()
         if self._on_device is not self._stored:  # what other processes have computed since is not in this one's copy
             others = rows[self._computed[rows] < self._marks[rows]].unique()
-            self._on_device[others.to(self.device)] = self._stored[others].to(self.device)
-            self._computed[others] = 1
+            if len(others):
+                self._on_device[others.to(self.device)] = self._stored[others].to(self.device)
+                self._computed[others] = 1
         for start, stop, logits in self.compute(self._views(missing)):
             part, half = missing[start:stop], logits.half().cpu()
             if not half.isfinite().all():
