@@ -364,6 +364,14 @@ class ImageBatches:
         """
         raise NotImplementedError
 
+    def gather(self, views: Views) -> tuple[Tensor, Tensor]:
+        "Training images (B, 3, H, W) and targets (B,) of `views`. `ValueError` where views have no numbers."
+        raise ValueError(f"images of {self.data.name} are read from files; their views have no numbers.")
+
+    def strong_images(self, index: Tensor, *key: str | int) -> Tensor:
+        "Strong views (B, 3, H, W) of the training images `index`. `ValueError` for images in files."
+        raise ValueError(f"images of {self.data.name} are read from files; strong views are made of images in memory.")
+
 # %% ../nbs/03_views.ipynb #80417d6c
 class Batches(ImageBatches):
     """`data` (an `ImageData`) on `device`, in batches: the training images padded once, each batch gathered and
