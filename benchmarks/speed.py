@@ -32,7 +32,9 @@ from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits, expected_views
-from sortkd.training import Ranks, Recipe, _Lessons, _Step, _train_epoch, create_fabric, evaluate, precision_of, train
+from sortkd.devices import Ranks, create_fabric, precision_of
+from sortkd.lessons import Lessons
+from sortkd.training import Learner, Recipe, Student, evaluate, teach, train
 
 SORT_SHAPES = [(64, 10), (64, 100), (512, 100), (512, 1000), (64, 4000), (64, 32000)]
 
@@ -105,11 +107,10 @@ class Pair:
         self.batches = Batches(data, device)
         self.computed = TeacherLogits(random_teacher(pair.teacher), self.batches, precision_of(self.fabric))
         self.cached = CachedTeacherLogits(random_teacher(pair.teacher), self.batches, cache_dir, precision_of(self.fabric))
-        student = new(pair.student).to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(student.parameters(), self.recipe.lr, momentum=0.9, weight_decay=5e-4, fused=True)
-        self.student, optimizer = self.fabric.setup(student, optimizer)
+        student = Student(new(pair.student), create_method("kd+sort"), replace(self.recipe, batch_size=batch_size))
+        self.learner = Learner(student, self.fabric, "")
+        self.student = self.learner.model
         self.stream = torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()  # as `train` has it
-        self.step = _Step(self.student, optimizer, create_method("kd+sort"), self.fabric, batch_size)
 
     def usual_steps(self, count: int):
         usual_way.train_batches(
@@ -118,15 +119,16 @@ class Pair:
 
     def our_steps(self, count: int, teacher) -> None:
         with self.stream:
-            _train_epoch(self.step, self.lessons(count, teacher), 1, lambda: None)
+            self.learner.start_epoch(1, 0)
+            teach([self.learner], self.lessons(count, teacher), 1, lambda: None)
+            self.learner.totals.tolist()  # waits for the device
 
     @cache
-    def lessons(self, count: int, teacher) -> _Lessons:
+    def lessons(self, count: int, teacher) -> Lessons:
         "An epoch of `count` steps, on the first images: so that no teacher's logits are looked up for steps that are not made."
         images = count * self.recipe.batch_size
         data = replace(self.data, train_images=self.data.train_images[:images], train_targets=self.data.train_targets[:images])
-        step = self.step
-        return _Lessons(step.method, teacher, Batches(data, self.device), step.batch_size, 0, Ranks(self.fabric))
+        return Lessons(Batches(data, self.device), teacher, self.recipe.batch_size, 0, Ranks(self.fabric))
 
     def measure_steps(self, count: int, repetitions: int) -> dict[str, float]:
         "Milliseconds a step."

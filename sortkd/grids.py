@@ -6,9 +6,8 @@
 __all__ = ['Grid', 'make_grid', 'read_grid', 'Job', 'Left', 'State', 'read_state', 'experiment_for', 'priority', 'multiply_adds',
            'work_of', 'speed_of', 'plan_table', 'describe_plan', 'Deadline', 'run_slice', 'main']
 
-# %% ../nbs/12_grids.ipynb #d3c2e5a3
+# %% ../nbs/12_grids.ipynb #0fabc959
 import argparse
-import inspect
 import math
 import os
 import re
@@ -16,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -26,19 +25,20 @@ import psutil
 import torch
 import yaml
 
+from .checkpoints import Stopped, fingerprint
 from .checks import choice, folder_path, listed_names, shown, whole_number
 from .commands import ends_cleanly
 from .experiments import Experiment, plan_experiment
 from .methods import create_method
 from .models import create_model
 from .pairs import PAIRS, method_for
+from .parameters import Parameters
 from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
 from .runs import plan_run, records_so_far, run_experiment, teacher_training
 from .teachers import Teacher, find_teacher
-from .training import Stopped, fingerprint
 
-# %% ../nbs/12_grids.ipynb #9a6ad4d8
+# %% ../nbs/12_grids.ipynb #b22e57c6
 @dataclass(frozen=True, eq=False)
 class Grid:
     "A checked grid: its cells (pair, seed, method), and what all of them share."
@@ -60,11 +60,7 @@ class Grid:
 
 
 _PER_CELL = {"pair", "methods", "seeds", "preset", "teacher", "teachers_dir", "results_dir", "workers", "skip_recorded"}
-_DEFAULTS = {
-    name: parameter.default
-    for name, parameter in inspect.signature(plan_experiment).parameters.items()
-    if name not in _PER_CELL
-}
+_DEFAULTS = {each.name: each.default for each in fields(Parameters) if each.name not in _PER_CELL}
 
 
 def _option(name: str, value):

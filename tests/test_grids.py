@@ -22,7 +22,7 @@ from sortkd.records import append_record, compare_runs, describe_machine, read_r
 from sortkd.results import paper_grid
 from sortkd.runs import plan_run, run_experiment
 from sortkd.teachers import save_teacher
-from sortkd.training import fingerprint
+from sortkd.checkpoints import fingerprint
 
 WORKFLOW = Path(__file__).parents[1] / "workflow"
 SETTINGS = {
