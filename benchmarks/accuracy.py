@@ -22,7 +22,8 @@ from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits
 from sortkd.teachers import load_teacher
-from sortkd.training import Recipe, create_fabric, precision_of, train
+from sortkd.devices import create_fabric, precision_of
+from sortkd.training import Recipe, train
 
 
 def initial_student(seed: int) -> torch.nn.Module:

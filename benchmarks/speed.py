@@ -22,13 +22,14 @@ import torch
 import usual_way
 
 from sortkd.data import Batches, ImageData, has_cifar100, load_cifar100
+from sortkd.devices import create_fabric, native_precision
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.pairs import PAIRS
 from sortkd.records import append_record, describe_machine
 from sortkd.sorting import sort_logits
 from sortkd.teacher_logits import CachedTeacherLogits
-from sortkd.training import Recipe, create_fabric, native_precision, train
+from sortkd.training import Recipe, train
 
 SORT_SHAPES = [(64, 10), (64, 100), (512, 100), (512, 1000), (64, 4000), (64, 32000)]
 

@@ -7,25 +7,29 @@ __all__ = ['DATA_TITLES', 'Experiment', 'plan_experiment']
 
 # %% ../nbs/07_experiments.ipynb #f7ad8da1
 import importlib.util
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
-from .data import ImageData, load_data, number_of_views
-from .imagenet import ImageFolderData
+from .data import load_data
 from .methods import Method, create_method
 from .pairs import IMAGENET_PAIRS, PAIRS, PRESETS, Pair, Preset, method_for, published_recipe, recipe_for
+from .parameters import Parameters
 from .teacher_logits import expected_views
 from .teachers import load_teacher
-from .training import Recipe, create_fabric, precision_of
+from .devices import create_fabric, precision_of
+from .training import Recipe
+from .views import ImageSet
 
 # %% ../nbs/07_experiments.ipynb #d795595a
 _IMAGENET_IMAGES = (1_281_167, 50_000)  # training and validation images of ILSVRC 2012
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Experiment:
     "A checked experiment, made by `plan_experiment`: what will run, on what, and where it will be written."
 
@@ -36,8 +40,8 @@ class Experiment:
     preset_name: str
     preset: Preset
     recipe: Recipe
-    data: ImageData | ImageFolderData
-    full_data: ImageData | ImageFolderData
+    data: ImageSet
+    full_data: ImageSet
     device: str
     precision: str
     deterministic: bool
@@ -67,26 +71,25 @@ class Experiment:
         return self.results_dir / f"{self.preset_name}.jsonl"
 
     def describe_teacher_logits(self) -> str:
-        "What keeping the teacher's logits costs and saves in this experiment."
+        "What caching the teacher's logits costs and saves in this experiment."
         if not any(method.uses_teacher for method in self.methods):
             return "No method uses the teacher's logits."
         images, seeds = len(self.data.train_targets), len(self.seeds)
         epochs = [self.recipe_for(method).epochs for method in self.methods if method.uses_teacher]
         asked, longest = images * seeds * sum(epochs), max(epochs)
-        if self.cache == "off" or isinstance(self.data, ImageFolderData):
+        if self.cache == "off" or not self.data.views_per_image:
             return f"The teacher runs in every epoch, on {asked:,} images in all."
-        views = number_of_views(self.data.pad, self.data.flip)
+        views = self.data.views_per_image
         computed = images * (views if self.cache == "full" else expected_views(views, longest * seeds))
         size = images * views * self.data.num_classes * 2
         return (
-            f"The teacher's logits are kept ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} "
-            f"views): {asked:,} are asked for, and the teacher runs for about {computed:,.0f}, less what earlier runs "
-            "have left."
+            f"Teacher logits are cached ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} views). "
+            f"Training needs {asked:,} rows; the teacher computes about {computed:,.0f}, fewer if the cache is warm."
             + " It also runs on every strong view." * any(method.strong_views for method in self.methods)
         )
 
     def describe(self) -> str:
-        "In two sentences what this run is and what it is not."
+        "What this run is, and what its numbers are evidence of."
         data, recipe = self.data, self.recipe
         size = f"{data.image_size}×{data.image_size}"
         images = f"{len(data.train_targets):,} training and {len(data.test_targets):,} test images of {size}"
@@ -108,8 +111,8 @@ class Experiment:
                 if self.preset_name == "short"
                 else "It shows how everything works; its numbers are not evidence about the methods. "
             )
-            + f"That takes preset='paper' on {'all of ImageNet' if data.name == 'imagenet' else 'CIFAR-100'}, "
-            "an accelerator and several seeds."
+            + f"For evidence, use preset='paper' on {'all of ImageNet' if data.name == 'imagenet' else 'CIFAR-100'}, "
+            "a GPU and several seeds."
         )
 
 
@@ -120,120 +123,131 @@ def _listed(items: Sequence) -> str:
     items = [str(item) for item in items]
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
-# %% ../nbs/07_experiments.ipynb #d56b27f0
-def _check_loggers(tensorboard, wandb) -> None:
-    flag("tensorboard", tensorboard)
-    choice("wandb", wandb, ["off", "offline", "online"])
-    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb != "off")):
+# %% ../nbs/07_experiments.ipynb #426497db
+def _checked_values(given: Parameters) -> Parameters:
+    "The parameters, each checked by itself; whole numbers as `int`."
+    choice("pair", given.pair, [*PAIRS, *IMAGENET_PAIRS])
+    for name in listed_names("methods", given.methods):
+        create_method(name)
+    listed_seeds("seeds", given.seeds)
+    choice("preset", given.preset, ["auto", *dict.fromkeys(preset for preset, _ in PRESETS)])
+    choice("dataset", given.dataset, ["auto", "imagenet"] if given.pair in IMAGENET_PAIRS else ["auto", "cifar100", "digits"])
+    if not isinstance(given.teacher, str | Path):
+        raise ValueError(f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
+    choice("cache", given.cache, ["auto", "full", "off"])
+    for name in ("skip_recorded", "deterministic", "tensorboard"):
+        flag(name, getattr(given, name))
+    choice("wandb", given.wandb, ["off", "offline", "online"])
+    for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is asked for, but not installed; pip install {package}, or leave it off.")
+            raise ValueError(f"{package} is not installed; pip install {package}, or do not log with it.")
+    minima = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
+    whole: Any = {name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()}
+    return replace(given, **whole)
 
 
-def plan_experiment(
-    pair: str = "r32x4_r8x4",
-    methods: str = "kd,kd+sort",
-    seeds: str = "0",
-    preset: str = "auto",
-    dataset: str = "auto",
-    epochs: int = 0,
-    train_size: int = 0,
-    test_size: int = 0,
-    teacher: str = "auto",
-    teachers_dir: str = "teachers",
-    results_dir: str = "results",
-    device: str = "auto",
-    precision: str = "auto",
-    deterministic: bool = False,
-    cache: str = "auto",
-    cache_dir: str = "auto",
-    workers: int = 1,
-    skip_recorded: bool = False,
-    tensorboard: bool = False,
-    wandb: str = "off",
-) -> Experiment:
+def _check_together(given: Parameters, processes: int) -> None:
+    "Refuse values that are allowed, but not together. `processes`: how many share every batch."
+    if processes > 1 and given.workers > 1:
+        raise ValueError(f"workers is {given.workers}, but {processes} processes already share every batch; use workers=1.")
+    if given.pair not in IMAGENET_PAIRS:
+        if given.preset != "quick" and given.dataset == "digits":
+            raise ValueError(
+                f"preset {given.preset!r} is for CIFAR-100, but dataset is 'digits'; "
+                "use preset='quick' or dataset='cifar100'."
+            )
+        return
+    for name in listed_names("methods", given.methods):
+        if create_method(name).strong_views:
+            raise ValueError(f"method {name!r} compares strongly augmented views, which are made for CIFAR-100 only.")
+    if given.preset == "short" or given.cache == "full":
+        asked = "preset 'short'" if given.preset == "short" else "cache 'full'"
+        raise ValueError(
+            f"{asked} is for CIFAR-100, but pair {given.pair!r} is ImageNet's; use 'paper' or 'quick', and no cache."
+        )
+
+# %% ../nbs/07_experiments.ipynb #abe32d4c
+def _checked_folders(given: Parameters) -> Parameters:
+    "The parameters, with `cache_dir` in place of `auto` and every folder checked."
+    folder_path("teachers_dir", given.teachers_dir, ["local"])
+    file = f"{given.preset}.jsonl"
+    records = folder_path("results_dir", given.results_dir, ["runs", "tensorboard", "wandb", file], written=True) / file
+    if records.exists() and not (records.is_file() and os.access(records, os.W_OK)):
+        raise ValueError(
+            f"results_dir is {str(given.results_dir)!r}, but nothing can be written to {records}; name another folder."
+        )
+    if isinstance(given.cache_dir, str) and given.cache_dir == "auto":
+        given = replace(given, cache_dir=str(Path(given.results_dir) / "teacher_logits"))
+    folder_path("cache_dir", given.cache_dir)
+    return given
+
+# %% ../nbs/07_experiments.ipynb #c3ddb508
+def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
+    "The images that the experiment uses: as many as asked for, or as the preset says."
+    sizes = {"train_size": given.train_size or preset.train_size, "test_size": given.test_size or preset.test_size}
+    if given.pair in IMAGENET_PAIRS:  # a folder may hold less than the preset asks for
+        sizes["train_size"] = given.train_size or min(sizes["train_size"], len(data.train_targets))
+        sizes["test_size"] = given.test_size or min(sizes["test_size"], len(data.test_targets))
+    return data.subset(**sizes) if any(sizes.values()) else data
+
+
+def _recipe(given: Parameters, pair: Pair, preset: Preset) -> Recipe:
+    "The published recipe of the pair, shortened if the parameters or the preset say so."
+    recipe, epochs = published_recipe(pair), given.epochs or preset.epochs
+    if epochs != recipe.epochs:
+        recipe = recipe.shortened(epochs)
+    if given.pair in IMAGENET_PAIRS and given.preset == "quick":
+        recipe = replace(recipe, batch_size=16, lr=recipe.lr * 16 / recipe.batch_size)
+    return recipe
+
+
+def plan_experiment(**parameters) -> Experiment:
     """Check the parameters of an experiment, load its data, and say what will run. Nothing is trained or written.
 
-    The parameters are those of `run_experiment.ipynb`, which explains each. Raises `ValueError` for a value that is
-    not allowed, and what `load_data` and `load_teacher` raise for data or a teacher that cannot be used.
+    `parameters`: fields of `Parameters`, which explains each. Raises `ValueError` for a name or value that is not
+    allowed, and what `load_data` and `load_teacher` raise for data or a teacher that cannot be used.
     """
-    chosen = (PAIRS | IMAGENET_PAIRS)[choice("pair", pair, [*PAIRS, *IMAGENET_PAIRS])]
-    from_files = pair in IMAGENET_PAIRS
-    names, seed_values = listed_names("methods", methods), listed_seeds("seeds", seeds)
-    for name in names:
-        if create_method(name).strong_views and from_files:
-            raise ValueError(f"method {name!r} compares strongly augmented views, which are made for CIFAR-100 only.")
-    choice("preset", preset, ["auto", "paper", "short", "quick"])
-    choice("dataset", dataset, ["auto", "imagenet"] if from_files else ["auto", "cifar100", "digits"])
-    epochs, train_size, test_size = (
-        whole_number(name, value) for name, value in (("epochs", epochs), ("train_size", train_size), ("test_size", test_size))
-    )
-    choice("cache", cache, ["auto", "full", "off"])
-    workers = whole_number("workers", workers, 1)
-    _check_loggers(tensorboard, wandb)
-    for name, value in (("skip_recorded", skip_recorded), ("deterministic", deterministic)):
-        flag(name, value)
-    fabric = create_fabric(device, precision, deterministic)
-    if fabric.world_size > 1 and workers > 1:
-        raise ValueError(
-            f"workers is {workers}, but {fabric.world_size} processes already share every batch; use workers=1 there."
-        )
+    for name in parameters:
+        choice("parameter", name, list(Parameters.__dataclass_fields__))
+    given = _checked_values(Parameters(**parameters))
+    fabric = create_fabric(given.device, given.precision, given.deterministic)
     device = fabric.device.type
-    if preset == "auto":
-        preset = "paper" if device == "cuda" else "quick"
-    if from_files and (preset == "short" or cache == "full"):
-        asked = "preset 'short'" if preset == "short" else "cache 'full'"
-        raise ValueError(f"{asked} is for CIFAR-100, but pair {pair!r} is ImageNet's; use 'paper' or 'quick', and no cache.")
-    if preset in ("paper", "short") and dataset == "digits":
-        raise ValueError(
-            f"preset {preset!r} is for CIFAR-100, but dataset is 'digits'; "
-            "use preset='quick' or dataset='cifar100'."
-        )
-    if not isinstance(teacher, str | Path):
-        raise ValueError(f"teacher is {shown(teacher)}; give 'auto' or the path of a checkpoint.")
-    folder_path("teachers_dir", teachers_dir, ["local"])
-    folder_path("results_dir", results_dir, ["runs", "tensorboard", "wandb", f"{preset}.jsonl"], written=True)
-    records = Path(results_dir) / f"{preset}.jsonl"
-    if records.exists() and not (records.is_file() and os.access(records, os.W_OK)):
-        raise ValueError(f"results_dir is {str(results_dir)!r}, but nothing can be written to {records}; name another folder.")
-    if isinstance(cache_dir, str) and cache_dir == "auto":
-        cache_dir = str(Path(results_dir) / "teacher_logits")
-    folder_path("cache_dir", cache_dir)
+    if given.preset == "auto":
+        given = replace(given, preset="paper" if device == "cuda" else "quick")
+    _check_together(given, fabric.world_size)
+    given = _checked_folders(given)
 
-    full_data = load_data("imagenet" if from_files else dataset if preset == "quick" else "cifar100")
-    chosen_preset = PRESETS[preset, full_data.name]
-    sizes = {"train_size": train_size or chosen_preset.train_size, "test_size": test_size or chosen_preset.test_size}
-    if from_files:  # a folder may hold less than the preset asks for
-        sizes["train_size"] = train_size or min(sizes["train_size"], len(full_data.train_targets))
-        sizes["test_size"] = test_size or min(sizes["test_size"], len(full_data.test_targets))
-    data = full_data.subset(**sizes) if any(sizes.values()) else full_data
-    recipe = published = published_recipe(chosen)
-    if (epochs or chosen_preset.epochs) != recipe.epochs:
-        recipe = recipe.shortened(epochs or chosen_preset.epochs)
-    if from_files and preset == "quick":
-        recipe = replace(recipe, batch_size=16, lr=recipe.lr * 16 / recipe.batch_size)
-    if str(teacher) != "auto":
-        load_teacher(teacher, chosen.teacher, data.num_classes)  # refused now rather than later
-    share = recipe.epochs / published.epochs
+    pair, from_files = (PAIRS | IMAGENET_PAIRS)[given.pair], given.pair in IMAGENET_PAIRS
+    full_data = load_data("imagenet" if from_files else given.dataset if given.preset == "quick" else "cifar100")
+    preset = PRESETS[given.preset, full_data.name]
+    data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
+    if str(given.teacher) != "auto":
+        load_teacher(given.teacher, pair.teacher, data.num_classes)  # refused now rather than later
+    share = recipe.epochs / published_recipe(pair).epochs
     return Experiment(
-        pair,
-        chosen,
-        tuple(method_for(name, chosen, share) for name in names),
-        seed_values,
-        preset,
-        chosen_preset,
-        recipe,
-        data,
-        full_data,
-        device,
-        precision_of(fabric),
-        deterministic,
-        None if str(teacher) == "auto" else Path(teacher),
-        Path(teachers_dir),
-        Path(results_dir),
-        "off" if from_files else cache,
-        Path(cache_dir),
-        workers,
-        skip_recorded,
-        tensorboard,
-        wandb,
+        pair_name=given.pair,
+        pair=pair,
+        methods=tuple(method_for(name, pair, share) for name in listed_names("methods", given.methods)),
+        seeds=listed_seeds("seeds", given.seeds),
+        preset_name=given.preset,
+        preset=preset,
+        recipe=recipe,
+        data=data,
+        full_data=full_data,
+        device=device,
+        precision=precision_of(fabric),
+        deterministic=given.deterministic,
+        teacher_file=None if str(given.teacher) == "auto" else Path(given.teacher),
+        teachers_dir=Path(given.teachers_dir),
+        results_dir=Path(given.results_dir),
+        cache="off" if from_files else given.cache,
+        cache_dir=Path(given.cache_dir),
+        workers=given.workers,
+        skip_recorded=given.skip_recorded,
+        tensorboard=given.tensorboard,
+        wandb=given.wandb,
     )
+
+
+# Shown by help(plan_experiment) and by editors.
+setattr(plan_experiment, "__signature__", inspect.signature(Parameters).replace(return_annotation=Experiment))

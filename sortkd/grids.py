@@ -42,7 +42,8 @@ from .methods import Method, create_method
 from .models import create_model
 from .results import load_results, measured_rates, paper_grid
 from .teachers import PUBLISHED_TOP1, Teacher, find_teacher
-from .training import Recipe, Stopped, fingerprint
+from .checkpoints import Stopped, fingerprint
+from .training import Recipe
 
 # %% ../nbs/12_grids.ipynb #9ae7af0c
 @dataclass(frozen=True, eq=False)

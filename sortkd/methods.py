@@ -256,7 +256,7 @@ def create_method(name: str, **changes: float) -> Method:
             raise ValueError(f"there is no method {name!r}: {reason}.")
         if objective in OBJECTIVES and repair == OBJECTIVES[objective].repair:
             raise ValueError(f"there is no method {name!r}: {objective!r} alone is its name.")
-        choice("method", name, list_methods())
+        choice("methods", name, list_methods())
     entry = OBJECTIVES[objective]
     numbers: dict[str, Any] = {key: getattr(entry, key) for key in ("ce_weight", "kd_weight", "warmup_epochs")}
     unknown = changes.keys() - numbers.keys() - entry.settings.keys()

@@ -14,17 +14,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from .data import Batches, ImageData, Views, number_of_views, view_id, views_of
-from .teachers import refuse_links, save_atomically, weights_checksum
-
-if TYPE_CHECKING:
-    from sortkd.imagenet import ImageFolderBatches
+from .data import ImageData
+from .views import Batches, ImageBatches, Views, number_of_views, view_id, views_of
+from .files import refuse_links, save_atomically
+from .teachers import weights_checksum
 
 # %% ../nbs/05_teacher_logits.ipynb #cfd0c2ff
 def expected_views(num_views: int, draws: int) -> float:
@@ -46,7 +44,7 @@ class TeacherLogits:
     def __init__(
         self,
         network: nn.Module,
-        batches: "Batches | ImageFolderBatches",
+        batches: ImageBatches,
         precision: str = "float32",
         batch_size: int | None = None,
     ):
@@ -60,7 +58,6 @@ class TeacherLogits:
     @torch.no_grad()
     def compute(self, views: Views) -> Iterator[tuple[int, int, Tensor]]:
         "(start, stop, logits) of `views`, batch by batch, float32 on the device."
-        assert isinstance(self.batches, Batches)  # only its images have numbered views
         for start in range(0, len(views.index), self.batch_size):
             stop = min(start + self.batch_size, len(views.index))
             images, _ = self.batches.gather(views.part(start, stop))
@@ -68,7 +65,7 @@ class TeacherLogits:
 
     def _forward(self, images: Tensor) -> Tensor:
         rows = len(images)
-        if self.device.type == "cpu" and rows % 32:  # few rows would get other last bits than the same ones among many
+        if rows % 32:  # a few rows would have other last bits than the same ones among many
             images = torch.cat([images, images[:1].expand(-rows % 32, -1, -1, -1)])
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):

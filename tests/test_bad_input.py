@@ -29,7 +29,8 @@ from sortkd.methods import OBJECTIVES, create_method, list_methods
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits, swap_logits
 from sortkd.teachers import load_teacher, read_checkpoint, save_teacher
-from sortkd.training import Recipe, create_fabric, train
+from sortkd.devices import create_fabric
+from sortkd.training import Recipe, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 1, "train_size": 200, "test_size": 100, "device": "cpu"}

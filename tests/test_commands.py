@@ -1,19 +1,23 @@
 "The commands do what the notebook does, and say what is wrong in one line."
-import io
+import ast
 import re
 import subprocess
 import sys
-import tokenize
+from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from papermill import inspect_notebook
 
-from sortkd.commands import PARAMETERS, evaluate, evaluate_checkpoint, run
+from sortkd.commands import evaluate, evaluate_checkpoint, run
 from sortkd.data import load_digits
 from sortkd.experiments import plan_experiment
+from sortkd.methods import OBJECTIVES
+from sortkd.pairs import IMAGENET_PAIRS, PAIRS
+from sortkd.parameters import Parameters, parameter_cell, parameter_groups
 from sortkd.records import append_record, read_records
 from sortkd.models import create_model
 
@@ -21,27 +25,41 @@ NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = ["--pair", "r56_r20", "--dataset", "digits", "--preset", "quick", "--epochs", "1", "--train-size", "200", "--test-size", "100", "--device", "cpu", "--quiet"]
 
 
-def parameter_cell():
-    "Names, values and comments of the notebook's parameter cell."
-    cell = next(cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", []))
-    comments, name = {}, None
-    for token in tokenize.generate_tokens(io.StringIO(cell.source).readline):
-        if token.type == tokenize.NAME and token.start[1] == 0:
-            name = token.string
-        elif token.type == tokenize.COMMENT:
-            comments[name] = f"{comments.get(name, '')} {token.string.lstrip('# ')}".strip()
-    values = {}
-    exec(cell.source, {}, values)
-    return values, comments
+def test_the_notebook_has_the_parameters_of_the_dataclass():
+    "Regenerate the cell with `sortkd.parameters.parameter_cell()` after a change to `Parameters`."
+    cell, = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert cell.source == parameter_cell()
+    assert all(len(line) <= 100 for line in cell.source.splitlines()), "longer ones are clipped"
+    found = inspect_notebook(NOTEBOOK)
+    assert found.pop("progress") == {"name": "progress", "inferred_type_name": "bool", "default": "True", "help": "show a progress bar for each run"}
+    assert list(found) == [each.name for group in parameter_groups().values() for each in group] == list(signature(plan_experiment).parameters)
+    for each in fields(Parameters):
+        assert ast.literal_eval(found[each.name]["default"]) == each.default
+        assert found[each.name]["inferred_type_name"] == each.type.__name__ == type(each.default).__name__
+        assert found[each.name]["help"] == each.metadata["help"]
 
 
-def test_notebook_command_and_function_have_the_same_parameters():
-    values, comments = parameter_cell()
-    parameters = {name: parameter.default for name, parameter in signature(plan_experiment).parameters.items()}
-    assert values == {**parameters, "progress": True}
-    assert PARAMETERS.keys() == parameters.keys()
-    for name in PARAMETERS.keys() - {"pair", "methods"}:  # which the notebook lists
-        assert comments[name] == PARAMETERS[name]
+def test_the_command_has_the_parameters_of_the_dataclass(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for title, group in parameter_groups().items():
+        assert f"{title}: --{group[0].name.replace('_', '-')}" in shown
+        for each in group:
+            assert f"--{each.name.replace('_', '-')} " in shown and each.metadata["help"] in shown and each.metadata["more"].strip(".") in shown
+            assert f"(default: {each.default})" in shown
+
+
+def test_the_help_names_every_pair_objective_and_repair():
+    pair, methods = (Parameters.__dataclass_fields__[name].metadata["more"] for name in ("pair", "methods"))
+    assert set(re.findall(r"\w+_\w+", pair)) == {*PAIRS, *IMAGENET_PAIRS}
+    assert set(re.findall(r"[a-z_]+", methods.split("Objectives:")[1].split("Repairs")[0])) == set(OBJECTIVES)
+    assert set(re.findall(r"\+([a-z]+)", methods)) == {"skip", "swap", "revise", "sort"}
+
+
+def test_help_needs_no_experiment():
+    code = "import sys; from sortkd.commands import run\ntry: run(['--help'])\nexcept SystemExit: assert not {'pandas', 'sklearn', 'torchvision', 'lightning_fabric'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_installed_commands_explain_themselves():

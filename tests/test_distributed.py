@@ -13,7 +13,9 @@ from torch import nn
 from sortkd.data import Batches, load_digits
 from sortkd.methods import create_method
 from sortkd.models import create_model
-from sortkd.training import Ranks, Recipe, _SumOverRanks, _SynchronizedBatchNorm, create_fabric, evaluate, train
+from sortkd.devices import Ranks, SumOverRanks, SynchronizedBatchNorm
+from sortkd.devices import create_fabric
+from sortkd.training import Recipe, evaluate, train
 
 METHODS = ("ce", "kd+sort", "dist+sort", "mlkd+sort", "ctkd", "sld")
 
@@ -29,7 +31,7 @@ def run_all(folder: Path) -> None:
         network = create_model("resnet8", 10)
         for module in network.modules():  # one process alone, too: PyTorch's own rounds more coarsely in channels-last memory
             if type(module) is nn.BatchNorm2d:
-                module.__class__ = _SynchronizedBatchNorm
+                module.__class__ = SynchronizedBatchNorm
         return network
 
     if fabric.world_size == 1:
@@ -112,12 +114,12 @@ def test_a_checkpoint_of_two_processes_is_read_by_one(runs, tmp_path):
 
 
 def test_synchronized_batch_norm_is_batch_norm(monkeypatch):
-    monkeypatch.setattr(_SumOverRanks, "apply", lambda values: values)  # of one process
+    monkeypatch.setattr(SumOverRanks, "apply", lambda values: values)  # of one process
     generator = torch.Generator().manual_seed(0)
     plain, ours = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
     nn.init.uniform_(plain.weight, 0.5, 1.5), nn.init.normal_(plain.bias)
     ours.load_state_dict(plain.state_dict())
-    ours.__class__ = _SynchronizedBatchNorm
+    ours.__class__ = SynchronizedBatchNorm
     for _ in range(3):
         images = (2 + torch.randn(6, 5, 4, 4, generator=generator)).requires_grad_()
         twin = images.detach().clone().requires_grad_()

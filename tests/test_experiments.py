@@ -21,7 +21,9 @@ from sortkd.runs import plan_repetition, run_experiment
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teachers import save_atomically
-from sortkd.training import Recipe, Stopped, create_fabric, train
+from sortkd.checkpoints import Stopped
+from sortkd.devices import create_fabric
+from sortkd.training import Recipe, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 200, "test_size": 100}
@@ -89,7 +91,7 @@ def test_killed_and_started_again(folder, tmp_path):
               "train = experiments.train\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
               "experiments.train = lambda *a, **k: train(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
-              f"e = planning.plan_experiment('r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=200, test_size=100, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
+              f"e = planning.plan_experiment(pair='r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=200, test_size=100, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
               "experiments.run_experiment(e, progress=False)\n")
     small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
     run_experiment(small_teacher, progress=False)
@@ -110,12 +112,25 @@ def test_killed_and_started_again(folder, tmp_path):
     ({"seeds": "-1"}, "seeds"), ({"seeds": "1.5"}, "seeds"), ({"seeds": ""}, "seeds"), ({"seeds": "0,0"}, "seeds"), ({"seeds": "²"}, "seeds"),
     ({"preset": "slow"}, "quick"), ({"dataset": "imagenet"}, "cifar100"), ({"preset": "paper"}, "digits"), ({"epochs": -3}, "epochs is -3"), ({"epochs": "3"}, "epochs"), ({"epochs": True}, "epochs"),
     ({"train_size": 2000}, "1437"), ({"train_size": 1.5}, "train_size"), ({"test_size": -1}, "test_size"), ({"device": "gpu"}, "cuda"), ({"precision": "float16"}, "bfloat16"),
-    ({"results_dir": str(NOTEBOOK)}, "folder"), ({"teachers_dir": ""}, "folder"), ({"teacher": str(NOTEBOOK)}, "cannot be read"),
+    ({"results_dir": str(NOTEBOOK)}, "folder"), ({"results_dir": "/proc/results"}, "nothing can be written"), ({"teachers_dir": ""}, "folder"), ({"teacher": str(NOTEBOOK)}, "cannot be read"),
+    ({"methods": ""}, "methods"), ({"methods": "kd-sort"}, "kd-sort"), ({"seeds": "0,x"}, "0,x"), ({"dataset": "cifar10"}, "Did you mean 'cifar100'"), ({"epochs": "many"}, "whole number"),
+    ({"wandb": "on"}, "offline"), ({"cache": "on"}, "cache is 'on'"), ({"workers": 0}, "workers is 0"), ({"skip_recorded": 1}, "True or False"), ({"teacher": 3}, "teacher is 3"),
+    ({"pairs": "r56_r20"}, "parameter is 'pairs'.*Did you mean 'pair'"), ({"seed": 1}, "Did you mean 'seeds'"), ({"\n": 1}, "parameter is"),
 ])
 def test_bad_parameters_are_named(changes, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         plan_experiment(**(SMALL | {"results_dir": str(tmp_path / "results")} | changes))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        small_experiment(tmp_path, teacher="nowhere.pth")
+
+
+def test_parameters_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        plan_experiment("r56_r20")
 
 
 def test_another_networks_checkpoint_is_refused(tmp_path):
@@ -148,7 +163,7 @@ def test_nothing_but_numbers_enters_a_record(tmp_path):
 @needs_cifar100
 def test_real_cifar100(tmp_path):
     "The twin of the documented CIFAR-100 command, a tenth of its size."
-    experiment = plan_experiment("r56_r20", preset="quick", dataset="cifar100", epochs=1, train_size=500, test_size=500, teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    experiment = plan_experiment(pair="r56_r20", preset="quick", dataset="cifar100", epochs=1, train_size=500, test_size=500, teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
     assert records[0]["data"]["full_checksum"] == experiment.full_data.checksum and records[0]["data"]["train_images"] == 500
     assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0
@@ -186,7 +201,7 @@ def test_kept_and_computed_teacher_logits(folder, tmp_path):
     assert auto["curve"]["train_loss"] == pytest.approx(off["curve"]["train_loss"], rel=0.01)
     assert auto["result"]["teacher_wrong_rows"] == pytest.approx(off["result"]["teacher_wrong_rows"], abs=3)
     assert (tmp_path / "auto" / "teacher_logits").is_dir() and not (tmp_path / "off" / "teacher_logits").exists()
-    assert "are kept" in results["auto"].experiment.describe_teacher_logits() and "every epoch" in results["off"].experiment.describe_teacher_logits()
+    assert "are cached" in results["auto"].experiment.describe_teacher_logits() and "every epoch" in results["off"].experiment.describe_teacher_logits()
 
 
 def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
@@ -312,7 +327,7 @@ def test_imagenet_through_the_notebook(photographs, monkeypatch):
 
 def test_imagenet_of_the_other_pair(photographs, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(photographs))
-    plan = plan_experiment("in_r50_mv1", "dkd+sort", preset="quick", epochs=1, train_size=8, test_size=4, results_dir=str(photographs / "other"),
+    plan = plan_experiment(pair="in_r50_mv1", methods="dkd+sort", preset="quick", epochs=1, train_size=8, test_size=4, results_dir=str(photographs / "other"),
                            teacher=str(photographs / "in_r50_mv1.safetensors"))
     record, = run_experiment(plan, progress=False).records
     assert record["method"]["settings"] == {"alpha": 1.0, "beta": 2.0, "temperature": 1.0} and record["data"]["train_images"] == 8
@@ -320,7 +335,7 @@ def test_imagenet_of_the_other_pair(photographs, monkeypatch):
 
 def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(photographs))
-    plan = plan_experiment("in_r34_r18", "kd,dkd", preset="paper")
+    plan = plan_experiment(pair="in_r34_r18", methods="kd,dkd", preset="paper")
     assert (plan.recipe.epochs, plan.recipe.batch_size, plan.recipe.lr, plan.recipe.milestones) == (100, 512, 0.2, (30, 60, 90))
     assert plan.methods[1].warmup_epochs == 1 and plan.preset.fetch_teacher
     assert not plan.is_full_recipe and "shortened" in plan.describe(), "twenty images are not ImageNet, whatever their folder is called"
@@ -330,7 +345,7 @@ def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
             plan_experiment(**({"pair": "in_r34_r18", "preset": "quick"} | wrong))
     monkeypatch.setenv("SORTKD_DATA", str(photographs / "elsewhere"))
     with pytest.raises(FileNotFoundError, match="SORTKD_DATA"):
-        plan_experiment("in_r34_r18", preset="quick")
+        plan_experiment(pair="in_r34_r18", preset="quick")
 
 
 def stop_in(epochs):

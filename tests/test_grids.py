@@ -25,7 +25,7 @@ from sortkd.models import create_model
 from sortkd.results import PAPER_METHODS, paper_grid
 from synthetic import synthetic_record
 from sortkd.teachers import save_teacher
-from sortkd.training import fingerprint
+from sortkd.checkpoints import fingerprint
 
 WORKFLOW = Path(__file__).parents[1] / "workflow"
 SETTINGS = {
@@ -114,9 +114,9 @@ def test_teachers_first_then_pairs_of_methods_seed_by_seed():
 
 def test_pairs_are_planned_without_loading_the_data_again(tmp_path):
     shared = {"methods": "kd,dkd+sort,ctkd", "dataset": "digits", "preset": "quick", "results_dir": str(tmp_path), "device": "cpu"}
-    first = plan_experiment("r56_r20", **shared)
+    first = plan_experiment(pair="r56_r20", **shared)
     for pair in ("r32x4_mv2", "wrn40_2_shuv1"):
-        ours, theirs = grids._of_pair(first, pair), plan_experiment(pair, **shared)
+        ours, theirs = grids._of_pair(first, pair), plan_experiment(pair=pair, **shared)
         for name in ("pair_name", "pair", "methods", "recipe", "preset", "precision"):
             assert getattr(ours, name) == getattr(theirs, name)
         assert ours.data.checksum == theirs.data.checksum
@@ -277,7 +277,7 @@ def test_a_damaged_cache_counts_as_none(tmp_path):
 
 def test_cells_recorded_with_other_settings_are_named_and_do_not_count(tmp_path):
     grid = grid_in(tmp_path)
-    experiment = plan_experiment("r56_r20", "kd,kd+sort", "0,1", skip_recorded=True, **grid.shared)
+    experiment = plan_experiment(pair="r56_r20", methods="kd,kd+sort", seeds="0,1", skip_recorded=True, **grid.shared)
     save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
     about = read_state(grid).teachers["resnet56"].as_record()
     changes = iter([{"device": "cuda", "precision": "bfloat16"}, {"teacher_logits": "cached"}, {"device": "cuda", "precision": "bfloat16"}, {}])
@@ -325,7 +325,7 @@ def records_in(folder):
 def test_cut_into_slices_and_carried_the_numbers_are_those_of_an_uncut_run(tmp_path):
     whole = tmp_path / "whole"
     shared = {"results_dir": str(whole / "results"), "teachers_dir": str(whole / "teachers"), **SETTINGS["options"]}
-    run_experiment(plan_experiment("r56_r20", "kd,kd+sort", "0,1", "quick", **shared), progress=False)
+    run_experiment(plan_experiment(pair="r56_r20", methods="kd,kd+sort", seeds="0,1", preset="quick", **shared), progress=False)
     expected = records_in(whole)
 
     cuts, taken = random.Random(time.time_ns()), []

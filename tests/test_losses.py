@@ -61,12 +61,16 @@ def test_dist_is_pearson_with_the_authors_epsilon():
 
 
 def test_dist_sees_relations_only():
-    probabilities = torch.softmax(TEACHER.double() / 4, 1)
+    teacher = TEACHER.double()
+    probabilities = torch.softmax(teacher / 4, 1)
     squeezed = 4 * (0.3 * probabilities + 0.7 / 100).log()  # a positive affine map of the probabilities, as logits at temperature 4
-    assert abs(dist_loss(squeezed, TEACHER.double())) < 5e-3  # the epsilon
-    assert kd_loss(squeezed, TEACHER.double()) > 0.01
-    torch.testing.assert_close(dist_loss(STUDENT.double(), squeezed), dist_loss(STUDENT.double(), TEACHER.double()), rtol=1e-3, atol=0)
-    assert dist_loss(TEACHER.double(), TEACHER.double()).abs() < 1e-3
+    for scale, logits in ((0.3, squeezed), (1.0, teacher)):  # ρ = 1: all that is left is ε / (product of the lengths + ε)
+        lengths = [scale * (each - each.mean(1, keepdim=True)).square().sum(1) for each in (probabilities, probabilities.T)]
+        expected = 16 * 2 * sum((1e-8 / (each + 1e-8)).mean() for each in lengths)
+        assert abs(dist_loss(logits, teacher) - expected) < 1e-12
+    assert kd_loss(squeezed, teacher) > 0.01
+    # elsewhere ε's share of the lengths (2e-4 at most) differs; times ρ, of either sign, it comes to 1e-8 of the sum
+    torch.testing.assert_close(dist_loss(STUDENT.double(), squeezed), dist_loss(STUDENT.double(), teacher), rtol=1e-7, atol=0)
 
 
 def test_dist_gradient():

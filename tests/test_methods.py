@@ -167,12 +167,12 @@ def test_list_of_methods():
 
 
 def test_an_experiment_gives_the_pair_its_beta_and_no_other_objective():
-    plan = plan_experiment("r56_r20", "dkd,lskd_dkd+sort,dist,ctkd_dkd", dataset="digits", device="cpu")
+    plan = plan_experiment(pair="r56_r20", methods="dkd,lskd_dkd+sort,dist,ctkd_dkd", dataset="digits", device="cpu")
     dkd, lskd_dkd, dist, ctkd_dkd = plan.methods
     assert dkd.settings["beta"] == lskd_dkd.settings["beta"] == PAIRS["r56_r20"].beta == 2
     assert lskd_dkd.kd_weight == 18 and lskd_dkd.settings["temperature"] == 3  # of this pair, by the name of its log
     assert dist == create_method("dist")
-    wide = plan_experiment("r32x4_r8x4", "ctkd_dkd", dataset="digits", device="cpu")
+    wide = plan_experiment(pair="r32x4_r8x4", methods="ctkd_dkd", dataset="digits", device="cpu")
     assert PAIRS["r32x4_r8x4"].beta == 8 and wide.methods[0].settings["beta"] == ctkd_dkd.settings["beta"] == 2
 
 

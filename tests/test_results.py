@@ -135,7 +135,7 @@ def test_a_number_that_is_none_is_found_wherever_it_hides():
 
 def test_what_an_experiment_writes_is_valid(tmp_path):
     experiment = plan_experiment(
-        "r56_r20",
+        pair="r56_r20",
         methods="ce,kd+sort",
         preset="quick",
         dataset="digits",

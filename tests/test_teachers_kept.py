@@ -6,9 +6,9 @@ import torch
 from conftest import needs_cifar100
 
 from sortkd.data import load_data
-from sortkd.runs import create_batches
 from sortkd.teachers import PUBLISHED_TOP1, load_teacher, read_checkpoint
-from sortkd.training import create_fabric, evaluate
+from sortkd.devices import create_fabric
+from sortkd.training import evaluate
 
 FILES = sorted((Path(__file__).parents[1] / "teachers").rglob("*.safetensors"))
 KEPT = [path for path in FILES if "local" not in path.parts]  # the others were made on this machine, and are not committed
@@ -34,7 +34,7 @@ def test_they_are_as_good_as_they_say(path):
     _, text = read_checkpoint(path)
     data = load_data(text["dataset"])
     fabric = create_fabric("cpu", "float32")
-    found = evaluate(load_teacher(path, text["architecture"], data.num_classes).model, create_batches(data, fabric.device), fabric).top1
+    found = evaluate(load_teacher(path, text["architecture"], data.num_classes).model, data.batches(fabric.device), fabric).top1
     # The file's own number was taken before the weights were rounded to half precision, and in the precision of training.
     assert found == pytest.approx(text["top1"], abs=0.1)
     if text["epochs"] >= 240:

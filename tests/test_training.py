@@ -10,7 +10,9 @@ from sortkd.data import Batches, draw_views, load_digits
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
-from sortkd.training import Recipe, Stopped, create_fabric, evaluate, fingerprint, train
+from sortkd.checkpoints import Stopped, fingerprint
+from sortkd.devices import create_fabric
+from sortkd.training import Recipe, evaluate, train
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
@@ -229,7 +231,7 @@ def test_a_checkpoint_belongs_to_one_run(fabric, teacher, tmp_path):
         {"model": create_model("vgg8", 10)},
         {"fabric": create_fabric("cpu", "bfloat16")},
         {"teacher": CachedTeacherLogits(teacher, batches, tmp_path / "kept")},
-        {"run": "another teacher"},
+        {"context": "another teacher"},
     ):
         with pytest.raises(ValueError, match="belongs to a run with other settings, data, teacher or seed"):
             run(**other)

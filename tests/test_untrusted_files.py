@@ -31,7 +31,7 @@ from sortkd.records import read_records
 from sortkd.runs import run_experiment
 from sortkd.models import create_model
 from sortkd.teachers import fetch_published, find_teacher, get_teacher, load_teacher, read_checkpoint, save_teacher
-from sortkd.training import Stopped
+from sortkd.checkpoints import Stopped
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "methods": "kd+sort", "epochs": 2, "train_size": 200, "test_size": 100, "device": "cpu"}
@@ -152,7 +152,7 @@ def test_a_training_checkpoint_with_something_else_in_it(tmp_path, interrupted, 
 def test_a_teachers_training_checkpoint_that_would_run_code(tmp_path):
     from sortkd.pairs import SHORT_TEACHER
     from sortkd.runs import teacher_training, train_teacher
-    from sortkd.training import fingerprint
+    from sortkd.checkpoints import fingerprint
     data = load_digits().subset(train_size=40, test_size=20)
     name = f"teacher-resnet8-{fingerprint('resnet8', teacher_training('resnet8', data, SHORT_TEACHER, 0))}.pt"
     save_zip(CreatesFile(tmp_path / "executed"), tmp_path / name)
