@@ -352,6 +352,14 @@ class ImageBatches(ABC):
         "uint8 (N, H, W, 3) as a network's input (N, 3, H, W) of this dtype."
         return normalize(pixels, self.data.mean, self.data.std, self.dtype)
 
+    def gather(self, views: Views) -> tuple[Tensor, Tensor]:
+        "Training images (B, 3, H, W) and targets (B,) of `views`. `ValueError` where views have no numbers."
+        raise ValueError(f"images of {self.data.name} are read from files; their views have no numbers.")
+
+    def strong_images(self, index: Tensor, *key: str | int) -> Tensor:
+        "Strong views (B, 3, H, W) of the training images `index`. `ValueError` for images in files."
+        raise ValueError(f"images of {self.data.name} are read from files; strong views are made of images in memory.")
+
     @abstractmethod
     def blocks(self, batch_size: int, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1,
                steps: int = 32) -> Iterator[Block]:
