@@ -365,6 +365,13 @@ def test_pooled_intervals_cover(spread, counts):
     assert within_binomial_error(hits / repetitions, 0.95, repetitions)
 
 
+def test_pairs_share_one_variance_by_degrees_of_freedom():
+    effects = pd.DataFrame({"objective": "kd", "seeds": [2, 11], "mean": [0.1, 0.4], "std": [1.0, 0.1]})
+    shared = effects.assign(std=math.sqrt((1 * 1.0**2 + 10 * 0.1**2) / 11))
+    pd.testing.assert_frame_equal(pool_effects(effects), pool_effects(shared, shared_variance=False))
+    assert abs(pool_effects(effects)["mean"][0] - pool_effects(effects, shared_variance=False)["mean"][0]) > 0.001
+
+
 def test_only_shared_seeds_are_compared():
     frame = outcomes(0.3, 1, 4, 0.2, seed=0)
     frame = frame[~((frame.repair == "sort") & (frame.seed == 1)) & ~((frame.repair == "none") & (frame.seed == 3))]
