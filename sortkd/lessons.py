@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sortkd.devices import Ranks
     from sortkd.teacher_logits import TeacherLogits
 
-# %% ../nbs/06b_lessons.ipynb #29298723
+# %% ../nbs/06b_lessons.ipynb #0364a40b
 STEPS_AHEAD = 32  # the steps of a block
 
 
@@ -65,6 +65,7 @@ class Lessons:
     def _with_strong_views(self, lessons: LessonBlock, teacher: "TeacherLogits", block: Block,
                            epoch: int) -> LessonBlock:
         ranks, rows = self.ranks, len(block.target)
+        assert block.views is not None  # `strong_images` refuses images in files
         images = self.batches.strong_images(block.views.index, self.seed, epoch, block.begin)
         start, stop = ranks.part(rows)
 

@@ -247,7 +247,7 @@ def create_method(name: str, **changes: float) -> Method:
 
     `changes` replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
     `alpha`, `beta`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`, `student_teaches_after`).
-    Raises `ValueError` for a name or a change that does not exist, a change that is no finite number, and a repair that
+    Raises `ValueError` for a name or a change that does not exist, a change that is not a finite number, and a repair that
     makes no sense for the objective.
     """
     objective, _, repair = str(name).partition("+")

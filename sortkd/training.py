@@ -128,7 +128,7 @@ class Outcome:
         "The first of the epochs with the highest test accuracy."
         return max(self.curve, key=lambda row: row["test_top1"])
 
-# %% ../nbs/06_training.ipynb #aed1790a
+# %% ../nbs/06_training.ipynb #04e0c049
 class Learner:
     "A student in training. `totals`: the sum of the loss over rows, and the hits; `repairs`: wrong rows, changed rows."
 
@@ -258,8 +258,8 @@ class Learner:
         return True
 
     def _restore(self) -> None:
-        state = self._checkpoint and self._checkpoint.load()
-        if not state:
+        state = None if self._checkpoint is None else self._checkpoint.load()
+        if self._checkpoint is None or state is None:
             return
         try:
             self.model.load_state_dict(state["model"])
@@ -277,7 +277,7 @@ class Learner:
                 f"({type(error).__name__}); delete it to start the run again."
             ) from error
 
-# %% ../nbs/06_training.ipynb #4f300181
+# %% ../nbs/06_training.ipynb #b0d08768
 def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "Fabric", *,
                    teacher: nn.Module | TeacherLogits | None = None, seed: int = 0,
                    stop: Callable[[], bool] | None = None,
@@ -345,11 +345,10 @@ def teach(learners: Sequence[Learner], lessons: Lessons, epoch: int, after_step:
         repaired = [learner.repair(block) for learner in learners]
         for step, (start, stop) in enumerate(block.bounds):
             images = block.images(step)
-            strong = None if block.strong_images is None else block.strong_images(step)
+            strong = {} if block.strong_images is None else {"strong_images": block.strong_images(step)}
             for take, logits in zip(learn, repaired):
                 own = {name: rows[start:stop] for name, rows in logits.items()}
-                if "strong_repaired" in own:
-                    own["strong_images"] = strong
+                own |= strong if "strong_repaired" in own else {}
                 take(Lesson(images, block.target[start:stop], **own))
             after_step()
 

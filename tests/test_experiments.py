@@ -1,10 +1,12 @@
 "Whole experiments, small: the notebook through papermill, every pair, interruption, refusals, records."
+import fcntl
 import json
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -152,6 +154,18 @@ def test_many_writers_share_a_file(tmp_path):
     assert all(writer.wait() == 0 for writer in writers)
     records = read_records(tmp_path / "records.jsonl")
     assert len(records) == 150 and len({(record["writer"], record["number"]) for record in records}) == 150
+
+
+def test_a_writer_waits_for_another(tmp_path):
+    path = tmp_path / "records.jsonl"
+    with open(path, "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        writer = Thread(target=append_record, args=(path, {"number": 1}))
+        writer.start()
+        writer.join(0.5)
+        assert writer.is_alive() and not path.read_text()
+    writer.join(60)
+    assert read_records(path) == [{"number": 1}]
 
 
 def test_nothing_but_numbers_enters_a_record(tmp_path):

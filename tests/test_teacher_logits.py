@@ -139,7 +139,7 @@ def test_a_renamed_cache_is_refused(batches, tmp_path):
     one, two = (CachedTeacherLogits(seeded_network(seed), batches, tmp_path / str(seed)) for seed in (0, 1))
     for path in one.folder.iterdir():
         path.rename(two.folder / path.name)
-    with pytest.raises(ValueError, match="teacher_sha256 is another.*another cache folder"):
+    with pytest.raises(ValueError, match="teacher_sha256 differs.*another cache folder"):
         CachedTeacherLogits(seeded_network(1), batches, tmp_path / "1")
 
 

@@ -301,7 +301,7 @@ def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, web, way):
             tar.addfile(info)
         fetch_published(tmp_path / "teachers", f"{address}/{name}")
     if way != "bomb":
-        with pytest.raises(ConnectionError, match="the published teachers could not be had from"):
+        with pytest.raises(ConnectionError, match="the published teachers could not be downloaded from"):
             fetch_published(tmp_path / "teachers", f"{address}/{name}")
     assert not (tmp_path / "teachers").exists() or not list((tmp_path / "teachers").rglob("*"))
 
@@ -653,7 +653,7 @@ def test_a_folder_of_teachers_that_can_only_be_read(tmp_path, monkeypatch):
 def test_no_teacher_is_trained_that_cannot_be_kept(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "inside", Path("/proc/teachers")):
-        with pytest.raises(OSError, match=f"no teacher can be kept in {folder}.*name another folder"):
+        with pytest.raises(OSError, match=f"no teacher can be saved in {folder}.*name another folder"):
             get_teacher("resnet8", load_digits(), folder, {}, lambda: pytest.fail("trained"))
 
 
