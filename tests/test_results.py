@@ -365,6 +365,13 @@ def test_pooled_intervals_cover(spread, counts):
     assert within_binomial_error(hits / repetitions, 0.95, repetitions)
 
 
+def test_pairs_share_one_variance_by_degrees_of_freedom():
+    effects = pd.DataFrame({"objective": "kd", "seeds": [2, 11], "mean": [0.1, 0.4], "std": [1.0, 0.1]})
+    shared = effects.assign(std=math.sqrt((1 * 1.0**2 + 10 * 0.1**2) / 11))
+    pd.testing.assert_frame_equal(pool_effects(effects), pool_effects(shared, shared_variance=False))
+    assert abs(pool_effects(effects)["mean"][0] - pool_effects(effects, shared_variance=False)["mean"][0]) > 0.001
+
+
 def test_only_shared_seeds_are_compared():
     frame = outcomes(0.3, 1, 4, 0.2, seed=0)
     frame = frame[~((frame.repair == "sort") & (frame.seed == 1)) & ~((frame.repair == "none") & (frame.seed == 3))]
@@ -536,15 +543,14 @@ def synthetic_folder(tmp_path_factory):
     )
     paper = synthetic_records({"r56_r20": 0.3, "r32x4_shuv2": 0.1}, generator, preset="paper", seeds=3)
     write_lines(folder / "results" / "paper.jsonl", paper, json.dumps(paper[0])[:300])
-    times = {"plain_ms": 3.0, "ours_ms": 1.0, "ratio": 3.0}
     rows = [
-        {"what": "sort_logits", "setting": "(64, 100)"} | times,
-        {"what": "step, teacher logits cached", "setting": "resnet56 to resnet20, batch 64"} | times,
+        {"what": "sorting", "setting": "(64, 100)", "ms": {"two full sorts": [3.0, 2.9, 3.2], "sort_logits": [1.0, 0.9, 1.1]}},
+        {"what": "epoch", "setting": "resnet56 to resnet20, batch 64", "ms": {"usual, float32": [9.0, 8.0, 9.5], "ours, float32": [3.0, 2.0, 4.0]}},
     ]
     machines = [{"processor": "a processor"}, {"processor": "a processor", "gpu": "a GPU"}]
     write_lines(
         folder / "results" / "benchmarks.jsonl",
-        [{"benchmark": "speed", "machine": machine, "rows": rows} for machine in machines]
+        [{"benchmark": "speed", "protocol": 2, "machine": machine, "rows": rows} for machine in machines]
         + [{"benchmark": "accuracy"}],
     )
     return folder

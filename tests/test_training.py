@@ -11,8 +11,9 @@ from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.checkpoints import Stopped, fingerprint
-from sortkd.devices import create_fabric
-from sortkd.training import Recipe, evaluate, train
+from sortkd.devices import Ranks, create_fabric
+from sortkd.lessons import Lessons
+from sortkd.training import Recipe, Student, evaluate, train, train_together
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
@@ -168,6 +169,43 @@ def test_dropout_is_seeded_by_the_epoch(batches, fabric):
     assert_same_weights(one.last_weights, other.last_weights)
 
 
+def test_students_taught_together_learn_what_each_learns_alone(batches, fabric, teacher):
+    "To the bit: with dropout, strong views and a learned temperature, and fewer epochs; and one whose loss explodes."
+
+    def students():
+        def model():
+            torch.manual_seed(2)
+            return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 16 * 16, 10))
+
+        recipe, fewer = replace(RECIPE, epochs=3, lr=0.005), replace(RECIPE, epochs=2, lr=0.005)
+        explodes = Student(model(), create_method("ce"), replace(recipe, lr=1e30))
+        return [Student(model(), create_method("kd+sort"), recipe), explodes, Student(model(), create_method("mlkd+sort"), fewer),
+                Student(model(), create_method("ctkd"), recipe)]
+
+    outcomes = train_together(students(), batches, fabric, teacher=teacher, seed=5)
+    assert [isinstance(outcome, FloatingPointError) for outcome in outcomes] == [False, True, False, False]
+    for number in (0, 2, 3):
+        student = students()[number]
+        alone = train(student.model, batches, student.method, student.recipe, fabric, teacher=teacher, seed=5)
+        assert without_time(outcomes[number].curve) == without_time(alone.curve)
+        assert_same_weights(outcomes[number].last_weights, alone.last_weights)
+        assert_same_weights(outcomes[number].best_weights, alone.best_weights)
+    with pytest.raises(ValueError, match=r"one batch size, but they have \[32, 64\]"):
+        one, other = students()[::3]
+        train_together([one, replace(other, recipe=replace(RECIPE, batch_size=32))], batches, fabric, teacher=teacher)
+
+
+def test_strong_views_are_those_of_the_epoch(batches, fabric, teacher):
+    data, lessons = batches.data, Lessons(batches, TeacherLogits(teacher, batches, "float32"), 64, 3, Ranks(fabric), strong_views=True)
+    for epoch in (1, 2):
+        block, = lessons.of_epoch(epoch)
+        expected = batches.strong_images(draw_views(150, data.pad, data.flip, 3, epoch).index, 3, epoch, 0)
+        for step, (start, stop) in enumerate(block.bounds):
+            assert torch.equal(block.strong_images(step), expected[start:stop])
+        with torch.no_grad():
+            torch.testing.assert_close(block.strong_teacher_logits, teacher(expected), rtol=1e-4, atol=1e-4)
+
+
 class Unplugged(Exception):
     pass
 
@@ -202,6 +240,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(batches, fabric, t
         assert without_time(outcome.curve) == without_time(expected.curve)
         assert_same_weights(outcome.last_weights, expected.last_weights)
         assert_same_weights(outcome.best_weights, expected.best_weights)
+        assert outcome.seconds == pytest.approx(sum(row["seconds"] for row in outcome.curve))
 
 
 def test_a_checkpoint_belongs_to_one_run(fabric, teacher, tmp_path):
