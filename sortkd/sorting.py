@@ -9,7 +9,7 @@ __all__ = ['check_floating', 'check_arguments', 'check_range', 'find_wrong_rows'
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_sorting.ipynb #a20b754f
+# %% ../nbs/00_sorting.ipynb #506300ed
 def _describe(value) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{type(value).__name__} {value!r:.60}"
 
@@ -39,7 +39,7 @@ def check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
         raise ValueError(f"logits of shape {tuple(shape)} have no classes along dim={dim}.")
     return dim
 
-# %% ../nbs/00_sorting.ipynb #ba42ca37
+
 def _must_not_synchronize(logits: Tensor) -> bool:
     "Whether reading values would break a trace or make the CPU wait for a GPU."
     return logits.is_cuda or torch.compiler.is_compiling()
@@ -58,7 +58,7 @@ def check_range(index: Tensor, logits: Tensor, dim: int) -> None:
             "name it as ignore_index."
         )
 
-
+# %% ../nbs/00_sorting.ipynb #79c40cb0
 def find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
     "The target (0 where ignored), its value, and whether something ranks above it; each of the target's shape."
     index = target.long().unsqueeze(dim)  # y
@@ -69,7 +69,7 @@ def find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int)
     wrong = (logits.amax(dim, keepdim=True) > value) & counted  # z_π(1) > z_y
     return index.squeeze(dim), value.squeeze(dim), wrong.squeeze(dim)
 
-# %% ../nbs/00_sorting.ipynb #06632fc2
+# %% ../nbs/00_sorting.ipynb #4831d033
 def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` by reordering the highest classes of the wrong rows; reads values to learn how many."
     index, value, wrong = find_wrong_rows(logits, target, dim, ignore_index)
@@ -86,20 +86,20 @@ def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index:
         classes = classes.gather(1, order)  # π(1), ..., π(k+1)
         first, ranked, below = ranked[:, :1], ranked[:, :-1], ranked[:, 1:]  # z_π(1), z_π(j), z_π(j+1)
         below = torch.where(below > value, below, value)  # by comparison: -0.0 stays itself
-        handed_out = torch.where(ranked > value, below, ranked)  # z'_π(j)
-        rows.scatter_(1, classes[:, :-1], handed_out).scatter_(1, index, first)  # z'_y = z_π(1)
+        handed_out = torch.where(ranked > value, below, ranked)  # z̃_π(j)
+        rows.scatter_(1, classes[:, :-1], handed_out).scatter_(1, index, first)  # z̃_y = z_π(1)
     repaired.movedim(dim, -1)[wrong] = rows
     return repaired
 
-# %% ../nbs/00_sorting.ipynb #310d7244
+# %% ../nbs/00_sorting.ipynb #55551991
 def _sort_whole_rows(logits: Tensor, index: Tensor, value: Tensor, wrong: Tensor, dim: int) -> Tensor:
     "Rank all classes and hand the values out; `index`, `value` and `wrong` have the dimension `dim`, of length 1."
     order = logits.argsort(dim=dim, descending=True, stable=True)  # π
     ranked = logits.gather(dim, order)  # z_π(j)
     below = ranked.roll(-1, dim)  # z_π(j+1)
     below = torch.where(below > value, below, value)
-    handed_out = torch.where(wrong & (ranked > value), below, ranked)  # z'_π(j)
-    first = torch.where(wrong, ranked.narrow(dim, 0, 1), value)  # z'_y = z_π(1)
+    handed_out = torch.where(wrong & (ranked > value), below, ranked)  # z̃_π(j)
+    first = torch.where(wrong, ranked.narrow(dim, 0, 1), value)  # z̃_y = z_π(1)
     return logits.scatter(dim, order, handed_out).scatter(dim, index, first)
 
 

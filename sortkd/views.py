@@ -11,6 +11,7 @@ __all__ = ['STRONG_VIEWS', 'Views', 'number_of_views', 'view_id', 'views_of', 's
 import functools
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
@@ -221,7 +222,7 @@ def balanced_choice(targets: Tensor, size: int, generator: torch.Generator) -> T
     return order[torch.argsort(rank, stable=True)[:size]].sort().values
 
 # %% ../nbs/03_views.ipynb #75053967
-class ImageSet:
+class ImageSet(ABC):
     "What images in memory (`ImageData`) and in files (`ImageFolderData`) have in common; both are frozen dataclasses."
 
     name: str
@@ -262,17 +263,17 @@ class ImageSet:
             kept |= {f"{split}_targets": targets[index.to(targets.device)], **self._images_of(split, index)}
         return replace(self, **kept)  # type: ignore[type-var]
 
+    @abstractmethod
     def _images_of(self, split: str, index: Tensor) -> dict[str, Any]:
         "The field that holds the images of `split`, with those of `index` alone."
-        raise NotImplementedError
 
+    @abstractmethod
     def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         "Up to `count` images as uint8 (N, H, W, 3), as normalised input (N, 3, H, W), and their targets (N,)."
-        raise NotImplementedError
 
+    @abstractmethod
     def batches(self, device: str | torch.device) -> "ImageBatches":
         "The images in batches on `device`."
-        raise NotImplementedError
 
     def _check(self, train_images: int, test_images: int) -> None:
         "`ValueError` or `TypeError` names what does not fit; there are as many targets as images."
@@ -329,7 +330,7 @@ class Block(NamedTuple):
     images: Callable[[int], Tensor]  # from the number of a step to this rank's normalised images (n, 3, H, W)
 
 
-class ImageBatches:
+class ImageBatches(ABC):
     "What batches of images in memory (`Batches`) and in files (`ImageFolderBatches`) have in common."
 
     data: ImageSet
@@ -351,19 +352,6 @@ class ImageBatches:
         "uint8 (N, H, W, 3) as a network's input (N, 3, H, W) of this dtype."
         return normalize(pixels, self.data.mean, self.data.std, self.dtype)
 
-    def blocks(self, batch_size: int, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1,
-               steps: int = 32) -> Iterator[Block]:
-        """One epoch of random views in blocks of up to `steps` batches; of the images, the part of process `rank` of
-        `ranks`. A function of `seed` and `epoch`.
-        """
-        raise NotImplementedError
-
-    def test(self, batch_size: int = 1000, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The test split in order, without augmentation: (images, targets) of each batch, or of the part of it that
-        belongs to process `rank` of `ranks`.
-        """
-        raise NotImplementedError
-
     def gather(self, views: Views) -> tuple[Tensor, Tensor]:
         "Training images (B, 3, H, W) and targets (B,) of `views`. `ValueError` where views have no numbers."
         raise ValueError(f"images of {self.data.name} are read from files; their views have no numbers.")
@@ -371,6 +359,19 @@ class ImageBatches:
     def strong_images(self, index: Tensor, *key: str | int) -> Tensor:
         "Strong views (B, 3, H, W) of the training images `index`. `ValueError` for images in files."
         raise ValueError(f"images of {self.data.name} are read from files; strong views are made of images in memory.")
+
+    @abstractmethod
+    def blocks(self, batch_size: int, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1,
+               steps: int = 32) -> Iterator[Block]:
+        """One epoch of random views in blocks of up to `steps` batches; of the images, the part of process `rank` of
+        `ranks`. A function of `seed` and `epoch`.
+        """
+
+    @abstractmethod
+    def test(self, batch_size: int = 1000, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test split in order, without augmentation: (images, targets) of each batch, or of the part of it that
+        belongs to process `rank` of `ranks`.
+        """
 
 # %% ../nbs/03_views.ipynb #80417d6c
 class Batches(ImageBatches):

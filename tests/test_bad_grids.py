@@ -11,7 +11,7 @@ VALUES = [
     "null", "true", "[]", "{}", "[[]]", "[null]", "[kd, kd]", "[{a: 1}]", "{a: 1}", "-1", "0", "1.5", ".nan", ".inf", "1e400", "9" * 5000, "2000000000", "2026-01-01", "!!binary aGk=", '"\\0"', '"a\\0b"', '"\\u202e"',
     '"$(touch planted)"', '""', '" "', "&a [*a]", "x" * 5000, "{", "[", "\0", "\t", "'", "r: 5", "!!set {a, b}", "!!timestamp x", "!!int x", "!!float x", "*nowhere", "!!python/object/apply:os.system [touch planted]", "!!python/name:os.system",
 ]
-FOLDERS = {'"\\u202e"', '"$(touch planted)"', '" "', "-1", "0", "1e400", "2000000000"}  # so far as a grid can tell; plan_experiment looks closer
+FOLDERS = {'"\\u202e"', '"$(touch planted)"', '" "', "1e400"}  # so far as a grid can tell; plan_experiment looks closer
 NOTHING = {"{}", "null", "[]", "0", '""'}
 
 
@@ -47,7 +47,7 @@ def test_values_of_a_grid(said, name):
         if name.endswith("_dir") and value in FOLDERS or name == "options" and value in NOTHING or (name, value) == ("threads", "2000000000"):
             assert answer == "fine", value[:40]
         else:
-            assert answer != "fine" and (name.rstrip("s") in answer or "grid.yaml is no YAML file" in answer or "there is no method" in answer), (value[:40], answer[:200])
+            assert answer != "fine" and (name.rstrip("s") in answer or "grid.yaml is not a YAML file" in answer or "there is no method" in answer), (value[:40], answer[:200])
 
 
 @pytest.mark.parametrize("name", ["epochs", "deterministic", "teacher", "5", "[a]", "null"])
@@ -55,12 +55,12 @@ def test_options_of_a_grid(said, name):
     for value in VALUES:
         if not (name == "deterministic" and value == "true" or name == "epochs" and value in ("0", "2000000000")):
             answer = said(grid(options="{%s: %s}" % (name, value)))
-            assert "option" in answer or "grid.yaml is no YAML file" in answer, (value[:40], answer[:200])
+            assert "option" in answer or "grid.yaml is not a YAML file" in answer, (value[:40], answer[:200])
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\0", b"[]", b"5", b"null", b"&a [*a]", b"{" * 3000, b"[" * 3000, b"? [a]\n: b", b"1: 2", b"null: 2", b"\xef\xbb\xbf", b"--- a\n--- b"], ids=lambda content: repr(content[:10]))
 def test_files_that_are_no_grids(said, content):
-    assert any(words in said(content) for words in ("grid.yaml is no YAML file", "give names with values", "a key of the grid is"))
+    assert any(words in said(content) for words in ("grid.yaml is not a YAML file", "give names with values", "a key of the grid is"))
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -1,5 +1,4 @@
 "A grid in slices: what comes next, what fits, and cut into pieces it ends with the numbers of an uncut run."
-import json
 import math
 import os
 import random
@@ -9,21 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from sortkd import grids
-from sortkd.grids import Deadline, Job, Speeds, describe_plan, main, make_grid, plan_table, priority, read_grid, read_state, run_slice
 from sortkd.experiments import plan_experiment
+from sortkd.grids import Deadline, Job, Left, describe_plan, experiment_for, main, make_grid, plan_table, priority, read_grid, read_state, run_slice, speed_of, work_of
+from sortkd.models import create_model
 from sortkd.pairs import PAIRS
 from sortkd.records import append_record, compare_runs, describe_machine, read_records
+from sortkd.results import paper_grid
 from sortkd.runs import plan_run, run_experiment
-from sortkd.models import create_model
-from sortkd.results import PAPER_METHODS, paper_grid
-from synthetic import synthetic_record
 from sortkd.teachers import save_teacher
 from sortkd.checkpoints import fingerprint
 
@@ -36,11 +33,6 @@ SETTINGS = {
 
 def grid_in(folder, **changes):
     return make_grid({**SETTINGS, "results_dir": str(folder / "results"), "teachers_dir": str(folder / "teachers"), **changes})
-
-
-def jobs_of(grid):
-    teachers = {PAIRS[pair].teacher: Job(pair) for pair in reversed(grid.cells["pair"].unique())}
-    return [*teachers.values(), *(Job(cell.pair, cell.method, cell.seed) for cell in grid.cells.itertuples())]
 
 
 # The grid
@@ -81,7 +73,7 @@ def test_mistakes_in_a_grid_are_named(change, said, tmp_path):
 def test_files_that_are_no_grid(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match="there is no grid"):
         read_grid(tmp_path / "none.yaml")
-    for text, said in (("a: [", "is no YAML"), ("- 1", "give names with values"), ("pairs: paper", "does not say methods, seeds"), ("[" * 5000, "is no YAML")):
+    for text, said in (("a: [", "is not a YAML"), ("- 1", "give names with values"), ("pairs: paper", "does not say methods, seeds"), ("[" * 5000, "is not a YAML")):
         (tmp_path / "grid.yaml").write_text(text)
         with pytest.raises(ValueError, match=said):
             read_grid(tmp_path / "grid.yaml")
@@ -93,226 +85,173 @@ def test_files_that_are_no_grid(tmp_path, capsys):
 # What comes next
 
 
-def test_teachers_first_then_pairs_of_methods_seed_by_seed():
+def test_pairs_of_methods_seed_by_seed_and_teachers_when_they_are_needed():
     grid = read_grid(WORKFLOW / "paper.yaml")
-    jobs = jobs_of(grid)
+    makers = {PAIRS[pair].teacher: Job(pair) for pair in reversed(PAIRS)}.values()
+    jobs = [*makers, *(Job(cell.pair, cell.method, cell.seed) for cell in grid.cells.itertuples())]
     random.Random(0).shuffle(jobs)
     order = priority(jobs, grid)
     assert sorted(order) == sorted(jobs)
-    teachers, cells = order[:6], order[6:]
-    waiting = [sum(PAIRS[pair].teacher == job.teacher for pair in PAIRS) for job in teachers]
-    assert not any(job.method for job in teachers) and waiting == sorted(waiting, reverse=True) and teachers[0].teacher == "resnet32x4"
+    cells = [job for job in order if job.method]
     assert [job.seed for job in cells] == sorted(job.seed for job in cells)
     first = [(job.pair, job.method) for job in cells[: 4 * len(PAIRS)]]
     teachers = [PAIRS[pair].teacher for pair in PAIRS]
-    beside = sorted(PAIRS, key=lambda pair: teachers.index(PAIRS[pair].teacher))  # pairs of one teacher, whose logits are computed once
+    beside = sorted(PAIRS, key=lambda pair: teachers.index(PAIRS[pair].teacher))  # pairs of one teacher
     assert first == [(pair, method) for objective in ("kd", "dkd") for pair in beside for method in (objective, f"{objective}+sort")]
-    # A teacher unlocks what is missing, not what the grid has.
-    few = [job for job in jobs if job.teacher != "resnet32x4" or not job.method or job.method == "kd" and job.seed == 0 and job.pair == "r32x4_mv2"]
-    assert priority(few, grid)[0].teacher == "wrn_40_2"
+    for job in makers:
+        after = order[order.index(job) + 1]
+        assert after.teacher == job.teacher and after == next(each for each in cells if each.teacher == job.teacher)
+    assert priority([Job("r56_r20")], grid) == [Job("r56_r20")]
 
 
 def test_pairs_are_planned_without_loading_the_data_again(tmp_path):
-    shared = {"methods": "kd,dkd+sort,ctkd", "dataset": "digits", "preset": "quick", "results_dir": str(tmp_path), "device": "cpu"}
+    shared = {"methods": "kd,dkd+sort,ctkd", "seeds": "1,2", "dataset": "digits", "preset": "quick", "results_dir": str(tmp_path), "device": "cpu"}
     first = plan_experiment(pair="r56_r20", **shared)
     for pair in ("r32x4_mv2", "wrn40_2_shuv1"):
-        ours, theirs = grids._of_pair(first, pair), plan_experiment(pair=pair, **shared)
-        for name in ("pair_name", "pair", "methods", "recipe", "preset", "precision"):
+        ours, theirs = experiment_for(first, pair, ["kd", "dkd+sort", "ctkd"], [1, 2]), plan_experiment(pair=pair, **shared)
+        for name in ("pair_name", "pair", "methods", "seeds", "recipe", "preset", "precision", "workers", "cache", "skip_recorded"):
             assert getattr(ours, name) == getattr(theirs, name)
         assert ours.data.checksum == theirs.data.checksum
 
 
-# What fits
-
-
-def test_the_deadline_asks_whether_another_epoch_fits():
-    now, ends = [100.0], SimpleNamespace(value=200.0)
-    stop = Deadline(ends, clock=lambda: now[0])
-    answers = []
-    for time_after in (120, 140, 160, 177, 178):  # epochs of 20, 20, 20, 17 and 1 seconds
-        now[0] = time_after
-        answers.append(stop())
-    assert answers == [False, False, False, False, False]
-    now[0] = 190
-    assert stop()  # 12 seconds and a tenth more than are left
-    ends.value = 0.0
-    now[0] = 190.1
-    assert stop()
+# What exists, and what it costs
 
 
 @pytest.fixture
-def state(tmp_path):
-    return read_state(grid_in(tmp_path, pairs="paper"))
+def taught(tmp_path):
+    "A grid whose teacher exists, and a function that gives the folder and the record of its cells."
+    save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
+    grid = grid_in(tmp_path)
+    state = read_state(grid)
+    about, experiment = state.teachers["resnet56"].as_record(), experiment_for(state.planned, "r56_r20", SETTINGS["methods"])
+
+    def cell(method, seed, **changes):
+        run = plan_run(experiment, next(each for each in experiment.methods if each.name == method), seed, "computed", about)
+        record = {"run_id": f"{run.folder.name}-2026", **run.settings, "data": run.about_data, "about_teacher": about, **describe_machine("cpu"), "result": {"seconds": 2.4}}
+        return run.folder, record | changes
+
+    return grid, experiment.records_file, cell
 
 
-def measured(seconds_per_million, pair="r56_r20", **changes):
-    record = synthetic_record(pair, epochs=3, precision="float32", **changes)
-    del record["synthetic"]
-    record["machine"] = describe_machine("cpu")["machine"]
-    record["data"] |= {"name": "digits", "train_images": 200}
-    record["result"]["seconds"] = seconds_per_million * 600 / 1e6
-    return record
+def test_speed_is_measured_here_else_scaled_and_never_invented(taught):
+    grid, path, cell = taught
+    assert read_state(grid).measured == {} and math.isnan(speed_of("r56_r20", read_state(grid))[0]) and speed_of("r56_r20", read_state(grid))[1] == "unknown"
+    append_record(path, cell("kd", 0, machine={"processor": "another"})[1])
+    append_record(path, cell("kd", 1, result=5)[1])
+    state = read_state(grid)
+    assert state.finished == 2 and state.measured == {}
+    append_record(path, cell("kd+sort", 0)[1])  # 600 rows in 2.4 seconds
+    state = read_state(grid)
+    assert speed_of("r56_r20", state) == (pytest.approx(4000.0), "measured")
+    for kind in ("r110_r32", "teacher resnet56"):
+        assert speed_of(kind, state) == (pytest.approx(4000.0 * work_of(kind, state.planned) / work_of("r56_r20", state.planned)), "scaled")
 
 
-def test_time_is_predicted_from_what_was_measured_here_and_never_invented(state):
-    planned = state.planned
-    unknown = Speeds(state).of("r56_r20")
-    assert math.isnan(unknown[0]) and unknown[1] == "unknown"
-    other = measured(7.0, preset="quick")
-    append_record(planned.records_file, other | {"machine": {"processor": "another"}})
-    append_record(planned.records_file, other | {"seed": 1, "precision": "bfloat16"})
-    append_record(planned.records_file, other | {"seed": 2, "data": other["data"] | {"name": "cifar100"}})
-    assert Speeds(state).of("r56_r20")[1] == "unknown"
-    append_record(planned.records_file, measured(4000.0, preset="quick", seed=3))
-    speeds = Speeds(state)
-    assert speeds.of("r56_r20") == (pytest.approx(4000.0), "measured")
-    seconds, how = speeds.of("r110_r32")
-    work = {pair: 3 * speeds.forward(PAIRS[pair].student) + speeds.forward(PAIRS[pair].teacher) for pair in ("r56_r20", "r110_r32")}
-    assert how == "scaled" and seconds == pytest.approx(4000.0 * work["r110_r32"] / work["r56_r20"])
-    assert speeds.of("teacher resnet56")[0] == pytest.approx(4000.0 * 3 * speeds.forward("resnet56") / work["r56_r20"])
-    speeds.note("r56_r20", images=200, seconds=0.5, set_up=2.0)
-    assert speeds.of("r56_r20") == (2500.0, "measured") and speeds.set_up == 2.0
-    append_record(planned.records_file, measured(9.0, pair="ours", preset="quick"))
-    short = measured(9.0, preset="quick", seed=5)
-    append_record(planned.records_file, short | {"recipe": short["recipe"] | {"epochs": 2}})
-    append_record(planned.results_dir / "short.jsonl", measured(9.0, preset="short", seed=6))
-    assert Speeds(state).measured == {"r56_r20": pytest.approx(4000.0)}, "only whole runs of this preset and these pairs"
-
-
-def test_multiply_adds_are_counted():
+def test_work_is_counted_in_multiply_adds(tmp_path):
     # resnet20 on CIFAR: 40.8 million in its convolutions and classifier (He et al. 2016: "FLOPs" 41 million).
     assert grids.multiply_adds("resnet20", 100, 32) == pytest.approx(40.8, abs=0.1)
+    planned = read_state(grid_in(tmp_path)).planned
+    student, teacher = (grids.multiply_adds(name, 10, planned.data.image_size) for name in ("resnet20", "resnet56"))
+    assert work_of("r56_r20", planned) == 3 * student + teacher and work_of("teacher resnet56", planned) == 3 * teacher
+    assert work_of("r56_r20", grids.replace(planned, cache="full")) == 3 * student
 
 
-def test_the_plan_says_what_is_missing_and_what_is_unknown(tmp_path):
-    grid = grid_in(tmp_path, pairs=["r56_r20", "r110_r32"])
-    state = read_state(grid)
-    table = plan_table(state, Speeds(state))
-    assert list(table.index) == ["teacher resnet56", "teacher resnet110", "r56_r20", "r110_r32"] and list(table["missing"]) == [1, 1, 4, 4]
+def test_the_plan_counts_what_is_missing(tmp_path):
+    state = read_state(grid_in(tmp_path, pairs=["r56_r20", "r110_r32"]))
+    table = plan_table(state)
+    assert set(table.index) == {"teacher resnet56", "teacher resnet110", "r56_r20", "r110_r32"} and list(table["missing"][["r56_r20", "teacher resnet56"]]) == [4, 1]
     assert table["million_rows"]["r56_r20"] == pytest.approx(4 * 3 * 200 / 1e6) and table["hours"].isna().all()
-    assert "10 of unknown cost" in describe_plan(state, Speeds(state))
-    append_record(state.planned.records_file, measured(4000.0, preset="quick"))
-    table = plan_table(state, Speeds(state))
-    assert table["hours"]["r56_r20"] == pytest.approx(4 * 3 * 200 / 1e6 * 4000 / 3600) and list(table["how"]) == ["scaled", "scaled", "measured", "scaled"]
+    assert "0 of 8 cells are done, 0 of 2 teachers exist" in describe_plan(state) and "without 10 jobs of unknown cost" in describe_plan(state)
+    state.measured["r56_r20"] = 4000.0
+    table = plan_table(state)
+    assert table["hours"]["r56_r20"] == pytest.approx(4 * 3 * 200 / 1e6 * 4000 / 3600) and list(table["how"][["r56_r20", "r110_r32"]]) == ["measured", "scaled"]
+    assert "≈" in describe_plan(state) and "unknown" not in describe_plan(state)
     assert not (tmp_path / "teachers").exists() and not (tmp_path / "results" / "runs").exists()
 
 
-def test_what_cannot_reach_a_checkpoint_is_not_started(tmp_path, monkeypatch):
-    state = read_state(grid_in(tmp_path))
-    append_record(state.planned.records_file, measured(4e6, preset="quick"))  # an epoch of 200 images in 800 seconds, of the teacher's 400 in more
-    monkeypatch.setattr(grids, "_Worker", lambda *_: pytest.fail("a job was started"))
-    assert run_slice(state, 60, quiet=True).empty
-
-
-def test_a_worker_that_dies_is_a_failed_job_and_the_rest_goes_on(tmp_path, monkeypatch):
-    class Dead(grids._Worker):
-        def start(self, job):
-            self.process.kill()
-            self.process.join()
-            super().start(job)
-
-    monkeypatch.setattr(grids, "_Worker", Dead)
-    done = run_slice(read_state(grid_in(tmp_path)), at_once=1, quiet=True)
-    assert list(done["outcome"]) == ["failed"] and done["job"][0] == "teacher resnet56"  # whose cells wait
-    monkeypatch.undo()
-    with grids.FileLock(tmp_path / "results" / "runs" / "grid.lock"), pytest.raises(ValueError, match="another process runs the grid"):
-        run_slice(read_state(grid_in(tmp_path)), quiet=True)
-
-
-def test_more_at_once_only_while_that_is_faster():
-    images = {Job("r56_r20", "kd", seed): 1000 for seed in range(9)}
-
-    def settle(speed):
-        "`speed`: rows per second of one of n jobs."
-        counter = grids._AtOnce("auto", SimpleNamespace(device="cuda", cache="full"))
-        workers = []
-        for _ in range(40):
-            while len(workers) < counter.now:
-                workers.append(SimpleNamespace(job=Job("r56_r20", "kd", len(workers)), rows=[]))
-            for worker in workers[: counter.now]:
-                worker.rows.append({"seconds": 1000 / speed(counter.now)})
-            counter.adapt(workers[: counter.now], images)
-        return counter.now
-
-    assert settle(lambda n: 100.0) == 8
-    assert settle(lambda n: 100.0 / n) == 1
-    assert settle(lambda n: 100.0 * min(n, 3) / n) == 3
-    assert grids._AtOnce("auto", SimpleNamespace(device="cuda", cache="auto")).most == 1
-    assert grids._AtOnce("3", SimpleNamespace(device="cuda", cache="auto")).now == 3
-
-
-# What a slice begins with
-
-
-def test_a_teachers_logits_come_right_before_its_first_cell(tmp_path):
-    state = read_state(grid_in(tmp_path, pairs="paper", seeds=1, options={**SETTINGS["options"], "cache": "full"}))
-    for name in ("resnet56", "resnet32x4"):
-        state.teachers[name] = SimpleNamespace()
-    state.epochs = {job: epochs for job, epochs in state.epochs.items() if job.method or state.teachers[job.teacher] is None}
-    order = grids._with_logits(state)
-    logits = [job for job in order if not job.method and state.teachers[job.teacher]]
-    assert [job.teacher for job in logits] == ["resnet56", "resnet32x4"] and [job for job in order if job not in logits] == priority(state.missing, state.grid)
-    for job in logits:
-        after = order[order.index(job) + 1]
-        assert after.teacher == job.teacher and after.method, "not earlier than it is needed"
-    state.planned = grids.replace(state.planned, cache="off")
-    assert grids._with_logits(state) == priority(state.missing, state.grid)
-
-
-def test_a_damaged_cache_counts_as_none(tmp_path):
-    "The plan is made without opening it; the run that opens it says what is wrong."
-    state = read_state(grid_in(tmp_path, options={**SETTINGS["options"], "cache": "full"}))
-    speeds = Speeds(state)
-    speeds.measured["teacher resnet56"] = 3.0
-    needed = speeds.views_seconds(None, "resnet56")
-    about = {"teacher_sha256": "", "images": len(state.planned.data.train_targets), "precision": state.planned.precision}
-    for number, text in enumerate(["", "[]", "5", "{}", json.dumps(about)]):  # the last without its marks
-        folder = state.planned.cache_dir / str(number)
-        folder.mkdir(parents=True)
-        (folder / "about.json").write_text(text)
-    assert speeds.views_seconds(None, "resnet56") == needed > 0
-    (folder / "computed.bin").write_bytes(b"\x01" * 10)
-    assert speeds.views_seconds(None, "resnet56") == 0, "a whole one does count"
-
-
-def test_cells_recorded_with_other_settings_are_named_and_do_not_count(tmp_path):
-    grid = grid_in(tmp_path)
-    experiment = plan_experiment(pair="r56_r20", methods="kd,kd+sort", seeds="0,1", skip_recorded=True, **grid.shared)
-    save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
-    about = read_state(grid).teachers["resnet56"].as_record()
-    changes = iter([{"device": "cuda", "precision": "bfloat16"}, {"teacher_logits": "cached"}, {"device": "cuda", "precision": "bfloat16"}, {}])
-    for seed in experiment.seeds:
-        for method in experiment.methods:
-            run = plan_run(experiment, method, seed, "computed", about)
-            record = {"run_id": f"{run.folder.name}-2026", **run.settings, "data": run.about_data, "about_teacher": about}
-            change = next(changes)
-            append_record(experiment.records_file, record | change | ({"run_id": f"another-{seed}-{method.name}"} if change else {}))
+def test_epochs_that_are_trained_are_not_planned_again(taught):
+    grid, _, cell = taught
+    folder, about = cell("kd", 1)
+    folder.mkdir(parents=True)
+    torch.save({"curve": [{"seconds": 9.0}, {"seconds": 0.5}]}, folder / "checkpoint.pt")
+    append_record(folder / "sessions.jsonl", {"first_epoch": 1, "machine": about["machine"]})
     state = read_state(grid)
-    assert state.finished == {Job("r56_r20", "kd+sort", 1)} and state.others == {"device and precision": 2, "teacher_logits": 1}
-    assert "1 of 4 cells are done (not counted: 2 with other device and precision, 1 with other teacher_logits)" in describe_plan(state, Speeds(state))
+    assert state.missing[Job("r56_r20", "kd", 1)] == Left(2, 3, 200) and state.missing[Job("r56_r20", "kd", 0)] == Left(0, 3, 200)
+    row = plan_table(state).loc["r56_r20"]
+    assert row["million_rows"] == pytest.approx((3 + 3 + 3 + 1) * 200 / 1e6) and (row["missing"], row["begun"], row["how"]) == (4, 1, "measured")
+    assert state.measured == {"r56_r20": pytest.approx(2500.0)}
+    append_record(folder / "sessions.jsonl", {"first_epoch": 2, "machine": {"processor": "another"}})
+    assert read_state(grid).measured == {}
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(ValueError, match="is not a checkpoint.*delete it"):
+        read_state(grid)
+
+
+def test_cells_recorded_with_other_settings_are_named_and_do_not_count(taught, tmp_path):
+    grid, path, cell = taught
+    for method, seed, changes in (("kd", 0, {"device": "cuda", "precision": "bfloat16"}), ("kd+sort", 0, {"teacher_logits": "cached"}), ("kd", 1, {"device": "cuda", "precision": "bfloat16"})):
+        append_record(path, cell(method, seed, run_id=f"another-{seed}-{method}", **changes)[1])
+    append_record(path, cell("kd+sort", 1)[1])
+    append_record(path, {"method": 5})
+    state = read_state(grid)
+    assert Job("r56_r20", "kd+sort", 1) not in state.missing and state.finished == 1 and state.others == {"device and precision": 2, "teacher_logits": 1}
+    assert "1 of 4 cells are done (not counted: 2 with other device and precision, 1 with other teacher_logits)" in describe_plan(state)
     save_teacher(tmp_path / "teachers" / "t.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits", "complete": True, "epochs": 4})
     assert not read_state(grid).finished and "teacher.weights_sha256" in read_state(grid).others
 
 
-def test_a_teacher_away_from_the_published_one_is_called_a_finding():
-    job = Job("r56_r20")
-    state = SimpleNamespace(planned=SimpleNamespace(data=SimpleNamespace(name="cifar100")), epochs={job: (0, 240)})
-    assert grids._against_published(state, job, 73.34) == "+1.00 points from the published teacher"
-    assert "-1.34 points from the published teacher: a finding" in grids._against_published(state, job, 71.0)
-    state.epochs[job] = (0, 10)
-    assert grids._against_published(state, job, 54.9) == ""
+# A slice
 
 
-# The proof
+def test_the_deadline_asks_whether_another_epoch_fits():
+    now = [100.0]
+    stop = Deadline(200.0, clock=lambda: now[0])
+    answers = []
+    for now[0] in (120, 140, 160, 177, 178, 190):  # epochs of 20, 20, 20, 17, 1 and 12 seconds
+        answers.append(stop())
+    assert answers == [False] * 5 + [True]
 
 
-def begin(folder, *arguments):
-    "`sortkd-grid` in a process of its own; its grid is in `folder`."
-    grid = {**SETTINGS, "results_dir": str(folder / "results"), "teachers_dir": str(folder / "teachers")}
-    (folder / "grid.yaml").parent.mkdir(exist_ok=True)
-    (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
-    command = [sys.executable, "-c", "import sys; from sortkd.grids import main; sys.exit(main())", folder / "grid.yaml", *arguments]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def test_what_cannot_reach_a_checkpoint_is_not_started(tmp_path, monkeypatch):
+    state = read_state(grid_in(tmp_path))
+    state.measured["teacher resnet56"] = 4e6  # an epoch of its 400 images in 1,600 seconds
+    monkeypatch.setattr(grids, "run_experiment", lambda *_: pytest.fail("a job was started"))
+    assert run_slice(state, 1000, progress=False).empty
+
+
+def test_a_slice_ends_in_time(tmp_path, monkeypatch):
+    state = read_state(grid_in(tmp_path))
+    monkeypatch.setattr(grids, "run_experiment", lambda *_: time.sleep(60))
+    start = time.monotonic()
+    assert run_slice(state, 12, progress=False).empty
+    assert 11 < time.monotonic() - start < 20 and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_job_that_fails_does_not_end_the_slice(taught, monkeypatch):
+    asked = []
+
+    def fail(experiment, *_):
+        asked.append([method.name for method in experiment.methods])
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(grids, "run_experiment", fail)
+    grid, *_ = taught
+    done = run_slice(read_state(grid), at_once=1, progress=False)
+    assert len(done) == 4 and set(done["outcome"]) == {"FloatingPointError: the loss is nan"} and asked == [["kd"], ["kd+sort"]] * 2
+    del asked[:]
+    assert len(run_slice(read_state(grid), at_once=2, progress=False)) == 4 and asked == [["kd", "kd+sort"]] * 2, "cells of a pair, side by side"
+
+
+def test_a_failed_teacher_is_made_once_and_its_cells_wait(tmp_path, monkeypatch):
+    def fail(experiment, *_):
+        raise ValueError(f"seeds {experiment.seeds}")
+
+    monkeypatch.setattr(grids, "run_experiment", fail)
+    done = run_slice(read_state(grid_in(tmp_path)), progress=False)
+    assert list(done["job"]) == ["teacher resnet56"] and list(done["outcome"]) == ["ValueError: seeds ()"]
+
+
+# Cut into pieces
 
 
 def records_in(folder):
@@ -322,51 +261,66 @@ def records_in(folder):
     return {cell[:2]: cell[2] for cell in found}
 
 
-def test_cut_into_slices_and_carried_the_numbers_are_those_of_an_uncut_run(tmp_path):
-    whole = tmp_path / "whole"
-    shared = {"results_dir": str(whole / "results"), "teachers_dir": str(whole / "teachers"), **SETTINGS["options"]}
-    run_experiment(plan_experiment(pair="r56_r20", methods="kd,kd+sort", seeds="0,1", preset="quick", **shared), progress=False)
-    expected = records_in(whole)
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory):
+    folder, threads = tmp_path_factory.mktemp("uncut"), torch.get_num_threads()
+    shared = {"results_dir": str(folder / "results"), "teachers_dir": str(folder / "teachers"), **SETTINGS["options"]}
+    torch.set_num_threads(1)
+    run_experiment(plan_experiment(pair="r56_r20", methods="kd,kd+sort", seeds="0", preset="quick", **shared), progress=False)
+    torch.set_num_threads(threads)
+    return records_in(folder)
 
-    cuts, taken = random.Random(time.time_ns()), []
-    (tmp_path / "machine0" / "teachers").mkdir(parents=True)
-    began = {}  # at other times in every test
-    for number in range(30):
-        folder = tmp_path / f"machine{number}"
-        grid = grid_in(folder)
-        if number:
-            folder.mkdir()
-            subprocess.run(["tar", "xf", tmp_path / f"machine{number - 1}.tar", "-C", folder], check=True)
-            taken += [path.name for path in (folder / "results" / "runs").glob("*/checkpoint.pt")]
-        if not (state := read_state(grid)).missing:
-            break
-        if number < 2:  # the first is asked to stop when a student has begun, the second killed
-            start, process = time.monotonic(), begin(folder, "--at-once", "1")
-            try:
-                lines = iter(process.stdout.readline, "")
-                assert any(re.search(r"kd\S* seed \d: epoch", line) for line in lines)
-                begun = time.monotonic() - start  # on this machine, under its load
-                process.send_signal(signal.SIGKILL if number else signal.SIGTERM)
-                rest = process.communicate(timeout=120)[0]
-            finally:
-                process.kill()
-            assert process.returncode == (-signal.SIGKILL if number else 128 + signal.SIGTERM), rest
-            assert number or "stopped. What was saved is kept" in rest
-        else:
-            run_slice(state, begun * cuts.uniform(0.7, 1.5) * 1.1**number, at_once=cuts.choice([1, 2]), quiet=True)
+
+def assert_same(ours, uncut):
+    assert ours.keys() == uncut.keys()
+    for cell, record in ours.items():
+        assert compare_runs(uncut[cell], record) == []
+        assert record["about_teacher"]["weights_sha256"] == uncut[cell]["about_teacher"]["weights_sha256"]
+
+
+def test_cut_after_every_epoch_and_moved_the_numbers_are_those_of_an_uncut_run(uncut, tmp_path, monkeypatch):
+    monkeypatch.setattr(grids, "Deadline", lambda end: lambda: True)  # one epoch of each job in a slice
+    folder, began, outcomes = tmp_path / "machine0", {}, []
+    folder.mkdir()
+    for number in range(1, 8):
+        outcomes.append(list(run_slice(read_state(grid_in(folder, seeds=1)), at_once=1, progress=False)["outcome"]))
         for checkpoint in (folder / "results" / "runs").glob("*/checkpoint.pt"):
             start_file = checkpoint.parents[1] / f"started-{fingerprint([checkpoint.parent.name])}"
             began.setdefault(checkpoint.parent.name, start_file.read_text())
-        subprocess.run(["tar", "cf", tmp_path / f"machine{number}.tar", "-C", folder, "results", "teachers"], check=True)
-    else:
-        pytest.fail("no end after 30 slices")
+        (tmp_path / f"machine{number}").mkdir()
+        subprocess.run(["tar", "cf", tmp_path / "all.tar", "-C", folder, "results", "teachers"], check=True)
+        folder = tmp_path / f"machine{number}"
+        subprocess.run(["tar", "xf", tmp_path / "all.tar", "-C", folder], check=True)
+    assert outcomes == [["saved"]] * 3 + [["finished", "saved", "saved"], ["saved"] * 2, ["finished"] * 2, []]
+    assert_same(records_in(folder), uncut)
+    assert {f"{name}-{start}" for name, start in began.items()} == {record["run_id"] for record in records_in(folder).values()}, "a start was lost"
+    assert "nothing is missing" in describe_plan(read_state(grid_in(folder, seeds=1)))
 
-    assert taken, "no run was cut"
-    ours = records_in(folder)
-    assert {f"{name}-{start}" for name, start in began.items()} <= {record["run_id"] for record in ours.values()}, "a start was lost"
-    assert ours.keys() == expected.keys() and len(ours) == 4
-    for cell, record in ours.items():
-        assert compare_runs(expected[cell], record) == []
-        assert record["about_teacher"]["weights_sha256"] == expected[cell]["about_teacher"]["weights_sha256"]
-    assert run_slice(read_state(grid), quiet=True).empty
-    assert "nothing is missing" in describe_plan(read_state(grid), Speeds(read_state(grid)))
+
+def test_killed_in_the_middle_nothing_is_lost(uncut, tmp_path):
+    runs, grid = tmp_path / "results" / "runs", grid_in(tmp_path, seeds=1)
+    about = {**SETTINGS, "seeds": 1, "results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path / "teachers")}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(about))
+    command = [sys.executable, "-c", "import sys; from sortkd.grids import main; sys.exit(main())", tmp_path / "grid.yaml", "--at-once", "1"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not list(runs.glob("r56_r20-kd*/sessions.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGKILL and "teacher resnet56: finished" in said, said
+    assert len(read_state(grid).missing) == 2
+    run_slice(read_state(grid), at_once=1, progress=False)
+    assert_same(records_in(tmp_path), uncut)
+
+
+@pytest.mark.slow
+def test_two_at_once_within_a_budget(uncut, tmp_path):
+    grid = grid_in(tmp_path, seeds=1)
+    for number in range(30):
+        start, seconds = time.monotonic(), 20 * 1.2**number
+        run_slice(read_state(grid), seconds, at_once=2, progress=False)
+        assert time.monotonic() - start < 2 * seconds
+        if not read_state(grid).missing:
+            break
+    assert_same(records_in(tmp_path), uncut)
