@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .pairs import PAIRS, method_for, recipe_for
-from .methods import OBJECTIVES
+from .methods import OBJECTIVES, plain_name
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1
@@ -38,7 +38,9 @@ def _why_not_paper(record: dict) -> str | None:
     except ValueError as error:
         return str(error)
     published = json.loads(json.dumps(asdict(recipe_for(method, pair, Recipe(lr=pair.lr), True))))
-    method_fields = asdict(method)
+    if method.name != plain_name(method.name):
+        return f"method {method.name} has numbers of its own"
+    method_fields = method.as_record()
     pairs = [
         ("preset", record["preset"], "paper"),
         ("full_recipe", record["full_recipe"], True),

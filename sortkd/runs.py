@@ -77,7 +77,7 @@ def train_teacher(
     """
     fabric = create_fabric(device, precision, deterministic)
     training = teacher_training(architecture, data, recipe, seed)
-    name = f"teacher-{architecture.replace('/', '-')}-{fingerprint(architecture, training)}.pt"
+    name = f"teacher-{re.sub('[/:]', '-', architecture)}-{fingerprint(architecture, training)}.pt"
     checkpoint, batches = Path(runs_dir) / name, data.batches(fabric.device)
     outcome = train(
         _initial_model(architecture, data.num_classes, seed),
@@ -171,11 +171,12 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "pair": experiment.pair_name,
         "teacher": experiment.pair.teacher,
         "student": experiment.pair.student,
-        "method": asdict(method),
+        "method": method.as_record(),
         "seed": seed,
         "preset": experiment.preset_name,
         "full_recipe": experiment.is_full_recipe,
         "recipe": asdict(experiment.recipe_for(method)),
+        **({"recipe_changes": dict(experiment.recipe_changes)} if experiment.recipe_changes else {}),
         "device": experiment.device,
         "precision": experiment.precision,
         **({"deterministic": True} if experiment.deterministic else {}),
@@ -193,7 +194,8 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "classes": data.num_classes,
     }
     key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
-    folder = experiment.results_dir / "runs" / f"{experiment.pair_name}-{method.name}-seed{seed}-{key}"
+    name = experiment.pair_name.replace(":", "-").replace("/", "-")
+    folder = experiment.results_dir / "runs" / f"{name}-{method.name}-seed{seed}-{key}"
     return Run(method, seed, settings, about_data, about_teacher, folder)
 
 # %% ../nbs/07c_runs.ipynb #5d907ef6
@@ -565,6 +567,7 @@ def plan_repetition(
             "device": record["device"],
             "precision": record["precision"],
             "deterministic": record.get("deterministic", False),
+            "set": ",".join(f"{name}={value}" for name, value in record.get("recipe_changes", {}).items()),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }
     except (KeyError, TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_chec
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -268,7 +269,7 @@ def get_teacher(
     processes of one job (`torchrun`) train it together: all of them call this function, and `train` is called in all.
     Raises `OSError` before any training if `folder` is not writable, `ValueError` if links are in the way.
     """
-    folder, name = Path(folder), f"{architecture.replace('/', '-')}-{data.name}"
+    folder, name = Path(folder), f"{re.sub('[/:]', '-', architecture)}-{data.name}"
     training = json.loads(json.dumps(training))  # as it reads in a file: tuples are lists
 
     def find() -> Teacher | None:
