@@ -66,16 +66,20 @@ def logits_with_mistakes(rows: int, classes: int, device: str) -> tuple[torch.Te
     return logits.to(device), target.to(device)
 
 
-def measure_sorting(shapes, repetitions: int, device: str) -> list[dict]:
+def measure_sorting(shapes, repetitions: int, device: str, random_targets: bool = False) -> list[dict]:
+    "With `random_targets` nearly every row is wrong, and the target lies anywhere in the ranking."
     rows = []
     for shape in shapes:
         logits, target = logits_with_mistakes(*shape, device)
+        if random_targets:
+            target = torch.randint(shape[1], target.shape, generator=torch.Generator().manual_seed(0)).to(device)
         ways = {
             "two full sorts": lambda: usual_way.two_full_sorts(logits, target),
             "sort_logits": lambda: sort_logits(logits, target),
         }
         assert torch.equal(ways["two full sorts"](), ways["sort_logits"]())
-        rows.append({"what": "sorting", "setting": str(shape), "ms": time_in_turns(ways, repetitions, device, at_least=0.01)})
+        what = "sorting, random targets" if random_targets else "sorting"
+        rows.append({"what": what, "setting": str(shape), "ms": time_in_turns(ways, repetitions, device, at_least=0.01)})
     return rows
 
 
@@ -151,6 +155,7 @@ def main() -> None:
     rows = []
     if arguments.only != "epoch":
         rows += measure_sorting(shapes, repetitions, device)
+        rows += measure_sorting(shapes[:4], repetitions, device, random_targets=True)
     if arguments.only != "sorting":
         rows.append(measure_epoch(arguments.pair, images, repetitions, device))
     print_table(rows)

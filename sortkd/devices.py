@@ -6,9 +6,10 @@
 __all__ = ['PRECISIONS', 'native_precision', 'create_fabric', 'precision_of', 'SumOverRanks', 'Ranks', 'SynchronizedBatchNorm',
            'synchronize_batch_norm']
 
-# %% ../nbs/06a_devices.ipynb #362a5ba6
+# %% ../nbs/06a_devices.ipynb #68a4ddae
 import logging
 import os
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,7 +21,7 @@ from .views import rank_bounds
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-# %% ../nbs/06a_devices.ipynb #2ffef0fb
+# %% ../nbs/06a_devices.ipynb #97524fb4
 PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}
 
 
@@ -49,8 +50,9 @@ def create_fabric(device: str = "auto", precision: str = "auto", deterministic: 
     precision = native_precision(device) if precision == "auto" else precision
     if device == "cuda":
         _choose_kernels(deterministic, precision)
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy
+    with warnings.catch_warnings(action="ignore"):  # of tqdm, about widgets that are not needed
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DDPStrategy
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision, which a record states
     processes, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

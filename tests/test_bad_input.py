@@ -20,7 +20,7 @@ from test_data import fake_cifar100, toy_data
 import sortkd.data
 import sortkd.experiments
 import sortkd.runs
-from sortkd.commands import evaluate, evaluate_checkpoint, run
+from sortkd.commands import evaluate_command, evaluate_checkpoint, run
 from sortkd.data import Batches, load_cifar100
 from sortkd.experiments import Experiment, plan_experiment
 from sortkd.runs import run_experiment
@@ -200,11 +200,11 @@ def test_eval_with_bad_values(place, capsys):
     try:
         there = everything_in(place)
         for value in COMMAND_TEXTS + [each.replace("FOLDER", str(place)) for each in PATHS] + ["-", ".", ".."]:
-            status, error = said_by(evaluate, ["--", value], capsys)
+            status, error = said_by(evaluate_command, ["--", value], capsys)
             assert status == 1 and len(error.strip().splitlines()) == 1 and len(error) <= LONGEST_MESSAGE, value[:40]
         for option in ("--architecture", "--dataset", "--device", "--precision"):
             for value in [text for text in COMMAND_TEXTS if text != "auto "] + NAMES:
-                status, error = said_by(evaluate, [str(place / "teacher.safetensors"), f"{option}={value}"], capsys)
+                status, error = said_by(evaluate_command, [str(place / "teacher.safetensors"), f"{option}={value}"], capsys)
                 assert status == 1 and len(error.strip().splitlines()) == 1 and len(error) <= LONGEST_MESSAGE, (option, value[:40], error[:300])
         assert everything_in(place) == there
     finally:

@@ -69,5 +69,5 @@ def test_the_script_runs_and_records(tmp_path):
     sorting = run("--only", "sorting", "--repetitions", "2")
     assert sorting.returncode == 0, sorting.stderr
     record, = map(json.loads, (tmp_path / "benchmarks.jsonl").read_text().splitlines())
-    assert [row["setting"] for row in record["rows"]] == [str(shape) for shape in speed.SORT_SHAPES]
+    assert [row["setting"] for row in record["rows"]] == [str(shape) for shape in (*speed.SORT_SHAPES, *speed.SORT_SHAPES[:4])]
     assert all(len(times) == 2 for row in record["rows"] for times in row["ms"].values()) and record["machine"]["cores"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from papermill import inspect_notebook
 
-from sortkd.commands import evaluate, evaluate_checkpoint, run
+from sortkd.commands import evaluate_command, evaluate_checkpoint, run
 from sortkd.data import load_digits
 from sortkd.experiments import plan_experiment
 from sortkd.methods import OBJECTIVES
@@ -78,7 +78,7 @@ def test_run_and_eval(tmp_path, capsys):
     quality = evaluate_checkpoint(teacher, device="cpu")
     assert quality.images == 360 and quality.top1 <= quality.top5 <= 100
     student, = (tmp_path / "results").rglob("last.safetensors")
-    assert evaluate([str(student), "--architecture", "resnet20", "--dataset", "digits", "--device", "cpu"]) == 0
+    assert evaluate_command([str(student), "--architecture", "resnet20", "--dataset", "digits", "--device", "cpu"]) == 0
     assert "calibration error (%)" in capsys.readouterr().out
 
 
@@ -117,7 +117,7 @@ def test_eval_mistakes(tmp_path, capsys):
     torch.save(create_model("resnet8", 10).state_dict(), tmp_path / "plain.pth")
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     for path, words in (("plain.pth", "--architecture"), ("broken.pth", "cannot be read"), ("absent.pth", "there is no checkpoint")):
-        assert evaluate([str(tmp_path / path), "--dataset", "digits"]) == 1
+        assert evaluate_command([str(tmp_path / path), "--dataset", "digits"]) == 1
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run(["--epochs", "three"])

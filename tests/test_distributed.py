@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from faults import context
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sortkd.commands import run
 from sortkd.data import Batches, load_digits
 from sortkd.devices import Ranks, SumOverRanks, SynchronizedBatchNorm, create_fabric
 from sortkd.experiments import plan_experiment
 from sortkd.methods import create_method
+from sortkd.records import read_records
 from sortkd.training import Recipe, evaluate, train
 
 METHODS = ("ce", "kd+sort", "dist+sort", "mlkd+sort", "ctkd", "sld")
@@ -66,19 +69,25 @@ def run_all(folder: Path) -> None:
     (folder / "curves.json").write_text(json.dumps(curves))
 
 
-def _run_rank(index: int, processes: int, port: int, folder: Path) -> None:
-    "What torchrun tells each of its processes."
+def _run_rank(index: int, processes: int, port: int, work, arguments: tuple) -> None:
+    "What torchrun tells each of its processes, and then `work`."
     told = {"RANK": index, "LOCAL_RANK": index, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in told.items()})
-    run_all(folder)
+    work(*arguments)
 
 
-def torchrun(*command, processes=2, timeout=300, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *map(str, command)],
-        capture_output=True, text=True, timeout=timeout, env=environment, **options)
+def run_forked(processes: int, work, *arguments) -> None:
+    "`work` in several processes, without torchrun: a forked process has everything imported, which saves most of the time."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [context.Process(target=_run_rank, args=(index, processes, port, work, arguments)) for index in range(processes)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(200)
+    assert [process.exitcode for process in started] == [0] * processes
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +96,7 @@ def runs(tmp_path_factory):
     folders = {}
     for processes in (1, 2, 3):
         folders[processes] = tmp_path_factory.mktemp(f"processes{processes}")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        # Without torchrun: a process that is forked has everything imported already, which saves most of the time.
-        started = [context.Process(target=_run_rank, args=(index, processes, port, folders[processes])) for index in range(processes)]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(200)
-        assert [process.exitcode for process in started] == [0] * processes
+        run_forked(processes, run_all, folders[processes])
     return {processes: (json.loads((folder / "curves.json").read_text()), folder) for processes, folder in folders.items()}
 
 
@@ -161,22 +161,40 @@ def test_synchronized_batch_norm_is_batch_norm(monkeypatch):
     assert torch.equal(ours.eval()(images), plain.load_state_dict(ours.state_dict()) and plain.eval()(images))
 
 
-def test_an_experiment_of_two_processes_is_recorded_once(tmp_path):
-    "The console command under torchrun: the teacher is trained, kept and read, and each run has one record."
-    options = ["--pair", "r32x4_r8x4", "--preset", "quick", "--dataset", "digits", "--epochs", "1", "--train-size", "150", "--test-size", "61",
-               "--methods", "kd,kd+sort", "--device", "cpu", "--precision", "float32"]
-    done = torchrun("--no-python", "sortkd-run", *options, cwd=tmp_path)
+def command(folder: Path, options: list[str]) -> None:
+    "`sortkd-run` in a folder; what it says is kept."
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    with open(f"said-{os.environ['RANK']}", "w") as file, redirect_stdout(file):
+        assert run(options) == 0
+
+
+def by_torchrun(folder: Path, options: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "sortkd-run", *options],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("records appended to") == 1 and done.stdout.count("This is a quick run") == 1
-    records = [json.loads(line) for line in (tmp_path / "results" / "quick.jsonl").read_text().splitlines()]
+    (folder / "said-0").write_text(done.stdout)
+
+
+@pytest.mark.parametrize("launcher", ["forked", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_an_experiment_of_two_processes_is_recorded_once(tmp_path, launcher, monkeypatch):
+    "The teacher is trained, kept and read, and each run has one record."
+    options = ["--pair", "r32x4_r8x4", "--preset", "quick", "--dataset", "digits", "--epochs", "1", "--train-size", "67", "--test-size", "31",
+               "--methods", "kd,kd+sort", "--device", "cpu", "--precision", "float32"]
+    if launcher == "torchrun":
+        by_torchrun(tmp_path, options)
+    else:
+        run_forked(2, command, tmp_path, options)
+    said = "".join(path.read_text() for path in tmp_path.glob("said-*"))
+    assert said.count("records appended to") == 1 and said.count("This is a quick run") == 1
+    records = read_records(tmp_path / "results" / "quick.jsonl")
     assert [record["method"]["name"] for record in records] == ["kd", "kd+sort"] and all(record["processes"] == 2 for record in records)
     teacher, = (tmp_path / "teachers" / "local").glob("*.safetensors")
     assert len(list((tmp_path / "results" / "runs").glob("*/*/last.safetensors"))) == 2
 
-    alone = subprocess.run(["sortkd-run", *options, "--teacher", teacher, "--results-dir", "alone"], cwd=tmp_path, capture_output=True, text=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert alone.returncode == 0, alone.stderr
-    for ours, record in zip([json.loads(line) for line in (tmp_path / "alone" / "quick.jsonl").read_text().splitlines()], records):
+    monkeypatch.chdir(tmp_path)
+    assert run([*options, "--teacher", str(teacher), "--results-dir", "alone", "--quiet"]) == 0
+    for ours, record in zip(read_records(tmp_path / "alone" / "quick.jsonl"), records):
         assert record["curve"]["train_loss"] == pytest.approx(ours["curve"]["train_loss"], rel=1e-2)
         assert record["about_teacher"]["weights_sha256"] == ours["about_teacher"]["weights_sha256"]
         assert record["result"]["changed_rows"] == ours["result"]["changed_rows"]

@@ -13,6 +13,7 @@ from scipy import stats
 
 from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
+from sortkd.plots import summarize
 from sortkd.runs import run_experiment
 from sortkd.results import (
     CIFAR100_CHECKSUM,
@@ -301,6 +302,39 @@ def test_an_empty_folder_gives_empty_frames_and_tables(tmp_path):
     assert set(table.index.get_level_values(1)) == {"reported, best"}, "what is not measured has no row"
     with pytest.raises(FileNotFoundError):
         load_results(tmp_path / "absent.jsonl")
+
+
+def test_a_frame_says_what_its_record_says(tmp_path):
+    record = synthetic_record("vgg13_vgg8", "dkd+sort", 4, 71.0, best_above_last=0.5, epochs=8)
+    record["result"] |= {"seconds": 12.0, "teacher_wrong_rows": 2000, "changed_rows": 1000}  # of 8,000
+    row = load_results(write_lines(tmp_path / "one.jsonl", [record]), synthetic=True)[0].iloc[0]
+    expected = {"pair": "vgg13_vgg8", "teacher": "vgg13", "student": "vgg8", "method": "dkd+sort", "objective": "dkd", "repair": "sort",
+                "seed": 4, "last_top1": 71.0, "best_top1": 71.5, "best_epoch": 7, "seconds": 12.0, "wrong_share": 0.25,
+                "changed_share": 0.125, "epochs": 8, "train_images": 1000, "test_images": 500, "precision": "float32"}
+    assert {name: row[name] for name in expected} == expected
+
+
+def test_a_table_holds_means_spreads_and_differences():
+    runs = {"teacher": "vgg13", "student": "vgg8", "method": ["kd", "kd", "kd+sort"], "last_top1": [70.0, 71.0, 72.0],
+            "best_top1": [70.5, 72.5, 73.0], "precision": ["float32", "float32", "bfloat16"]}
+    reported = {"teacher": "vgg13", "student": "vgg8", "method": ["kd", "dkd"], "top1": [72.98, 74.68], "top1_last": [math.nan, 74.1]}
+    table = comparison_table(pd.DataFrame(runs), pd.DataFrame(reported), [("vgg13", "vgg8")], methods=("kd", "dkd"))
+    assert table["vgg13 → vgg8"].to_dict() == {
+        ("KD", "reported, best"): "72.98",
+        ("KD", "ours, last"): "70.50 ± 0.71 (2)",
+        ("KD", "ours, best"): "71.50 ± 1.41 (2)",
+        ("KD", "difference, best"): "−1.48",
+        ("DKD", "reported, best"): "74.68 (last 74.10)",
+        ("KD + sort", "ours, last"): "72.00 (1, bfloat16)",
+        ("KD + sort", "ours, best"): "73.00 (1, bfloat16)",
+    }
+
+
+def test_a_summary_holds_means_and_spreads():
+    records = [synthetic_record(method="kd+sort", seed=seed, last_top1=top1, best_above_last=2 * seed + 1) for seed, top1 in ((0, 70), (1, 72))]
+    assert summarize(records).to_dict("index") == {"kd+sort": {
+        "seeds": 2, "top-1 last (%)": "71.00 ± 1.41", "top-1 best (%)": "73.00 ± 2.83", "time (s)": "3600", "teacher wrong": "10.0%",
+        "changed": "10.0%"}}
 
 
 # Statistics

@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR100
 
 import sortkd
 import sortkd.teachers
-from sortkd.commands import evaluate, run
+from sortkd.commands import evaluate_command, run
 from sortkd.data import load_cifar100, load_digits
 from sortkd.experiments import plan_experiment
 from sortkd.records import read_records
@@ -95,7 +95,7 @@ def test_a_checkpoint_that_would_run_code(tmp_path, save, attack, name, capsys, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
         read_checkpoint(path)
-    assert evaluate([str(path), "--architecture=resnet8", "--dataset=digits"]) == 1
+    assert evaluate_command([str(path), "--architecture=resnet8", "--dataset=digits"]) == 1
     assert run(["--dataset=digits", "--preset=quick", "--device=cpu", f"--teacher={path}", f"--results-dir={tmp_path / 'results'}"]) == 1
     assert [len(line) < 2000 for line in capsys.readouterr().err.strip().splitlines()] == [True, True] and not mark.exists()
     content = path.read_bytes()
@@ -169,7 +169,7 @@ def test_cifar100_that_would_run_code(tmp_path, monkeypatch, capsys):
     for name in ("meta", "test", "train"):
         (folder / name).write_bytes(pickle.dumps(CreatesFile(mark)))
         assert run(["--dataset=cifar100", "--preset=quick", "--device=cpu", f"--results-dir={tmp_path / 'results'}"]) == 1
-        assert evaluate([str(tmp_path / "none.pth"), "--dataset=cifar100"]) == 1
+        assert evaluate_command([str(tmp_path / "none.pth"), "--dataset=cifar100"]) == 1
         assert f"{name} is damaged" in capsys.readouterr().err and not mark.exists()
 
 
@@ -452,7 +452,7 @@ def test_parameters_reach_no_shell(tmp_path, monkeypatch, capsys, teacher_file, 
         except SystemExit as stop:
             assert stop.code == 2
     for arguments in ([text], [str(teacher_file), f"--architecture={text}"], [str(teacher_file), f"--dataset={text}"]):
-        assert evaluate(["--", *arguments] if arguments == [text] else arguments) == 1
+        assert evaluate_command(["--", *arguments] if arguments == [text] else arguments) == 1
     assert not list(tmp_path.iterdir())
     capsys.readouterr()
 
