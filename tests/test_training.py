@@ -13,7 +13,7 @@ from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.checkpoints import Stopped, fingerprint
 from sortkd.devices import Ranks, create_fabric
 from sortkd.lessons import Lessons
-from sortkd.training import Recipe, Student, evaluate, train, train_together
+from sortkd.training import Outcome, Recipe, Student, evaluate, train, train_together
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
@@ -116,6 +116,11 @@ def test_training_is_sgd_on_the_cross_entropy(batches, fabric):
     assert best < 3, "choose another seed: the best epoch must differ from the last"
     assert outcome.best["epoch"] == best + 1 and outcome.last["epoch"] == 4
     assert_same_weights(outcome.best_weights, weights[best])
+
+
+def test_the_best_epoch_is_the_first_of_equals():
+    curve = [{"epoch": epoch, "test_top1": top1} for epoch, top1 in enumerate((50.0, 60.0, 55.0, 60.0), 1)]
+    assert Outcome(curve).best == curve[1] and Outcome(curve).last == curve[3]
 
 
 @pytest.mark.parametrize("name", ["kd", "kd+sort", "dkd+sort"])
