@@ -22,7 +22,7 @@ import torch
 from .checks import choice, whole_number
 from .files import exclusive, network_timeout
 from .imagenet import ImageFolderData, load_image_folder
-# What belongs to data for whoever uses it, and is written in the chapter on views:
+# Defined in the chapter on views, and importable from here, too:
 from sortkd.views import (
     Batches, ImageSet, Views, batch_bounds, checked_tensor, crop, draw_views, normalize, number_of_views, pad_images,
     seeded_generator, strong_views, view_id, views_of,

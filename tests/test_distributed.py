@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from sortkd.data import Batches, load_digits
 from sortkd.devices import Ranks, SumOverRanks, SynchronizedBatchNorm, create_fabric
 from sortkd.experiments import plan_experiment
 from sortkd.methods import create_method
+from sortkd.pairs import PRESETS
 from sortkd.records import read_records
 from sortkd.training import Recipe, evaluate, train
 
@@ -162,8 +164,10 @@ def test_synchronized_batch_norm_is_batch_norm(monkeypatch):
 
 
 def command(folder: Path, options: list[str]) -> None:
-    "`sortkd-run` in a folder; what it says is kept."
+    "`sortkd-run` in a folder, with a teacher that is trained for three steps; what it says is kept."
     torch.set_num_threads(1)
+    quick = PRESETS["quick", "digits"]
+    PRESETS["quick", "digits"] = replace(quick, teacher_train_size=67, teacher_recipe=quick.teacher_recipe.shortened(1))
     os.chdir(folder)
     with open(f"said-{os.environ['RANK']}", "w") as file, redirect_stdout(file):
         assert run(options) == 0

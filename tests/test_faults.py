@@ -1,4 +1,7 @@
-"A few minutes of faults.py: nothing that an experiment can be told to bear loses, doubles or damages a run."
+"""A small part of faults.py: nothing that an experiment can be told to bear loses, doubles or damages a run.
+
+The slow tests break more of the same.
+"""
 import sys
 
 import pytest
@@ -19,15 +22,22 @@ def no_harm(harness):
     assert not harness.tally.harm, "\n".join(harness.tally.damage)
 
 
-def test_killed_at_random_moments(harness):
-    harness.kill_at_random(30)
-    assert harness.tally.faults["killed at a random moment"] == 30
+def few(number, many):
+    "A small number of faults, and among the slow tests a larger one."
+    return pytest.mark.parametrize("number", [number, pytest.param(many, marks=pytest.mark.slow)])
 
 
-def test_killed_before_changes_of_files(harness):
+@few(9, 30)
+def test_killed_at_random_moments(harness, number):
+    harness.kill_at_random(number)
+    assert harness.tally.faults["killed at a random moment"] == number
+
+
+@few(5, 10)
+def test_killed_before_changes_of_files(harness, number):
     assert harness.file_events > 50
-    harness.kill_at_file_events(8, at_once=3)
-    assert harness.tally.faults["killed before a change of a file"] >= 20
+    harness.kill_at_file_events(number, at_once=2)
+    assert harness.tally.faults["killed before a change of a file"] >= 1.5 * number
 
 
 def test_killed_with_half_a_file_written(harness):
@@ -53,6 +63,7 @@ def test_signals(harness):
 
 
 def test_two_processes_at_once(harness):
+    "Which do the same, and which fill one cache."
     harness.run_two_at_once(1)
 
 
@@ -60,9 +71,13 @@ def test_exploding_losses_and_jumping_clocks(harness):
     harness.explode_and_turn_clocks()
 
 
-def test_killed_workers(harness):
-    harness.kill_workers(2)
+@few(1, 4)
+def test_killed_workers(harness, number):
+    "A worker alone, and among the slow tests also the process that has started it."
+    harness.kill_workers(number)
 
 
-def test_killed_while_the_teacher_is_trained(harness):
-    harness.kill_teachers(3)
+@few(1, 3)
+def test_killed_while_the_teacher_is_trained(harness, number):
+    "With half of it written, and among the slow tests at random moments, and beside another process that waits for it."
+    harness.kill_teachers(number)

@@ -390,6 +390,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_of_a_spawned_process_with_threads(data, tmp_path):
     "A worker that is forked (or what the platform has) after threads were at work, and one that is spawned."
     (tmp_path / "script.py").write_text(SCRIPT)

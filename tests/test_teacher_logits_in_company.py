@@ -14,7 +14,7 @@ def batches():
     return Batches(load_digits(), "cpu")
 
 
-@pytest.fixture(scope="module", params=["resnet56", "ResNet50"])
+@pytest.fixture(scope="module", params=["resnet56", pytest.param("ResNet50", marks=pytest.mark.slow)])
 def network(request):
     torch.manual_seed(0)
     return create_model(request.param, 10).eval()

@@ -13,7 +13,7 @@ from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.checkpoints import Stopped, fingerprint
 from sortkd.devices import Ranks, create_fabric
 from sortkd.lessons import Lessons
-from sortkd.training import Recipe, Student, evaluate, train, train_together
+from sortkd.training import Outcome, Recipe, Student, evaluate, train, train_together
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
@@ -118,6 +118,11 @@ def test_training_is_sgd_on_the_cross_entropy(batches, fabric):
     assert_same_weights(outcome.best_weights, weights[best])
 
 
+def test_the_best_epoch_is_the_first_of_equals():
+    curve = [{"epoch": epoch, "test_top1": top1} for epoch, top1 in enumerate((50.0, 60.0, 55.0, 60.0), 1)]
+    assert Outcome(curve).best == curve[1] and Outcome(curve).last == curve[3]
+
+
 @pytest.mark.parametrize("name", ["kd", "kd+sort", "dkd+sort"])
 def test_distillation_is_sgd_on_the_method_s_loss(batches, fabric, teacher, name):
     "The teacher sees the same views in evaluation mode, and its logits are repaired row by row."
@@ -150,6 +155,35 @@ def test_evaluation_uses_running_statistics_and_leaves_the_mode(batches, fabric,
         logits = model.eval()(normalized(batches.data, batches.data.test_images.permute(0, 3, 1, 2)))
     assert found.loss == F.cross_entropy(logits, batches.data.test_targets, reduction="sum").item() / 120
     assert found.top1 == 100 * (logits.argmax(1) == batches.data.test_targets).sum().item() / 120 and found.images == 120
+
+
+def test_evaluation_adds_up_all_batches(fabric):
+    "More images than a batch of the evaluation holds."
+    batches, model = Batches(load_digits().subset(train_size=10, test_size=330)), network(1)
+    found = evaluate(model, batches, fabric)
+    with torch.no_grad():
+        logits = model.eval()(normalized(batches.data, batches.data.test_images.permute(0, 3, 1, 2)))
+    assert found.top1 == 100 * (logits.argmax(1) == batches.data.test_targets).sum().item() / 330
+    assert found.loss == pytest.approx(F.cross_entropy(logits, batches.data.test_targets).item(), rel=1e-6)
+
+
+def test_every_epoch_and_seed_has_random_numbers_of_its_own(batches, fabric):
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drawn, self.weight = [], nn.Parameter(torch.zeros(3, 10))
+
+        def forward(self, images):
+            if self.training:
+                self.drawn.append(torch.rand(()).item())
+            return images.mean((2, 3)) @ self.weight
+
+    drawn = []
+    for seed in (0, 1):
+        model = Noise()
+        train(model, batches, create_method("ce"), replace(RECIPE, epochs=2), fabric, seed=seed)
+        drawn += model.drawn
+    assert len(drawn) == len(set(drawn)) == 2 * 2 * 3  # three steps an epoch
 
 
 def test_dropout_is_seeded_by_the_epoch(batches, fabric):
@@ -295,3 +329,4 @@ def test_the_learning_rate_falls_after_each_milestone():
     for epoch, lr in ((1, 0.05), (150, 0.05), (151, 0.005), (180, 0.005), (181, 0.0005), (210, 0.0005), (211, 0.00005), (240, 0.00005)):
         assert recipe.lr_in(epoch) == pytest.approx(lr, rel=1e-12), epoch
     assert recipe.shortened(24) == replace(recipe, epochs=24, milestones=(15, 18, 21))
+    assert recipe.shortened(5).milestones == (3, 4, 4)  # of 3.125, 3.75 and 4.375

@@ -113,6 +113,7 @@ def resumed(killed):
     return killed, records, outputs, starts, lost
 
 
+@pytest.mark.slow
 def test_every_cell_has_exactly_one_record(resumed):
     folder, *_ = resumed
     lines = read_records(folder / "results" / "quick.jsonl")
@@ -126,6 +127,7 @@ def test_every_cell_has_exactly_one_record(resumed):
     assert not list((folder / "results").rglob("*.running.*"))
 
 
+@pytest.mark.slow
 def test_what_was_done_before_the_kill_is_untouched(resumed):
     folder, records, outputs, _, lost = resumed
     now = records_of(folder)
@@ -134,11 +136,13 @@ def test_what_was_done_before_the_kill_is_untouched(resumed):
     assert outputs.items() <= outputs_of(folder).items()
 
 
+@pytest.mark.slow
 def test_what_was_running_went_on(resumed):
     folder, _, _, starts, _ = resumed
     assert starts <= {record["started"] for record in records_of(folder).values()}
 
 
+@pytest.mark.slow
 def test_a_cell_may_be_a_notebook(resumed):
     folder, *_ = resumed
     before = read_records(folder / "results" / "quick.jsonl")
@@ -151,6 +155,7 @@ def test_a_cell_may_be_a_notebook(resumed):
     assert any("1 records appended" in "".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
 
 
+@pytest.mark.slow
 def test_the_check_names_a_missing_and_a_second_record(resumed):
     folder, *_ = resumed
     path = folder / "results" / "quick.jsonl"
@@ -168,6 +173,13 @@ def test_the_check_names_a_missing_and_a_second_record(resumed):
     assert "r56_r20, kd, seed 1: no record" in done.stdout
     assert re.search(r"r56_r20, kd\+sort, seed 0: r56_r20\S+, again-r56_r20", done.stdout)
     assert "seed 0: no record" not in done.stdout and not (folder / "results" / "cells" / "quick" / "grid.csv").exists()
+
+
+def test_one_cell_and_its_teacher(tmp_path):
+    done = snakemake(tmp_path, "--cores", "1", "results/cells/quick/r56_r20/kd/seed0.txt", cell="command", options=OPTIONS | {"epochs": 1, "train_size": 50})
+    assert done.returncode == 0 and planned(done.stdout) == {"cell": 1, "teacher": 1, "total": 2}, done.stdout[-3000:]
+    assert list(records_of(tmp_path)) == [("r56_r20", 0, "kd")] and output_of(tmp_path, "r56_r20", 0, "kd").exists()
+    assert not list(tmp_path.rglob("*.running.*"))
 
 
 INSTALLED = [name for name in ("slurm", "kubernetes") if find_spec(f"snakemake_executor_plugin_{name}")]
