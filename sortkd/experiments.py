@@ -40,7 +40,7 @@ class Experiment:
     preset_name: str
     preset: Preset
     recipe: Recipe
-    recipe_changes: Mapping[str, float]
+    recipe_changes: Mapping[str, Any]
     data: ImageSet
     full_data: ImageSet
     device: str

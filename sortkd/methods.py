@@ -311,7 +311,7 @@ def create_method(name: str, **changes: float) -> Method:
             f"it has {', '.join([*numbers, *entry.settings])}."
         )
     first, _, second = "".join(name.split()).partition("+")
-    own = _numbers_in(first, numbers | entry.settings)
+    own = _numbers_in(first, {**numbers, **entry.settings})
     repair = repair or entry.repair
     own_of_repair = _numbers_in(second or repair, repair_defaults(repair))
     changes = changes | own

@@ -91,11 +91,11 @@ def test_killed_and_started_again(folder, tmp_path):
     "A process killed between two epochs; the second one ends with the same record as one that was never killed."
     script = ("import os, signal, sys, torch; torch.set_num_threads(1)\n"
               "import sortkd.experiments as planning, sortkd.runs as experiments\n"
-              "train = experiments.train\n"
+              "Student = experiments.Student\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
-              "experiments.train = lambda *a, **k: train(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
+              "experiments.Student = lambda *a, **k: Student(*a, **k, checkpoint_seconds=0)\n"
               f"e = planning.plan_experiment(pair='r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=200, test_size=100, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
-              "experiments.run_experiment(e, progress=False)\n")
+              "experiments.run_experiment(e, progress=False, callbacks=[stop])\n")
     small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
     run_experiment(small_teacher, progress=False)
     def run(results, mode): return subprocess.run([sys.executable, "-c", script, str(tmp_path / results), mode], capture_output=True, text=True)
