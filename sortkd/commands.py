@@ -32,8 +32,9 @@ def _run_parser() -> argparse.ArgumentParser:
             kind = {"action": "store_true"} if isinstance(each.default, bool) else {"type": type(each.default)}
             text = f"{each.metadata['help']}. {each.metadata['more']}".strip(". ")
             group.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, help=text, **kind)
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
-    parser.add_argument(
+    group = parser.add_argument_group("This command")
+    group.add_argument("--quiet", action="store_true", help="show no progress bars")
+    group.add_argument(
         "--from-record",
         metavar="FILE[:RUN_ID]",
         help="repeat the run of a record and report whether the numbers are the same; besides it, only folders and the "
@@ -98,7 +99,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             print(summarize(results.records).to_string())
 
     recorded: list[int] = []
-    go_on = "What was saved is kept: give the same command again to go on."
+    go_on = "To continue from what was saved, give the same command again."
     return ends_cleanly(work, lambda: "All runs are recorded." if recorded else go_on)
 
 
@@ -124,11 +125,11 @@ def _find_record(source: str) -> dict:
 
     path, _, run_id = (source, "", "") if os.path.isfile(source) else source.rpartition(":")
     if not os.path.isfile(path):  # which also says so of a name that no file can have
-        raise FileNotFoundError(f"there is no file of records {path or source!r:.200}; give FILE, or FILE:RUN_ID.")
+        raise FileNotFoundError(f"no file of records at {path or source!r:.200}; give FILE or FILE:RUN_ID.")
     records = [each for each in read_records(path) if isinstance(each, dict) and each.get("run_id")]
     found = [each for each in records if not run_id or each["run_id"] == run_id]
     if len(found) != 1:
-        names = ", ".join(str(each["run_id"]) for each in records[:20]) or "there is none"
+        names = ", ".join(str(each["run_id"]) for each in records[:20]) or "it has none"
         called = f" called {run_id!r:.200}" if run_id else ""
         raise ValueError(f"{path} has {len(found)} records{called}; name one of its runs: {names}")
     return found[0]

@@ -63,7 +63,7 @@ class Experiment:
         return self.preset_name == "paper" and whole and (self.data.name != "imagenet" or images == _IMAGENET_IMAGES)
 
     def recipe_for(self, method: Method) -> Recipe:
-        "The recipe of one of the methods, which is `recipe` unless the method's paper has another."
+        "The recipe of one of the methods: `recipe`, unless the paper of the method has another."
         return recipe_for(method, self.pair, self.recipe, self.is_full_recipe, self.data.num_classes)
 
     @property
@@ -85,7 +85,7 @@ class Experiment:
         return (
             f"Teacher logits are cached ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} views). "
             f"Training needs {asked:,} rows; the teacher computes about {computed:,.0f}, fewer if the cache is warm."
-            + " It also runs on every strong view." * any(method.strong_views for method in self.methods)
+            + " It also computes those of every strong view." * any(method.strong_views for method in self.methods)
         )
 
     def describe(self) -> str:
@@ -107,7 +107,7 @@ class Experiment:
         return (
             f"This is a {'shortened' if self.preset_name == 'paper' else self.preset_name} run: {what} "
             + (
-                "Its numbers hold for short training and this teacher, and are no evidence about the published recipe. "
+                "Its numbers hold for short training with this teacher, and are not evidence about the published recipe. "
                 if self.preset_name == "short"
                 else "It shows how everything works; its numbers are not evidence about the methods. "
             )

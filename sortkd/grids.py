@@ -15,7 +15,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -60,7 +60,7 @@ class Grid:
 
 
 _PER_CELL = {"pair", "methods", "seeds", "preset", "teacher", "teachers_dir", "results_dir", "workers", "skip_recorded"}
-_DEFAULTS = {each.name: each.default for each in fields(Parameters) if each.name not in _PER_CELL}
+_DEFAULTS: dict = {name: value for name, value in vars(Parameters()).items() if name not in _PER_CELL}
 
 
 def _option(name: str, value):
@@ -255,7 +255,8 @@ def _read_cell(state: State, experiment: Experiment, job: Job, about: dict, reco
         if curve := _curve_in(run.folder / "checkpoint.pt"):
             trained, sessions = max(trained, len(curve)), run.folder / "sessions.jsonl"
             for session in read_records(sessions)[-1:] if sessions.exists() else []:
-                _measure(state, job.kind, session, lambda _, curve=curve: curve[-1]["seconds"] / images)
+                about_session = session | {"seconds": curve[-1]["seconds"]}
+                _measure(state, job.kind, about_session, lambda about: about["seconds"] / images)
     state.missing[job] = Left(trained, epochs, images)
 
 

@@ -142,6 +142,6 @@ def test_from_record(tmp_path, capsys):
     append_record(changed, record | {"result": record["result"] | {"student_sha256": "0" * 64}})
     assert run([*again, str(changed)]) == 3 and "weights differ" in capsys.readouterr().out
     assert len(read_records(path)) == 2 and len(read_records(tmp_path / "repeated" / "quick.jsonl")) == 2
-    for arguments, words in (([str(path)], "2 records"), ([f"{path}:nobody"], "0 records"), ([f"{path}x"], "no file of records"), ([str(changed), "--epochs", "5"], "the record says epochs")):
+    for arguments, words in (([str(path)], "2 records"), ([f"{path}:nobody"], "0 records"), ([f"{path}x"], "no file of records at"), ([str(changed), "--epochs", "5"], "the record says epochs")):
         assert run([*again, *arguments]) == 1
         assert words in capsys.readouterr().err

@@ -317,10 +317,8 @@ def test_killed_in_the_middle_nothing_is_lost(uncut, tmp_path):
 @pytest.mark.slow
 def test_two_at_once_within_a_budget(uncut, tmp_path):
     grid = grid_in(tmp_path, seeds=1)
-    for number in range(30):
-        start, seconds = time.monotonic(), 20 * 1.2**number
+    for seconds in (30, 600):
+        start = time.monotonic()
         run_slice(read_state(grid), seconds, at_once=2, progress=False)
-        assert time.monotonic() - start < 2 * seconds
-        if not read_state(grid).missing:
-            break
+        assert time.monotonic() - start < seconds + 30
     assert_same(records_in(tmp_path), uncut)
