@@ -17,7 +17,7 @@ from sortkd.data import Batches, load_digits
 from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
 from sortkd.plots import summarize
-from sortkd.records import append_record, compare_runs, read_records
+from sortkd.records import append_record, compare_runs, differences, read_records
 from sortkd.pairs import method_for, published_recipe, recipe_for
 from sortkd.runs import plan_repetition, run_experiment
 from sortkd.methods import create_method
@@ -177,6 +177,14 @@ def test_many_writers_share_a_file(tmp_path):
     assert all(writer.wait() == 0 for writer in writers)
     records = read_records(tmp_path / "records.jsonl")
     assert len(records) == 150 and len({(record["writer"], record["number"]) for record in records}) == 150
+
+
+def test_differences_are_named_by_place():
+    now = {"lr": 0.1, "method": {"name": "kd", "settings": {"temperature": 4.0}}, "new": 1}
+    assert differences(now, now) == differences({}, now) == {}
+    assert differences(now, {"lr": 0.1, "method": {"name": "dkd", "settings": {}}}) == {
+        "method.name": ("kd", "dkd"), "method.settings.temperature": (4.0, None), "new": (1, None)}
+    assert differences({"method": {"name": "kd"}}, {"method": "kd"}) == {"method.name": ("kd", None)}
 
 
 def test_a_writer_waits_for_another(tmp_path):
