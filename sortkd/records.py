@@ -140,7 +140,7 @@ def differences(now: dict, then: object, path: str = "") -> dict[str, tuple]:
 
 
 def compare_runs(first: dict, second: dict) -> list[str]:
-    "In which numbers two records of the same run differ, a sentence each; none if they are the same to the bit."
+    "In which numbers two records of the same run differ, a sentence each; empty if they are the same to the bit."
     curves = [{key: values for key, values in record["curve"].items() if key != "seconds"} for record in (first, second)]
     numbers = [curve | {"weights": record["result"]["student_sha256"]} for curve, record in zip(curves, (first, second))]
     names = [name for name in numbers[0] | numbers[1] if numbers[0].get(name) != numbers[1].get(name)]
