@@ -410,11 +410,11 @@ def run_slice(state: State, seconds: float = math.inf, at_once: int | None = Non
     Returns what was done: job, epochs before and now, of how many, and the outcome: finished, saved, or an error, after
     which the other jobs were still run. Call it in the main thread.
     """
-    end, threads = time.monotonic() + seconds, torch.get_num_threads()
-    deadline = end - min(15.0, seconds / 10) if seconds < math.inf else end
+    threads, margin = torch.get_num_threads(), min(15.0, seconds / 10)
+    deadline = time.monotonic() + seconds - margin
     at_once = at_once or (len(os.sched_getaffinity(0)) if state.planned.device == "cpu" else 1)
     failed = dict[Job, str]()
-    with _interrupted_after(seconds):
+    with _interrupted_after(seconds - margin / 3):  # the rest is for reading what was done
         try:
             if state.planned.device == "cpu":
                 torch.set_num_threads(1)

@@ -17,16 +17,16 @@ from sortkd.data import Batches, load_digits
 from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
 from sortkd.plots import summarize
-from sortkd.records import append_record, compare_runs, read_records
+from sortkd.records import append_record, compare_runs, differences, read_records
 from sortkd.results import load_results
 from sortkd.pairs import method_for, published_recipe, recipe_for
 from sortkd.runs import plan_repetition, run_experiment
 from sortkd.methods import create_method
 from sortkd.models import create_model
-from sortkd.teachers import save_atomically
+from sortkd.teachers import read_checkpoint, save_atomically, weights_checksum
 from sortkd.checkpoints import Stopped
 from sortkd.devices import create_fabric
-from sortkd.training import Recipe, train
+from sortkd.training import Recipe, train, train_together
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 200, "test_size": 100}
@@ -74,6 +74,29 @@ def test_a_record_says_everything(folder):
     assert record["versions"]["torch"] == torch.__version__ and record["machine"]["cores"] == os.cpu_count()
     assert len(record["curve"]["test_top1"]) == 2 and record["result"]["last_top1"] == record["curve"]["test_top1"][-1]
     assert record["result"]["changed_rows"] == record["result"]["teacher_wrong_rows"] > 0
+
+
+def test_a_result_is_of_the_last_epoch_and_of_the_best(folder, tmp_path, monkeypatch):
+    "Of a run whose first epoch was the best."
+    def train_and_change(*arguments, **options):
+        outcome, = train_together(*arguments, **options)
+        for row, top1, wrong, changed in zip(outcome.curve, (60.0, 50.0), (30, 20), (3, 2), strict=True):
+            row |= {"test_top1": top1, "teacher_wrong_rows": wrong, "changed_rows": changed}
+        outcome.best_weights = {name: value + 1 for name, value in outcome.last_weights.items()}
+        outcomes.append(outcome)
+        return [outcome]
+
+    outcomes = []
+    run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False)  # trains the teacher, if no other test has
+    monkeypatch.setattr("sortkd.runs.train_together", train_and_change)
+    record, = run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path)), progress=False).records
+    result, outcome = record["result"], outcomes[0]
+    expected = {"last_top1": 50.0, "best_top1": 60.0, "best_epoch": 1, "last_test_loss": outcome.curve[1]["test_loss"], "training_rows": 400,
+                "teacher_wrong_rows": 50, "changed_rows": 5, "student_sha256": weights_checksum(outcome.last_weights)}
+    assert {name: result[name] for name in expected} == expected
+    for name, weights in (("last", outcome.last_weights), ("best", outcome.best_weights)):
+        path, = tmp_path.rglob(f"{name}.safetensors")
+        assert weights_checksum(read_checkpoint(path)[0]) == weights_checksum(weights)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -159,6 +182,14 @@ def test_many_writers_share_a_file(tmp_path):
     assert all(writer.wait() == 0 for writer in writers)
     records = read_records(tmp_path / "records.jsonl")
     assert len(records) == 150 and len({(record["writer"], record["number"]) for record in records}) == 150
+
+
+def test_differences_are_named_by_place():
+    now = {"lr": 0.1, "method": {"name": "kd", "settings": {"temperature": 4.0}}, "new": 1}
+    assert differences(now, now) == differences({}, now) == {}
+    assert differences(now, {"lr": 0.1, "method": {"name": "dkd", "settings": {}}}) == {
+        "method.name": ("kd", "dkd"), "method.settings.temperature": (4.0, None), "new": (1, None)}
+    assert differences({"method": {"name": "kd"}}, {"method": "kd"}) == {"method.name": ("kd", None)}
 
 
 def test_a_writer_waits_for_another(tmp_path):

@@ -22,7 +22,7 @@ from sortkd.results import paper_grid
 pytest.importorskip("snakemake")
 ROOT = Path(__file__).parents[1]
 WORKFLOW = ROOT / "workflow"
-OPTIONS = {"dataset": "digits", "epochs": 3, "train_size": 800, "test_size": 100, "device": "cpu"}
+OPTIONS = {"dataset": "digits", "epochs": 3, "train_size": 400, "test_size": 100, "device": "cpu"}
 
 
 def command(folder, *arguments, **config):
@@ -35,7 +35,7 @@ def environment():
 
 
 def snakemake(folder, *arguments, **config):
-    return subprocess.run(command(folder, *arguments, **config), env=environment(), text=True, timeout=150, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(command(folder, *arguments, **config), env=environment(), text=True, timeout=300, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def planned(said):
@@ -43,7 +43,7 @@ def planned(said):
     return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", said.partition("Job stats:")[2].partition("\n\n")[0], re.MULTILINE)}
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
