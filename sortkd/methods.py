@@ -174,13 +174,8 @@ class Method:
         return self.ramp(epoch), OBJECTIVES[self.objective].in_epoch(self.settings, epoch)
 
     def loss(
-        self,
-        student_logits: Tensor,
-        repaired_logits: Tensor | None,
-        target: Tensor,
-        epoch: int,
-        strong: tuple[Tensor, Tensor] | None = None,
-        temperature: LearnedTemperature | None = None,
+        self, student_logits: Tensor, repaired_logits: Tensor | None, target: Tensor, epoch: int,
+        strong: tuple[Tensor, Tensor] | None = None, temperature: LearnedTemperature | None = None,
     ) -> Tensor:
         """The scalar training loss in `epoch`, counted from 1, the mean over the rows of logits `(N, C)`.
 

@@ -131,15 +131,7 @@ _COLUMNS = [
     "finished", "synthetic", "not_paper", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
-    "pair",
-    "method",
-    "seed",
-    "preset",
-    "lr",
-    "recipe",
-    "method_settings",
-    "data_checksum",
-    "teacher_sha256",
+    "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",
     "precision",
 ]
 

@@ -162,10 +162,7 @@ def smallest_number(gain: float, std: float, power: float = 0.8, alpha: float = 
 
 
 def seeds_needed(
-    effects: pd.DataFrame,
-    gains: Sequence[float] = (0.2, 0.5, 1.0),
-    power: float = 0.8,
-    alpha: float = 0.05,
+    effects: pd.DataFrame, gains: Sequence[float] = (0.2, 0.5, 1.0), power: float = 0.8, alpha: float = 0.05,
     level: float = 0.95,
 ) -> pd.DataFrame:
     """How many seeds a paired t test needs to find each of `gains` (points of top-1), from the measured deviation.

@@ -41,11 +41,7 @@ class TeacherLogits:
     kind = "computed"
 
     def __init__(
-        self,
-        network: nn.Module,
-        batches: ImageBatches,
-        precision: str = "float32",
-        batch_size: int | None = None,
+        self, network: nn.Module, batches: ImageBatches, precision: str = "float32", batch_size: int | None = None,
     ):
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
@@ -152,11 +148,7 @@ class CachedTeacherLogits(TeacherLogits):
     seconds_between_marks = 10.0
 
     def __init__(
-        self,
-        network: nn.Module,
-        batches: ImageBatches,
-        cache_dir: str | Path,
-        precision: str = "float32",
+        self, network: nn.Module, batches: ImageBatches, cache_dir: str | Path, precision: str = "float32",
         batch_size: int | None = None,
     ):
         super().__init__(network, batches, precision, batch_size)

@@ -252,14 +252,8 @@ def find_teacher(
 
 
 def get_teacher(
-    architecture: str,
-    data: ImageSet,
-    folder: str | Path,
-    training: Mapping,
-    train: Callable[[], tuple[Mapping[str, Tensor], Mapping]],
-    *,
-    min_epochs: int = 1,
-    fetch: bool = False,
+    architecture: str, data: ImageSet, folder: str | Path, training: Mapping,
+    train: Callable[[], tuple[Mapping[str, Tensor], Mapping]], *, min_epochs: int = 1, fetch: bool = False,
 ) -> Teacher:
     """The teacher for a run: found under `folder`, else fetched if `fetch`, else trained by `train` and kept under
     `folder`/local. For ImageNet torchvision's weights are fetched, and nothing is trained in their place.
