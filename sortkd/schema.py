@@ -16,9 +16,7 @@ from .methods import OBJECTIVES, method_name, plain_name
 # %% ../nbs/08a_schema.ipynb #ad69ff13
 def _object(**fields) -> dict:
     return {
-        "type": "object",
-        "properties": fields,
-        "required": list(fields),
+        "type": "object", "properties": fields, "required": list(fields),
         "description": f"an object with {', '.join(fields)}",
     }
 
@@ -33,10 +31,7 @@ _SEED = {"type": "integer", "minimum": 0, "description": "a whole number of at l
 
 def _each(item: dict) -> dict:
     return {
-        "type": "array",
-        "items": item,
-        "minItems": 1,
-        "description": f"a list, for each epoch {item['description']}",
+        "type": "array", "items": item, "minItems": 1, "description": f"a list, for each epoch {item['description']}",
     }
 
 

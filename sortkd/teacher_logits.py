@@ -83,17 +83,10 @@ def _identity(teacher: TeacherLogits, data) -> dict:
     "The plain values that determine every number in a cache."
     images = data.train_images.cpu().contiguous()
     return {
-        "format": 1,
-        "teacher_sha256": weights_checksum(teacher.network.state_dict()),
-        "images_sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
-        "images": len(images),
-        "image_size": data.image_size,
-        "classes": data.num_classes,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "pad": data.pad,
-        "flip": data.flip,
-        "precision": teacher.precision,
+        "format": 1, "teacher_sha256": weights_checksum(teacher.network.state_dict()),
+        "images_sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "images": len(images),
+        "image_size": data.image_size, "classes": data.num_classes, "mean": list(data.mean), "std": list(data.std),
+        "pad": data.pad, "flip": data.flip, "precision": teacher.precision,
     }
 
 # %% ../nbs/05_teacher_logits.ipynb #d2535eec
