@@ -364,10 +364,10 @@ def within_binomial_error(share, expected, count, sigmas=4):
 @pytest.mark.parametrize("effect", [-0.4, 0.0, 1.0])
 @pytest.mark.parametrize("seeds", [2, 5])
 def test_intervals_cover_the_planted_effect_as_often_as_they_claim(effect, seeds):
-    effects = paired_effects(outcomes(effect, 1000, seeds, 0.3, seed=seeds))
-    assert within_binomial_error(((effects.low <= effect) & (effect <= effects.high)).mean(), 0.95, 1000)
-    fewer = paired_effects(outcomes(effect, 1000, seeds, 0.3, seed=seeds), level=0.5)
-    assert within_binomial_error(((fewer.low <= effect) & (effect <= fewer.high)).mean(), 0.5, 1000)
+    effects = paired_effects(outcomes(effect, 400, seeds, 0.3, seed=seeds))
+    assert within_binomial_error(((effects.low <= effect) & (effect <= effects.high)).mean(), 0.95, 400)
+    fewer = paired_effects(outcomes(effect, 400, seeds, 0.3, seed=seeds), level=0.5)
+    assert within_binomial_error(((fewer.low <= effect) & (effect <= fewer.high)).mean(), 0.5, 400)
 
 
 def test_intervals_cover_through_files(tmp_path):
@@ -452,7 +452,7 @@ def test_the_power_is_that_of_a_simulation(ratio, number):
 
 
 def test_every_number_of_seeds_reaches_the_power_and_one_less_does_not():
-    for ratio in np.arange(0.1, 12, 0.01):
+    for ratio in np.arange(0.1, 12, 0.03):
         number = smallest_number(ratio, 1.0)
         assert t_test_power(ratio, number) >= 0.8 and (number == 2 or t_test_power(ratio, number - 1) < 0.8)
     assert smallest_number(1.0, 0.16) == 3 and smallest_number(0.0, 1.0) == math.inf
@@ -615,6 +615,7 @@ def test_tables_regenerate_to_the_byte(synthetic_folder):
     assert run_notebook("paper_tables", synthetic_folder)[1] == first
 
 
+@pytest.mark.slow
 def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(synthetic_folder / "no data"))
     kept = synthetic_folder / "paper_figures" / "mistakes.png"
