@@ -163,6 +163,19 @@ def test_golden_repairs():
     assert (standardize(TEACHER) - GOLDENS["standardize"]).norm() / GOLDENS["standardize"].norm() < 1e-5
 
 
+def test_mlkd_weighs_rows_and_classes_by_shares_of_their_own():
+    "Of three rows two have at most the median confidence, of four classes two: the goldens have equal shares."
+    weak, teacher, strong, strong_teacher = torch.randn(4, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = 0.0
+    for temperature in (4.0, 3.0, 5.0, 2.0, 6.0):
+        ours, theirs = (each.div(temperature).softmax(1) for each in (weak, teacher))
+        instances = kd_loss(weak, teacher, temperature)
+        expected += 2 / 3 * (instances + (ours @ ours.T - theirs @ theirs.T).square().sum() / 3)
+        expected += 2 / 4 * (ours.T @ ours - theirs.T @ theirs).square().sum() / 4
+        expected += kd_loss(strong, strong_teacher, temperature) if temperature in (4.0, 3.0, 5.0) else instances
+    torch.testing.assert_close(mlkd_loss(weak, teacher, strong, strong_teacher), expected)
+
+
 def test_temperature_may_be_learned():
     temperature = torch.tensor(4.0, requires_grad=True)
     kd_loss(STUDENT, TEACHER, temperature).backward()

@@ -615,6 +615,7 @@ def test_tables_regenerate_to_the_byte(synthetic_folder):
     assert run_notebook("paper_tables", synthetic_folder)[1] == first
 
 
+@pytest.mark.slow
 def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(synthetic_folder / "no data"))
     kept = synthetic_folder / "paper_figures" / "mistakes.png"
