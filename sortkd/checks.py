@@ -79,13 +79,17 @@ def listed_names(name: str, value) -> list[str]:
 
 
 def listed_seeds(name: str, value) -> tuple[int, ...]:
-    "`'0,1,2'`, a list, or a single number, as different whole numbers."
-    parts = listed_names(name, value)
-    if not all(part.isascii() and part.isdigit() and len(part) <= 10 and int(part) < 2**31 for part in parts):
-        raise ValueError(
-            f"{name} is {shown(value)}; give whole numbers from 0 to {2**31 - 1}, separated by commas, such as '0,1,2'."
-        )
-    return tuple(map(int, parts))
+    "`'0,1,2'`, `'0-4'`, a list, or a single number, as different whole numbers, at most 1,000."
+    seeds: list[int] = []
+    for part in listed_names(name, value):
+        match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if not first <= last < min(2**31, first + 1000):
+            raise ValueError(f"{name} is {shown(value)}; give whole numbers from 0 to {2**31 - 1}, such as '0,1,2' or '0-4'.")
+        seeds += range(first, last + 1)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{name} is {shown(value)}; give each number once.")
+    return tuple(seeds)
 
 # %% ../nbs/90_checks.ipynb #fa9cb6bf
 def folder_path(name: str, folder, within: Sequence[str] = (), written: bool = False) -> Path:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import __version__
 from .parameters import Parameters, parameter_groups
 
 # %% ../nbs/09_commands.ipynb #6b6271bd
@@ -33,6 +34,7 @@ def _run_parser() -> argparse.ArgumentParser:
             text = f"{each.metadata['help']}. {each.metadata['more']}".strip(". ")
             group.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, help=text, **kind)
     group = parser.add_argument_group("This command")
+    group.add_argument("--version", action="version", version=__version__)
     group.add_argument("--quiet", action="store_true", help="show no progress bars")
     group.add_argument(
         "--from-record",
@@ -95,7 +97,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         results = run_experiment(experiment, progress)
         recorded.append(len(results.records))
         if first:  # at once: given again, the command would be a new one
-            print(f"{len(results.records)} records appended to {experiment.records_file}", flush=True)
+            print(results.describe(), flush=True)
             print(summarize(results.records).to_string())
 
     recorded: list[int] = []

@@ -44,7 +44,7 @@ class Parameters:
         "Objectives: ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
         "Repairs: +skip, +swap, +revise, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
     )
-    seeds: str = _run("0", "random seeds, separated by commas; every method runs once with each")
+    seeds: str = _run("0", "random seeds, such as 0,1,2 or 0-4; every method runs once with each")
 
     preset: str = _data(
         "auto",

@@ -373,6 +373,13 @@ class Results:
     records: list[dict]
     teacher: Teacher
     batches: ImageBatches
+    appended: int  # how many of the records are new
+
+    def describe(self) -> str:
+        "How many records were appended to which file."
+        before = len(self.records) - self.appended
+        return (f"{self.appended} record{'s' * (self.appended != 1)} appended to {self.experiment.records_file}"
+                + (f"; {before} had been recorded before" if before else ""))
 
 
 def run_experiment(
@@ -403,7 +410,7 @@ def run_experiment(
     ]
     command = experiment.results_dir / "runs" / f"started-{fingerprint(sorted(run.folder.name for run in runs))}"
     started = fabric.broadcast(_started(command, runs, experiment) if fabric.is_global_zero and runs else "")
-    runs = [replace(run, started=started) for run in runs]
+    runs, before = [replace(run, started=started) for run in runs], {each.get("run_id") for each in records_so_far(experiment)}
     if experiment.workers > 1 and runs:
         records = _run_at_once(experiment, runs, teacher, teacher_logits.kind, progress, stop)
     else:
@@ -413,7 +420,8 @@ def run_experiment(
         records = [found[run.run_id] for run in runs]
     if fabric.is_global_zero:
         command.unlink(missing_ok=True)
-    return Results(experiment, records, teacher, batches)
+    appended = sum(record["run_id"] not in before for record in records)
+    return Results(experiment, records, teacher, batches, appended)
 
 
 def _taught_together(experiment: Experiment, runs: Sequence[Run], groups: int) -> list[list[Run]]:

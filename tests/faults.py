@@ -229,7 +229,7 @@ class Victim:
     @property
     def ended(self) -> bool:
         "Whether all was done, even if the process was killed thereafter: then the command given again is a new one."
-        return re.search("records appended to|All runs are recorded", self.said) is not None
+        return re.search("records? appended to|All runs are recorded", self.said) is not None
 
     def _log(self, log):
         return self.folder.parent / f"{self.folder.name}.{log}"

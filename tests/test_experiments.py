@@ -136,7 +136,7 @@ def test_killed_and_started_again(folder, tmp_path):
 
 @pytest.mark.parametrize("changes,words", [
     ({"pair": "r56_r21"}, "r56_r20"), ({"pair": 5}, "pair is 5"), ({"methods": "kd,sort"}, "kd\\+sort"), ({"methods": "kd,,dkd"}, "methods"), ({"methods": "kd,kd"}, "different"),
-    ({"seeds": "-1"}, "seeds"), ({"seeds": "1.5"}, "seeds"), ({"seeds": ""}, "seeds"), ({"seeds": "0,0"}, "seeds"), ({"seeds": "²"}, "seeds"),
+    ({"seeds": "-1"}, "seeds"), ({"seeds": "4-0"}, "0-4"), ({"seeds": "0-1000"}, "seeds"), ({"seeds": "0-2,1"}, "each number once"), ({"seeds": "0-2-4"}, "seeds"), ({"seeds": "1.5"}, "seeds"), ({"seeds": ""}, "seeds"), ({"seeds": "0,0"}, "seeds"), ({"seeds": "²"}, "seeds"),
     ({"preset": "slow"}, "quick"), ({"dataset": "imagenet"}, "cifar100"), ({"preset": "paper"}, "digits"), ({"epochs": -3}, "epochs is -3"), ({"epochs": "3"}, "epochs"), ({"epochs": True}, "epochs"),
     ({"train_size": 2000}, "1437"), ({"train_size": 1.5}, "train_size"), ({"test_size": -1}, "test_size"), ({"device": "gpu"}, "cuda"), ({"precision": "float16"}, "bfloat16"),
     ({"results_dir": str(NOTEBOOK)}, "folder"), ({"results_dir": "/proc/results"}, "nothing can be written"), ({"teachers_dir": ""}, "folder"), ({"teacher": str(NOTEBOOK)}, "cannot be read"),

@@ -152,7 +152,7 @@ def test_a_cell_may_be_a_notebook(resumed):
     *same, new = read_records(folder / "results" / "quick.jsonl")
     assert same == before and (new["method"]["name"], new["seed"], new["recipe"]["epochs"]) == ("dkd+sort", 7, 3)
     cells = nbformat.read(folder / target, 4).cells
-    assert any("1 records appended" in "".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
+    assert any("1 record appended" in "".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
 
 
 @pytest.mark.slow
