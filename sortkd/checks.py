@@ -10,6 +10,7 @@ import difflib
 import math
 import operator
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -64,8 +65,10 @@ def choice(name: str, value, allowed: Sequence[str]) -> str:
 
 
 def listed_names(name: str, value) -> list[str]:
-    "`'kd, kd+sort'`, a list, or a single value, as a list of different strings, none of them empty."
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    """`'kd, kd+sort'`, a list, or a single value, as a list of different strings, none of them empty. Commas in
+    parentheses do not separate.
+    """
+    parts = re.split(r",(?![^()]*\))", value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     try:
         parts = [str(part).strip() for part in parts]
     except Exception:  # what cannot be printed is not a name

@@ -147,10 +147,7 @@ class CheckpointQuality:
 
 
 def evaluate_checkpoint(
-    path: str | Path,
-    architecture: str = "auto",
-    dataset: str = "auto",
-    device: str = "auto",
+    path: str | Path, architecture: str = "auto", dataset: str = "auto", device: str = "auto",
     precision: str = "float32",
 ) -> CheckpointQuality:
     """Measure the network of a checkpoint on the test images of `dataset`, without augmentation.

@@ -9,15 +9,15 @@ __all__ = ['DATA_TITLES', 'Experiment', 'plan_experiment']
 import importlib.util
 import inspect
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
 from .data import load_data
 from .methods import Method, create_method
-from .pairs import IMAGENET_PAIRS, PAIRS, PRESETS, Pair, Preset, method_for, published_recipe, recipe_for
+from .pairs import IMAGENET_PAIRS, PRESETS, Pair, Preset, method_for, pair_for, published_recipe, recipe_for
 from .parameters import Parameters
 from .teacher_logits import expected_views
 from .teachers import load_teacher
@@ -40,6 +40,7 @@ class Experiment:
     preset_name: str
     preset: Preset
     recipe: Recipe
+    recipe_changes: Mapping[str, Any]
     data: ImageSet
     full_data: ImageSet
     device: str
@@ -60,11 +61,12 @@ class Experiment:
         "Whether this is the published setting, whole: all of CIFAR-100 for 240 epochs, or all of ImageNet for 100."
         whole = self.data is self.full_data and self.recipe.epochs == published_recipe(self.pair).epochs
         images = (len(self.data.train_targets), len(self.data.test_targets))
-        return self.preset_name == "paper" and whole and (self.data.name != "imagenet" or images == _IMAGENET_IMAGES)
+        return self.preset_name == "paper" and whole and not self.recipe_changes and (self.data.name != "imagenet" or images == _IMAGENET_IMAGES)
 
     def recipe_for(self, method: Method) -> Recipe:
         "The recipe of one of the methods: `recipe`, unless the paper of the method has another."
-        return recipe_for(method, self.pair, self.recipe, self.is_full_recipe, self.data.num_classes)
+        recipe = recipe_for(method, self.pair, self.recipe, self.is_full_recipe, self.data.num_classes)
+        return replace(recipe, **self.recipe_changes)
 
     @property
     def records_file(self) -> Path:
@@ -124,11 +126,28 @@ def _listed(items: Sequence) -> str:
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
 
 # %% ../nbs/07_experiments.ipynb #426497db
+def _recipe_changes(text: str) -> dict[str, Any]:
+    "The numbers of a recipe in `lr=0.1,batch_size=128`."
+    changes: dict[str, Any] = {}
+    known = {each.name: each.default for each in fields(Recipe) if each.name not in ("epochs", "milestones")}
+    for part in listed_names("set", text) if text else ():
+        name, _, value = part.partition("=")
+        choice("the name in set", name, list(known))
+        try:
+            changes[name] = int(value) if isinstance(known[name], int) else float(value)
+        except ValueError as error:
+            raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128'.") from error
+    replace(Recipe(), **changes)
+    return changes
+
+
 def _checked_values(given: Parameters) -> Parameters:
     "The parameters, each checked by itself; whole numbers as `int`."
-    choice("pair", given.pair, [*PAIRS, *IMAGENET_PAIRS])
-    for name in listed_names("methods", given.methods):
-        create_method(name)
+    pair_for(given.pair)
+    names = [create_method(name).name for name in listed_names("methods", given.methods)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"methods is {shown(given.methods)}; give each method once.")
+    _recipe_changes(given.set)
     listed_seeds("seeds", given.seeds)
     choice("preset", given.preset, ["auto", *dict.fromkeys(preset for preset, _ in PRESETS)])
     choice("dataset", given.dataset, ["auto", "imagenet"] if given.pair in IMAGENET_PAIRS else ["auto", "cifar100", "digits"])
@@ -217,7 +236,7 @@ def plan_experiment(**parameters) -> Experiment:
     _check_together(given, fabric.world_size)
     given = _checked_folders(given)
 
-    pair, from_files = (PAIRS | IMAGENET_PAIRS)[given.pair], given.pair in IMAGENET_PAIRS
+    pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
     full_data = load_data("imagenet" if from_files else given.dataset if given.preset == "quick" else "cifar100")
     preset = PRESETS[given.preset, full_data.name]
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
@@ -232,6 +251,7 @@ def plan_experiment(**parameters) -> Experiment:
         preset_name=given.preset,
         preset=preset,
         recipe=recipe,
+        recipe_changes=_recipe_changes(given.set),
         data=data,
         full_data=full_data,
         device=device,

@@ -29,9 +29,9 @@ from .checkpoints import Stopped, fingerprint
 from .checks import choice, folder_path, listed_names, shown, whole_number
 from .commands import ends_cleanly
 from .experiments import Experiment, plan_experiment
-from .methods import create_method
+from .methods import create_method, plain_name
 from .models import create_model
-from .pairs import PAIRS, method_for
+from .pairs import method_for, pair_for
 from .parameters import Parameters
 from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
@@ -89,7 +89,7 @@ def make_grid(settings: Mapping) -> Grid:
     for name, value in chosen.items():
         chosen[name] = whole_number(name, value, 1, 1000) if name == "seeds" else listed_names(name, value)
     for pair in chosen.get("pairs", ()):
-        choice("a pair", pair, list(PAIRS))
+        pair_for(pair)
     for method in chosen.get("methods", ()):
         create_method(method)
     options = settings["options"] or {}
@@ -148,7 +148,7 @@ class Job:
 
     @property
     def teacher(self) -> str:
-        return PAIRS[self.pair].teacher
+        return pair_for(self.pair).teacher
 
     @property
     def kind(self) -> str:
@@ -210,7 +210,7 @@ def experiment_for(planned: Experiment, pair: str, methods: Iterable[str], seeds
     """What `plan_experiment` would return for another pair, without loading the data again. Without seeds, running it
     makes the teacher (and with cache=full its logits) and trains no student.
     """
-    share, chosen = planned.recipe.epochs / 240, PAIRS[pair]
+    share, chosen = planned.recipe.epochs / 240, pair_for(pair)
     students = tuple(method_for(name, chosen, share) for name in methods)
     recipe = replace(planned.recipe, lr=chosen.lr)
     return replace(planned, pair_name=pair, pair=chosen, methods=students, seeds=tuple(seeds), recipe=recipe, workers=workers)
@@ -226,7 +226,7 @@ def _read_teacher(state: State, experiment: Experiment) -> Teacher | None:
     teacher = find_teacher(architecture, experiment.data, experiment.teachers_dir, preset.teacher_min_epochs, plain(training))
     state.teachers[architecture] = teacher
     if teacher is None:
-        name = f"teacher-{architecture}-{fingerprint(architecture, training)}.pt"
+        name = f"teacher-{re.sub('[/:]', '-', architecture)}-{fingerprint(architecture, training)}.pt"
         curve = _curve_in(experiment.results_dir / "runs" / name)
         state.missing[Job(experiment.pair_name)] = Left(len(curve), preset.teacher_recipe.epochs, len(data.train_targets))
     else:
@@ -287,11 +287,11 @@ def priority(missing: Iterable[Job], grid: Grid) -> list[Job]:
     "The missing jobs in the order in which they should be run."
     missing, order = set(missing), list[Job]()
     pairs, methods = (list(grid.cells[name].unique()) for name in ("pair", "method"))
-    objectives = list(dict.fromkeys(method.partition("+")[0] for method in methods))
-    teachers = list(dict.fromkeys(PAIRS[pair].teacher for pair in pairs))
+    objectives = list(dict.fromkeys(plain_name(method).partition("+")[0] for method in methods))
+    teachers = list(dict.fromkeys(pair_for(pair).teacher for pair in pairs))
 
     def place(job: Job) -> tuple:
-        objective = objectives.index(job.method.partition("+")[0])
+        objective = objectives.index(plain_name(job.method).partition("+")[0])
         return job.seed, objective, teachers.index(job.teacher), pairs.index(job.pair), methods.index(job.method)
 
     makers = {job.teacher: job for job in missing if not job.method}
@@ -316,8 +316,9 @@ def multiply_adds(architecture: str, classes: int, image_size: int) -> float:
 def work_of(kind: str, planned: Experiment) -> float:
     "Million multiply-adds of a training row: three forward passes of the student (or teacher, if that is trained)."
     student, teacher = kind.removeprefix("teacher "), ""
-    if kind in PAIRS:
-        student, teacher = PAIRS[kind].student, PAIRS[kind].teacher if planned.cache == "off" else ""
+    if not kind.startswith("teacher "):
+        pair = pair_for(kind)
+        student, teacher = pair.student, pair.teacher if planned.cache == "off" else ""
     size = planned.data.num_classes, planned.data.image_size
     return 3 * multiply_adds(student, *size) + (multiply_adds(teacher, *size) if teacher else 0.0)
 

@@ -119,13 +119,8 @@ class SortedKDLoss(DistillationLoss):
     """
 
     def __init__(
-        self,
-        method: str = "kd+sort",
-        student_module_path: str = ".",
-        student_module_io: str = "output",
-        teacher_module_path: str = ".",
-        teacher_module_io: str = "output",
-        **changes: float,
+        self, method: str = "kd+sort", student_module_path: str = ".", student_module_io: str = "output",
+        teacher_module_path: str = ".", teacher_module_io: str = "output", **changes: float,
     ):
         super().__init__(method, **changes)
         _refuse_learned_temperature(self, "torchdistill's optimizer")

@@ -72,11 +72,7 @@ def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../nbs/01_losses.ipynb #6f96a1d4
 def dkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Tensor,
-    alpha: float = 1.0,
-    beta: float = 8.0,
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 1.0, beta: float = 8.0,
     temperature: float | Tensor = 4.0,
 ) -> Tensor:
     """Decoupled knowledge distillation: T² · (alpha · TCKD + beta · NCKD), averaged over rows.
@@ -126,10 +122,7 @@ def _pearson_distance(first: Tensor, second: Tensor) -> Tensor:
 
 # %% ../nbs/01_losses.ipynb #f18f8482
 def dist_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    inter_weight: float = 2.0,
-    intra_weight: float = 2.0,
+    student_logits: Tensor, teacher_logits: Tensor, inter_weight: float = 2.0, intra_weight: float = 2.0,
     temperature: float | Tensor = 4.0,
 ) -> Tensor:
     """DIST: T² · (inter_weight · inter-class + intra_weight · intra-class), Pearson distances of softened
@@ -164,12 +157,8 @@ def _share_up_to_median(values: Tensor) -> Tensor:
 
 
 def mlkd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    strong_student_logits: Tensor,
-    strong_teacher_logits: Tensor,
-    temperature: float = 4.0,
-    standardized: bool = False,
+    student_logits: Tensor, teacher_logits: Tensor, strong_student_logits: Tensor, strong_teacher_logits: Tensor,
+    temperature: float = 4.0, standardized: bool = False,
 ) -> Tensor:
     """Multi-level logit distillation: KD of instances, batch and classes; cross-entropy of both views is added to it.
 
@@ -201,12 +190,8 @@ def mlkd_loss(
 
 # %% ../nbs/01_losses.ipynb #88362c28
 def sld_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    strong_student_logits: Tensor,
-    strong_teacher_logits: Tensor,
-    target: Tensor,
-    student_teaches: bool = False,
+    student_logits: Tensor, teacher_logits: Tensor, strong_student_logits: Tensor, strong_teacher_logits: Tensor,
+    target: Tensor, student_teaches: bool = False,
 ) -> Tensor:
     """Swapped logit distillation: KD at temperatures 1 to 6, for both views; cross-entropy of both is added to it.
 

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['REPAIRS', 'OBJECTIVES', 'LearnedTemperature', 'curriculum_factor', 'Objective', 'Method', 'method_name',
-           'list_methods', 'create_method']
+           'list_methods', 'plain_name', 'repair_defaults', 'create_method']
 
 # %% ../nbs/01a_methods.ipynb #50576adc
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -137,6 +139,12 @@ class Method:
     warmup_epochs: int
     standardize: bool
     settings: Mapping[str, float]
+    repair_settings: Mapping[str, float] = field(default_factory=dict)  # those that differ from the repair's own
+
+    def as_record(self) -> dict:
+        "All fields as plain values; `repair_settings` only where there are any, as in records of before."
+        values = asdict(self)
+        return values if self.repair_settings else {name: values[name] for name in values if name != "repair_settings"}
 
     @property
     def uses_teacher(self) -> bool:
@@ -155,7 +163,7 @@ class Method:
 
     def repair_logits(self, teacher_logits: Tensor, target: Tensor) -> Tensor:
         "The teacher's logits `(..., C)` as the objective will see them; `target` `(...)`."
-        return REPAIRS[self.repair](teacher_logits, target)
+        return REPAIRS[self.repair](teacher_logits, target, **self.repair_settings)
 
     def ramp(self, epoch: int) -> float:
         "The share of the distillation term's weight that it has in `epoch`, counted from 1; 1 after the warm-up."
@@ -166,13 +174,8 @@ class Method:
         return self.ramp(epoch), OBJECTIVES[self.objective].in_epoch(self.settings, epoch)
 
     def loss(
-        self,
-        student_logits: Tensor,
-        repaired_logits: Tensor | None,
-        target: Tensor,
-        epoch: int,
-        strong: tuple[Tensor, Tensor] | None = None,
-        temperature: LearnedTemperature | None = None,
+        self, student_logits: Tensor, repaired_logits: Tensor | None, target: Tensor, epoch: int,
+        strong: tuple[Tensor, Tensor] | None = None, temperature: LearnedTemperature | None = None,
     ) -> Tensor:
         """The scalar training loss in `epoch`, counted from 1, the mean over the rows of logits `(N, C)`.
 
@@ -241,17 +244,54 @@ def list_methods() -> list[str]:
     ]
 
 
+def plain_name(name: str) -> str:
+    "The name of a method without its numbers: `kd(temperature=2)+sort` is a `kd+sort`."
+    return re.sub(r"\([^()]*\)", "", name)
+
+
+def _numbers_in(part: str, known: Mapping[str, float]) -> dict[str, float]:
+    "The numbers in `kd(temperature=2)`; `known`: their names and defaults."
+    word, _, inside = part.rstrip(")").partition("(")
+    numbers: dict[str, float] = {}
+    for each in inside.split(",") if inside else ():
+        key, _, text = each.partition("=")
+        if key not in known:
+            names = ", ".join(known) or "none"
+            raise ValueError(f"{word} has no setting {key!r:.60}; it has {names}. Write them as in 'kd(temperature=2)'.")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (isinstance(known[key], int) and not value.is_integer()):
+            kind = "whole" if isinstance(known[key], int) else "finite"
+            raise ValueError(f"{key} of {word} is {text!r:.60}; give a {kind} number.")
+        numbers[key] = int(value) if isinstance(known[key], int) else value
+    return numbers
+
+
+def _with_numbers(word: str, numbers: Mapping[str, float]) -> str:
+    listed = ",".join(f"{key}={str(value).removesuffix('.0')}" for key, value in sorted(numbers.items()))
+    return f"{word}({listed})" if numbers else word
+
+
+def repair_defaults(repair: str) -> dict[str, float]:
+    "The settings of a repair: the keyword arguments of its function, without the tensor's layout."
+    parameters = inspect.signature(REPAIRS[repair]).parameters.values()
+    return {each.name: each.default for each in parameters
+            if each.default is not each.empty and each.name not in ("dim", "ignore_index")}
+
+
 def create_method(name: str, **changes: float) -> Method:
     """The method called `name`: an objective, or an objective and a repair joined by `+`, such as `kd`, `kd+swap` or
-    `dkd+sort`.
+    `dkd+sort`. Either may have numbers of its own: `kd(temperature=2)+sort`, `dkd(beta=2)+revise(eta=0.9)`.
 
-    `changes` replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
+    `changes`, where the name has no such number, replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
     `alpha`, `beta`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`, `student_teaches_after`).
     Raises `ValueError` for a name or a change that does not exist, a change that is not a finite number, and a repair that
     makes no sense for the objective.
     """
-    objective, _, repair = str(name).partition("+")
-    if not isinstance(name, str) or name not in list_methods():
+    objective, _, repair = plain_name("".join(str(name).split())).partition("+")
+    if not isinstance(name, str) or "+".join(filter(None, (objective, repair))) not in list_methods():
         if objective in OBJECTIVES and repair in REPAIRS and (reason := _objection(objective, repair)):
             raise ValueError(f"there is no method {name!r}: {reason}.")
         if objective in OBJECTIVES and repair == OBJECTIVES[objective].repair:
@@ -265,9 +305,16 @@ def create_method(name: str, **changes: float) -> Method:
             f"method {name!r} has no setting {', '.join(sorted(unknown))}; "
             f"it has {', '.join([*numbers, *entry.settings])}."
         )
+    first, _, second = "".join(name.split()).partition("+")
+    own = _numbers_in(first, {**numbers, **entry.settings})
+    repair = repair or entry.repair
+    own_of_repair = _numbers_in(second or repair, repair_defaults(repair))
+    changes = changes | own
     for key, value in changes.items():
         if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"{key} of {name} must be a finite number, but it is {value!r:.60}.")
     numbers |= {key: value for key, value in changes.items() if key in numbers}
     settings = {key: changes.get(key, default) for key, default in entry.settings.items()}
-    return Method(name, repair or entry.repair, objective, **numbers, standardize=entry.standardize, settings=settings)
+    name = _with_numbers(objective, own) + ("+" + _with_numbers(repair, own_of_repair) if second else "")
+    return Method(name, repair, objective, **numbers, standardize=entry.standardize, settings=settings,
+                  repair_settings=own_of_repair)

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['Features', 'Network', 'BasicBlock', 'Bottleneck', 'ResNet', 'WideBlock', 'WideResNet', 'VGG', 'InvertedResidual',
            'MobileNetV2', 'ShuffleUnitV1', 'ShuffleNetV1', 'ShuffleUnitV2', 'ShuffleDownUnitV2', 'ShuffleNetV2',
-           'Classifier', 'MobileNetV1', 'list_models', 'list_imagenet_models', 'create_model', 'pretrained_weights']
+           'Classifier', 'MobileNetV1', 'list_models', 'list_imagenet_models', 'create_model', 'check_model',
+           'pretrained_weights']
 
 # %% ../nbs/02_models.ipynb #6915487b
+import importlib.util
 import difflib
 from collections import OrderedDict
 from collections.abc import Callable
@@ -475,17 +477,55 @@ def list_imagenet_models() -> list[str]:
 def create_model(name: str, num_classes: int = 100) -> nn.Module:
     """A freshly initialised network: images (N, 3, height, width) to logits (N, `num_classes`), float32 under autocast.
 
-    Names: `list_models()` for images of about 32x32, `list_imagenet_models()` for about 224x224. `ValueError` for an
-    unknown name or fewer than two classes.
+    Names: `list_models()` for images of about 32x32, `list_imagenet_models()` for about 224x224, and `timm:NAME` and
+    `torchvision:NAME` for the networks of these libraries. `ValueError` for an unknown name, a library that is not
+    installed, or fewer than two classes.
     """
-    networks = _networks | _imagenet_networks
+    check_model(name)
+    num_classes = whole_number("num_classes", num_classes, 2)
+    library, _, its_name = name.partition(":")
+    if library == "timm":
+        import timm
+
+        return timm.create_model(its_name, num_classes=num_classes)
+    if library == "torchvision":
+        import torchvision
+
+        return torchvision.models.get_model(its_name, num_classes=num_classes)
+    return (_networks | _imagenet_networks)[name](num_classes=num_classes)
+
+
+def _networks_of(library: str) -> list[str]:
+    "The names of the classification networks of timm or torchvision."
+    if library == "timm":
+        import timm
+
+        return timm.list_models()
+    import torchvision
+
+    return torchvision.models.list_models(torchvision.models)
+
+
+def check_model(name: str) -> None:
+    "Raise `ValueError` unless `create_model` knows the network `name`."
+    library, separator, its_name = str(name).partition(":")
+    if library in ("timm", "torchvision") and separator:
+        if importlib.util.find_spec(library) is None:
+            raise ValueError(f"{name!r:.200} needs {library}, which is not installed; pip install {library}.")
+        names = _networks_of(library)
+        if its_name not in names:
+            close = difflib.get_close_matches(its_name[:100], names)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"{library} has no network {its_name!r:.200}.{hint}")
+        return
+    networks = [*_networks, *_imagenet_networks]
     if not isinstance(name, str) or name not in networks:
         by_lower_case = {known.lower(): known for known in networks}
         close = [by_lower_case[match] for match in difflib.get_close_matches(str(name)[:100].lower(), by_lower_case)]
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"There is no network {name!r:.200}.{hint} list_models() gives: {', '.join(_networks)}; "
                          f"list_imagenet_models(): {', '.join(_imagenet_networks)}.")
-    return networks[name](num_classes=whole_number("num_classes", num_classes, 2))
+
 
 # %% ../nbs/02_models.ipynb #50c9c10e
 def pretrained_weights(name: str) -> dict[str, Tensor]:

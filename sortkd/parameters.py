@@ -33,15 +33,16 @@ class Parameters:
 
     pair: str = _run(
         "r32x4_r8x4",
-        "teacher and student, one of the pairs of the papers",
+        "one of the papers' pairs, or TEACHER:STUDENT for any two networks",
         "CIFAR-100: r56_r20, r110_r32, r32x4_r8x4, wrn40_2_wrn16_2, wrn40_2_wrn40_1, vgg13_vgg8, r32x4_shuv1, "
-        "wrn40_2_shuv1, vgg13_mv2, r50_mv2, r32x4_shuv2, r32x4_mv2. ImageNet: in_r34_r18, in_r50_mv1.",
+        "wrn40_2_shuv1, vgg13_mv2, r50_mv2, r32x4_shuv2, r32x4_mv2. ImageNet: in_r34_r18, in_r50_mv1. "
+        "Own: such as resnet20:resnet8, timm:NAME and torchvision:NAME for the networks of these libraries.",
     )
     methods: str = _run(
         "kd,kd+sort",
         "objectives, alone or with a repair, separated by commas",
         "Objectives: ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
-        "Repairs: +skip, +swap, +revise, +sort (not with ce).",
+        "Repairs: +skip, +swap, +revise, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
     )
     seeds: str = _run("0", "random seeds, separated by commas; every method runs once with each")
 
@@ -57,6 +58,7 @@ class Parameters:
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
     epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")
+    set: str = _data("", "changes of the recipe, such as lr=0.1,batch_size=128,weight_decay=1e-4")
     train_size: int = _data(0, "number of training images, balanced over classes; 0: set by the preset")
     test_size: int = _data(0, "number of test images, balanced over classes; 0: set by the preset")
 

@@ -105,10 +105,7 @@ def _commit() -> str | None:
 
     def git(*arguments):
         return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10,
             check=True,
         ).stdout.strip()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .pairs import PAIRS, method_for, recipe_for
-from .methods import OBJECTIVES
+from .methods import OBJECTIVES, plain_name
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1
@@ -38,14 +38,13 @@ def _why_not_paper(record: dict) -> str | None:
     except ValueError as error:
         return str(error)
     published = json.loads(json.dumps(asdict(recipe_for(method, pair, Recipe(lr=pair.lr), True))))
-    method_fields = asdict(method)
+    if method.name != plain_name(method.name):
+        return f"method {method.name} has numbers of its own"
+    method_fields = method.as_record()
     pairs = [
-        ("preset", record["preset"], "paper"),
-        ("full_recipe", record["full_recipe"], True),
-        ("data", data["name"], "cifar100"),
-        ("data checksum", data["checksum"], CIFAR100_CHECKSUM),
-        ("train_images", data["train_images"], 50_000),
-        ("test_images", data["test_images"], 10_000),
+        ("preset", record["preset"], "paper"), ("full_recipe", record["full_recipe"], True),
+        ("data", data["name"], "cifar100"), ("data checksum", data["checksum"], CIFAR100_CHECKSUM),
+        ("train_images", data["train_images"], 50_000), ("test_images", data["test_images"], 10_000),
         *((name, recipe.get(name), value) for name, value in published.items()),
     ]
     absent = {name: value for name, value in method_fields.items() if name in _LATER_METHOD_FIELDS}
@@ -90,34 +89,19 @@ def _row(record: dict) -> dict:
     data, result, about = record["data"], record["result"], record["about_teacher"]
     rows = result.get("training_rows") or data["train_images"] * record["recipe"]["epochs"]
     return {
-        **{key: record[key] for key in ("run_id", "pair", "teacher", "student")},
-        "method": record["method"]["name"],
-        "objective": record["method"]["objective"],
-        "repair": record["method"]["repair"],
-        "seed": record["seed"],
-        "last_top1": result["last_top1"],
-        "best_top1": result["best_top1"],
-        "best_epoch": result["best_epoch"],
-        "seconds": result["seconds"],
-        "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
-        "changed_share": result.get("changed_rows", math.nan) / rows,
-        "preset": record["preset"],
-        "epochs": record["recipe"]["epochs"],
-        "lr": record["recipe"]["lr"],
+        **{key: record[key] for key in ("run_id", "pair", "teacher", "student")}, "method": record["method"]["name"],
+        "objective": record["method"]["objective"], "repair": record["method"]["repair"], "seed": record["seed"],
+        "last_top1": result["last_top1"], "best_top1": result["best_top1"], "best_epoch": result["best_epoch"],
+        "seconds": result["seconds"], "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
+        "changed_share": result.get("changed_rows", math.nan) / rows, "preset": record["preset"],
+        "epochs": record["recipe"]["epochs"], "lr": record["recipe"]["lr"],
         "recipe": text(_base_recipe(record), without=("lr",)),
-        "method_settings": text(record["method"], without=("name", "repair")),
-        "data": data["name"],
-        "data_checksum": data["checksum"],
-        "train_images": data["train_images"],
-        "test_images": data["test_images"],
-        "teacher_sha256": about["weights_sha256"],
-        "teacher_top1": about["top1"],
-        "device": record["device"],
+        "method_settings": text(record["method"], without=("name", "repair")), "data": data["name"],
+        "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
+        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "device": record["device"],
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
-        "precision": record["precision"],
-        "finished": record["finished"],
-        "synthetic": bool(record.get("synthetic", False)),
-        "not_paper": _why_not_paper(record),
+        "precision": record["precision"], "finished": record["finished"],
+        "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
         "curve": record["curve"],
     }
 
@@ -129,15 +113,7 @@ _COLUMNS = [
     "finished", "synthetic", "not_paper", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
-    "pair",
-    "method",
-    "seed",
-    "preset",
-    "lr",
-    "recipe",
-    "method_settings",
-    "data_checksum",
-    "teacher_sha256",
+    "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",
     "precision",
 ]
 
@@ -195,8 +171,7 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
 # %% ../nbs/08_results.ipynb #6011b200
 _SAME_IN_A_TABLE = {
     (): ["preset", "recipe", "data_checksum", "train_images", "test_images", "precision", "synthetic"],
-    ("pair",): ["teacher", "student", "teacher_sha256"],
-    ("pair", "objective"): ["method_settings", "lr"],
+    ("pair",): ["teacher", "student", "teacher_sha256"], ("pair", "objective"): ["method_settings", "lr"],
     ("pair", "method", "seed"): ["run_id"],
 }
 

@@ -56,17 +56,9 @@ def teacher_training(architecture: str, data: ImageSet, recipe: Recipe, seed: in
 
 
 def train_teacher(
-    architecture: str,
-    data: ImageSet,
-    recipe: Recipe,
-    *,
-    seed: int = 0,
-    device: str = "auto",
-    precision: str = "auto",
-    deterministic: bool = False,
-    runs_dir: str | Path = "results/runs",
-    callbacks: Sequence[Callable[[dict], None]] = (),
-    stop: Callable[[], bool] | None = None,
+    architecture: str, data: ImageSet, recipe: Recipe, *, seed: int = 0, device: str = "auto",
+    precision: str = "auto", deterministic: bool = False, runs_dir: str | Path = "results/runs",
+    callbacks: Sequence[Callable[[dict], None]] = (), stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> tuple[dict, dict]:
     """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `callbacks` and `stop` as for
@@ -77,18 +69,11 @@ def train_teacher(
     """
     fabric = create_fabric(device, precision, deterministic)
     training = teacher_training(architecture, data, recipe, seed)
-    name = f"teacher-{architecture.replace('/', '-')}-{fingerprint(architecture, training)}.pt"
+    name = f"teacher-{re.sub('[/:]', '-', architecture)}-{fingerprint(architecture, training)}.pt"
     checkpoint, batches = Path(runs_dir) / name, data.batches(fabric.device)
     outcome = train(
-        _initial_model(architecture, data.num_classes, seed),
-        batches,
-        create_method("ce"),
-        recipe,
-        fabric,
-        seed=seed,
-        checkpoint=checkpoint,
-        callbacks=callbacks,
-        stop=stop,
+        _initial_model(architecture, data.num_classes, seed), batches, create_method("ce"), recipe, fabric,
+        seed=seed, checkpoint=checkpoint, callbacks=callbacks, stop=stop,
         progress=f"teacher {architecture}" if progress else False,
     )
     values = {
@@ -108,9 +93,7 @@ def train_teacher(
 
 
 def _teacher_of(
-    experiment: Experiment,
-    progress: bool,
-    stop: Callable[[], bool] | None = None,
+    experiment: Experiment, progress: bool, stop: Callable[[], bool] | None = None,
     callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Teacher:
     pair, preset = experiment.pair, experiment.preset
@@ -124,27 +107,16 @@ def _teacher_of(
 
     def train_it():
         weights, values = train_teacher(
-            pair.teacher,
-            data,
-            preset.teacher_recipe,
-            device=experiment.device,
-            precision=experiment.precision,
-            deterministic=experiment.deterministic,
-            runs_dir=experiment.results_dir / "runs",
-            callbacks=callbacks,
-            stop=stop,
-            progress=progress,
+            pair.teacher, data, preset.teacher_recipe, device=experiment.device, precision=experiment.precision,
+            deterministic=experiment.deterministic, runs_dir=experiment.results_dir / "runs", callbacks=callbacks,
+            stop=stop, progress=progress,
         )
         return weights, values | {"complete": data is experiment.full_data}
 
     return get_teacher(
-        pair.teacher,
-        experiment.data,
-        experiment.teachers_dir,
-        teacher_training(pair.teacher, data, preset.teacher_recipe, seed=0),
-        train_it,
-        min_epochs=preset.teacher_min_epochs,
-        fetch=preset.fetch_teacher,
+        pair.teacher, experiment.data, experiment.teachers_dir,
+        teacher_training(pair.teacher, data, preset.teacher_recipe, seed=0), train_it,
+        min_epochs=preset.teacher_min_epochs, fetch=preset.fetch_teacher,
     )
 
 # %% ../nbs/07c_runs.ipynb #9776149e
@@ -171,11 +143,12 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "pair": experiment.pair_name,
         "teacher": experiment.pair.teacher,
         "student": experiment.pair.student,
-        "method": asdict(method),
+        "method": method.as_record(),
         "seed": seed,
         "preset": experiment.preset_name,
         "full_recipe": experiment.is_full_recipe,
         "recipe": asdict(experiment.recipe_for(method)),
+        **({"recipe_changes": dict(experiment.recipe_changes)} if experiment.recipe_changes else {}),
         "device": experiment.device,
         "precision": experiment.precision,
         **({"deterministic": True} if experiment.deterministic else {}),
@@ -193,7 +166,8 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "classes": data.num_classes,
     }
     key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
-    folder = experiment.results_dir / "runs" / f"{experiment.pair_name}-{method.name}-seed{seed}-{key}"
+    name = experiment.pair_name.replace(":", "-").replace("/", "-")
+    folder = experiment.results_dir / "runs" / f"{name}-{method.name}-seed{seed}-{key}"
     return Run(method, seed, settings, about_data, about_teacher, folder)
 
 # %% ../nbs/07c_runs.ipynb #5d907ef6
@@ -378,13 +352,9 @@ def _loggers(experiment: Experiment, run) -> Iterator[list[Callable[[dict], None
 
         experiment.results_dir.mkdir(parents=True, exist_ok=True)
         logger = wandb.init(
-            project="sortkd",
-            name=run.folder.name.rpartition("-")[0],
-            group=f"{experiment.pair_name}-{experiment.preset_name}",
-            dir=experiment.results_dir,
-            mode=experiment.wandb,
-            config=settings,
-            settings=wandb.Settings(silent=True),
+            project="sortkd", name=run.folder.name.rpartition("-")[0],
+            group=f"{experiment.pair_name}-{experiment.preset_name}", dir=experiment.results_dir,
+            mode=experiment.wandb, config=settings, settings=wandb.Settings(silent=True),
         )
         callbacks.append(lambda row: logger.log(row, step=row["epoch"]))
         closing.append(logger.finish)
@@ -406,9 +376,7 @@ class Results:
 
 
 def run_experiment(
-    experiment: Experiment,
-    progress: bool = True,
-    stop: Callable[[], bool] | None = None,
+    experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None,
     callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Results:
     """Find or make the teacher, train a student for every seed and method, and append a record of each to
@@ -537,10 +505,7 @@ def _run_at_once(experiment, runs, teacher, kind, progress, stop) -> list[dict]:
 
 # %% ../nbs/07c_runs.ipynb #0e7a8d6e
 def plan_repetition(
-    record: dict,
-    teacher: str = "auto",
-    teachers_dir: str = "teachers",
-    results_dir: str = "results/repeated",
+    record: dict, teacher: str = "auto", teachers_dir: str = "teachers", results_dir: str = "results/repeated",
     cache_dir: str = "auto",
 ) -> Experiment:
     """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
@@ -565,6 +530,7 @@ def plan_repetition(
             "device": record["device"],
             "precision": record["precision"],
             "deterministic": record.get("deterministic", False),
+            "set": ",".join(f"{name}={value}" for name, value in record.get("recipe_changes", {}).items()),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }
     except (KeyError, TypeError, ValueError) as error:

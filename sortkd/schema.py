@@ -11,14 +11,12 @@ from collections.abc import Iterable
 
 from .pairs import PAIRS
 from .records import SCHEMA_VERSION
-from .methods import OBJECTIVES, method_name
+from .methods import OBJECTIVES, method_name, plain_name
 
 # %% ../nbs/08a_schema.ipynb #ad69ff13
 def _object(**fields) -> dict:
     return {
-        "type": "object",
-        "properties": fields,
-        "required": list(fields),
+        "type": "object", "properties": fields, "required": list(fields),
         "description": f"an object with {', '.join(fields)}",
     }
 
@@ -33,10 +31,7 @@ _SEED = {"type": "integer", "minimum": 0, "description": "a whole number of at l
 
 def _each(item: dict) -> dict:
     return {
-        "type": "array",
-        "items": item,
-        "minItems": 1,
-        "description": f"a list, for each epoch {item['description']}",
+        "type": "array", "items": item, "minItems": 1, "description": f"a list, for each epoch {item['description']}",
     }
 
 
@@ -99,7 +94,7 @@ def _disagreements(record: dict) -> Iterable[tuple[str, object, object]]:
     yield "result.best_top1", result["best_top1"], best
     yield "result.best_epoch", result["best_epoch"], curve["test_top1"].index(best) + 1
     if method["objective"] in OBJECTIVES:
-        yield "method.name", method["name"], method_name(method["objective"], method["repair"])
+        yield "method.name", plain_name(method["name"]), method_name(method["objective"], method["repair"])
     yield "about_teacher.architecture", record["about_teacher"]["architecture"], record["teacher"]
     if record["pair"] in PAIRS:
         pair = PAIRS[record["pair"]]

@@ -37,15 +37,8 @@ def paired_effects(
         half = stats.t.ppf((1 + level) / 2, count - 1) * std / math.sqrt(count) if count > 1 else math.nan
         rows.append(
             {
-                "pair": pair,
-                "objective": objective,
-                "seeds": count,
-                "mean": mean,
-                "std": std,
-                "low": mean - half,
-                "high": mean + half,
-                "p": sign_flip_test(differences.to_numpy()),
-                "smallest_p": 2 / 2**count,
+                "pair": pair, "objective": objective, "seeds": count, "mean": mean, "std": std, "low": mean - half,
+                "high": mean + half, "p": sign_flip_test(differences.to_numpy()), "smallest_p": 2 / 2**count,
                 "differences": tuple(differences),
             }
         )
@@ -94,11 +87,7 @@ def pool_effects(effects: pd.DataFrame, level: float = 0.95, shared_variance: bo
     for objective, group in effects.groupby("objective", sort=False):
         group = group[group["seeds"] > 1]
         row = {
-            "objective": objective,
-            "pairs": len(group),
-            "mean": math.nan,
-            "low": math.nan,
-            "high": math.nan,
+            "objective": objective, "pairs": len(group), "mean": math.nan, "low": math.nan, "high": math.nan,
             "tau": math.nan,
         }
         variance = group["std"] ** 2
@@ -114,10 +103,7 @@ def pool_effects(effects: pd.DataFrame, level: float = 0.95, shared_variance: bo
             )
             _, _, _, (low, high) = pooled.conf_int(alpha=1 - level)
             row |= {
-                "mean": pooled.mean_effect_re,
-                "low": low,
-                "high": high,
-                "tau": math.sqrt(max(pooled.tau2, 0)),
+                "mean": pooled.mean_effect_re, "low": low, "high": high, "tau": math.sqrt(max(pooled.tau2, 0)),
                 "note": "",
             }
         rows.append(row)
@@ -162,10 +148,7 @@ def smallest_number(gain: float, std: float, power: float = 0.8, alpha: float = 
 
 
 def seeds_needed(
-    effects: pd.DataFrame,
-    gains: Sequence[float] = (0.2, 0.5, 1.0),
-    power: float = 0.8,
-    alpha: float = 0.05,
+    effects: pd.DataFrame, gains: Sequence[float] = (0.2, 0.5, 1.0), power: float = 0.8, alpha: float = 0.05,
     level: float = 0.95,
 ) -> pd.DataFrame:
     """How many seeds a paired t test needs to find each of `gains` (points of top-1), from the measured deviation.
@@ -177,9 +160,7 @@ def seeds_needed(
     number = partial(smallest_number, power=power, alpha=alpha)
     rows = [
         {
-            "gain": gain,
-            "seeds": number(gain, deviation["std"]),
-            "seeds_low": number(gain, deviation["low"]),
+            "gain": gain, "seeds": number(gain, deviation["std"]), "seeds_low": number(gain, deviation["low"]),
             "seeds_high": number(gain, deviation["high"]),
         }
         for gain in gains

@@ -48,11 +48,8 @@ def method_title(method: str) -> str:
 
 
 def comparison_table(
-    frame: pd.DataFrame,
-    reported: pd.DataFrame,
-    columns: Sequence[tuple[str, str]],
-    methods: Sequence[str] = PAPER_METHODS,
-    others: Sequence[str] = (),
+    frame: pd.DataFrame, reported: pd.DataFrame, columns: Sequence[tuple[str, str]],
+    methods: Sequence[str] = PAPER_METHODS, others: Sequence[str] = (),
 ) -> pd.DataFrame:
     """Texts for a table like the paper's: `columns` are (teacher, student), rows are (method, quantity).
 
@@ -87,13 +84,7 @@ def comparison_table(
 
 # %% ../nbs/08c_tables.ipynb #30c9bcb0
 _LATEX = {
-    "→": r"$\to$",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "–": "--",
-    "≤": r"$\le$",
-    "≥": r"$\ge$",
-    "×": r"$\times$",
+    "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$",
     "τ": r"$\tau$",
 }
 

@@ -41,11 +41,7 @@ class TeacherLogits:
     kind = "computed"
 
     def __init__(
-        self,
-        network: nn.Module,
-        batches: ImageBatches,
-        precision: str = "float32",
-        batch_size: int | None = None,
+        self, network: nn.Module, batches: ImageBatches, precision: str = "float32", batch_size: int | None = None,
     ):
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
@@ -87,17 +83,10 @@ def _identity(teacher: TeacherLogits, data) -> dict:
     "The plain values that determine every number in a cache."
     images = data.train_images.cpu().contiguous()
     return {
-        "format": 1,
-        "teacher_sha256": weights_checksum(teacher.network.state_dict()),
-        "images_sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
-        "images": len(images),
-        "image_size": data.image_size,
-        "classes": data.num_classes,
-        "mean": list(data.mean),
-        "std": list(data.std),
-        "pad": data.pad,
-        "flip": data.flip,
-        "precision": teacher.precision,
+        "format": 1, "teacher_sha256": weights_checksum(teacher.network.state_dict()),
+        "images_sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "images": len(images),
+        "image_size": data.image_size, "classes": data.num_classes, "mean": list(data.mean), "std": list(data.std),
+        "pad": data.pad, "flip": data.flip, "precision": teacher.precision,
     }
 
 # %% ../nbs/05_teacher_logits.ipynb #d2535eec
@@ -152,11 +141,7 @@ class CachedTeacherLogits(TeacherLogits):
     seconds_between_marks = 10.0
 
     def __init__(
-        self,
-        network: nn.Module,
-        batches: ImageBatches,
-        cache_dir: str | Path,
-        precision: str = "float32",
+        self, network: nn.Module, batches: ImageBatches, cache_dir: str | Path, precision: str = "float32",
         batch_size: int | None = None,
     ):
         super().__init__(network, batches, precision, batch_size)

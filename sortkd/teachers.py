@@ -10,6 +10,7 @@ __all__ = ['PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum', 'read_chec
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -251,14 +252,8 @@ def find_teacher(
 
 
 def get_teacher(
-    architecture: str,
-    data: ImageSet,
-    folder: str | Path,
-    training: Mapping,
-    train: Callable[[], tuple[Mapping[str, Tensor], Mapping]],
-    *,
-    min_epochs: int = 1,
-    fetch: bool = False,
+    architecture: str, data: ImageSet, folder: str | Path, training: Mapping,
+    train: Callable[[], tuple[Mapping[str, Tensor], Mapping]], *, min_epochs: int = 1, fetch: bool = False,
 ) -> Teacher:
     """The teacher for a run: found under `folder`, else fetched if `fetch`, else trained by `train` and kept under
     `folder`/local. For ImageNet torchvision's weights are fetched, and nothing is trained in their place.
@@ -268,7 +263,7 @@ def get_teacher(
     processes of one job (`torchrun`) train it together: all of them call this function, and `train` is called in all.
     Raises `OSError` before any training if `folder` is not writable, `ValueError` if links are in the way.
     """
-    folder, name = Path(folder), f"{architecture.replace('/', '-')}-{data.name}"
+    folder, name = Path(folder), f"{re.sub('[/:]', '-', architecture)}-{data.name}"
     training = json.loads(json.dumps(training))  # as it reads in a file: tuples are lists
 
     def find() -> Teacher | None:

@@ -366,7 +366,7 @@ def _teacher_logits(teacher, students: Sequence[Student], batches: ImageBatches,
 def _identity(student: Student, batches: ImageBatches, fabric, teacher: TeacherLogits | None, seed: int) -> str:
     "Everything that determines the numbers of a run."
     kind = teacher.kind if teacher is not None and student.method.uses_teacher else None
-    return fingerprint(asdict(student.recipe), asdict(student.method), batches.data.checksum, seed,
+    return fingerprint(asdict(student.recipe), student.method.as_record(), batches.data.checksum, seed,
                        type(student.model).__name__, precision_of(fabric), kind, student.context)
 
 # %% ../nbs/06_training.ipynb #8aca7ec6

@@ -18,6 +18,7 @@ from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
 from sortkd.plots import summarize
 from sortkd.records import append_record, compare_runs, differences, read_records
+from sortkd.results import load_results
 from sortkd.pairs import method_for, published_recipe, recipe_for
 from sortkd.runs import plan_repetition, run_experiment
 from sortkd.methods import create_method
@@ -141,6 +142,10 @@ def test_killed_and_started_again(folder, tmp_path):
     ({"results_dir": str(NOTEBOOK)}, "folder"), ({"results_dir": "/proc/results"}, "nothing can be written"), ({"teachers_dir": ""}, "folder"), ({"teacher": str(NOTEBOOK)}, "cannot be read"),
     ({"methods": ""}, "methods"), ({"methods": "kd-sort"}, "kd-sort"), ({"seeds": "0,x"}, "0,x"), ({"dataset": "cifar10"}, "Did you mean 'cifar100'"), ({"epochs": "many"}, "whole number"),
     ({"wandb": "on"}, "offline"), ({"cache": "on"}, "cache is 'on'"), ({"workers": 0}, "workers is 0"), ({"skip_recorded": 1}, "True or False"), ({"teacher": 3}, "teacher is 3"),
+    ({"pair": "resnet20:resnet9"}, "no network 'resnet9'. Did you mean resnet8"), ({"pair": "resnet20:"}, "TEACHER:STUDENT"), ({"pair": "timm:resnet8:resnet8"}, "timm"),
+    ({"pair": "imagenet/ResNet34:resnet8"}, "is for ImageNet"), ({"methods": "kd(temp=2)"}, "no setting 'temp'"), ({"methods": "kd(beta=1,temperature=2)"}, "no setting 'beta'"),
+    ({"methods": "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)"}, "give each method once"),
+    ({"set": "lr"}, "give numbers, such as"), ({"set": "lr=-1"}, "lr is -1"), ({"set": "batchsize=3"}, "Did you mean 'batch_size'"), ({"set": "batch_size=1.5"}, "give numbers"), ({"set": "epochs=3"}, "the name in set"),
     ({"pairs": "r56_r20"}, "parameter is 'pairs'.*Did you mean 'pair'"), ({"seed": 1}, "Did you mean 'seeds'"), ({"\n": 1}, "parameter is"),
 ])
 def test_bad_parameters_are_named(changes, words, tmp_path):
@@ -411,7 +416,7 @@ def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
     settings = {"methods": "kd,kd+sort", "seeds": "0,1", "epochs": 3}
     whole = run_experiment(small_experiment(folder, **settings, results_dir=str(tmp_path / "whole")), progress=False).records
     experiment = small_experiment(folder, **settings, results_dir=str(tmp_path / "broken"))
-    for asked in (1, 2, 1):  # after the first epoch of seed 0; after the first and the second of seed 1
+    for asked in (2, 1):  # in the second epoch of seed 0, then in the first of seed 1
         with pytest.raises(Stopped, match="after epoch"):
             run_experiment(experiment, progress=False, stop=stop_in(asked))
     records = run_experiment(experiment, progress=False).records
@@ -502,6 +507,29 @@ def test_a_record_is_enough_to_repeat_its_run(folder, tmp_path):
         repeated, = run_experiment(again, progress=False).records
         assert compare_runs(record, repeated) == []
     assert len(read_records(tmp_path / "repeated" / "quick.jsonl")) == 2
+
+
+def test_a_pair_and_numbers_of_one_s_own(folder, tmp_path):
+    "Two networks, a temperature and a recipe that no paper has: in the records, and repeated from one of them."
+    own = small_experiment(folder, pair="resnet20:resnet8", methods="kd(temperature=2)+sort,kd", set="lr=0.02,batch_size=32", results_dir=str(tmp_path / "results"))
+    assert not own.is_full_recipe and own.pair.lr == 0.05
+    changed, usual = run_experiment(own, progress=False).records
+    assert (changed["pair"], changed["teacher"], changed["student"]) == ("resnet20:resnet8", "resnet20", "resnet8")
+    assert changed["method"]["name"] == "kd(temperature=2)+sort" and changed["method"]["settings"] == {"temperature": 2.0} and usual["method"]["name"] == "kd"
+    assert (changed["recipe"]["lr"], changed["recipe"]["batch_size"]) == (0.02, 32) and changed["recipe_changes"] == {"lr": 0.02, "batch_size": 32}
+    assert changed["students"] == 2
+    frame, _ = load_results(tmp_path / "results" / "quick.jsonl")
+    assert list(frame.sort_values("method").method) == ["kd", "kd(temperature=2)+sort"] and frame.not_paper.notna().all()
+    again = plan_repetition(changed, teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
+    repeated, = run_experiment(again, progress=False).records
+    assert compare_runs(changed, repeated) == [] and "students" not in repeated
+
+
+@pytest.mark.parametrize("library, name", [("timm", "resnet10t"), ("torchvision", "mobilenet_v3_small")])
+def test_a_student_from_another_library(library, name, folder, tmp_path):
+    pytest.importorskip(library)
+    record, = run_experiment(small_experiment(folder, pair=f"resnet20:{library}:{name}", methods="kd", epochs=1, train_size=20, test_size=10, results_dir=str(tmp_path / "results")), progress=False).records
+    assert record["student"] == f"{library}:{name}"
 
 
 def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):

@@ -50,7 +50,7 @@ def test_the_papers_grid_is_the_workflows():
     ("change", "said"),
     [
         ({"seed": 1}, "a key of the grid is 'seed'.*Did you mean 'seeds'"),
-        ({"pairs": ["r56_r2"]}, "a pair is 'r56_r2'.*r56_r20"),
+        ({"pairs": ["r56_r2"]}, "pair is 'r56_r2'.*r56_r20"),
         ({"pairs": []}, "pairs is"),
         ({"methods": ["kd+sorted"]}, "sort"),
         ({"seeds": 0}, "seeds is 0"),

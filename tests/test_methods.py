@@ -1,5 +1,6 @@
 "Methods: objectives composed with repairs, the goldens of two views, the numbers of the papers, and what is refused."
 import json
+import re
 from dataclasses import asdict
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sortkd.experiments import plan_experiment
-from sortkd.losses import dkd_loss, kd_loss, skip_logits
+from sortkd.losses import dkd_loss, kd_loss, revise_logits, skip_logits
 from sortkd.methods import OBJECTIVES, LearnedTemperature, create_method, curriculum_factor, list_methods
 from sortkd.pairs import PAIRS
 from sortkd.sorting import swap_logits
@@ -211,3 +212,43 @@ def test_weights_and_warm_up():
 def test_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize(("written", "name", "settings", "of_repair"), [
+    ("kd(temperature=2)+sort", "kd(temperature=2)+sort", {"temperature": 2.0}, {}),
+    (" dkd( beta = 2.0, alpha=1.5 ) + revise(eta=0.9)", "dkd(alpha=1.5,beta=2)+revise(eta=0.9)",
+     {"alpha": 1.5, "beta": 2.0, "temperature": 4.0}, {"eta": 0.9}),
+    ("sld(student_teaches_after=3)", "sld(student_teaches_after=3)", {"student_teaches_after": 3}, {}),
+])
+def test_numbers_of_one_s_own(written, name, settings, of_repair):
+    "One spelling for each method, which names it again; numbers in the name count more than others."
+    method = create_method(written)
+    assert (method.name, method.settings, method.repair_settings) == (name, settings, of_repair)
+    assert create_method(method.name) == method
+    first = next(iter(settings))
+    assert create_method(written, **{first: 9}).settings == settings
+    assert ("repair_settings" in method.as_record()) == bool(of_repair)
+
+
+def test_own_numbers_reach_the_loss_and_the_repair():
+    logits, teacher = torch.randn(6, 5), torch.randn(6, 5)
+    target = (teacher.argmax(1) + 1) % 5
+    own, usual = create_method("kd(temperature=2,kd_weight=0.5)+revise(eta=0.5)"), create_method("kd+revise")
+    repaired = own.repair_logits(teacher, target)
+    assert torch.equal(repaired, revise_logits(teacher, target, eta=0.5))
+    assert not torch.equal(repaired, usual.repair_logits(teacher, target))
+    expected = 0.1 * F.cross_entropy(logits, target) + 0.5 * kd_loss(logits, repaired, 2.0)
+    assert torch.equal(own.loss(logits, repaired, target, 1), expected)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("kd(temp=2)", "kd has no setting 'temp'; it has ce_weight, kd_weight, warmup_epochs, temperature"),
+    ("kd(temperature=warm)", "temperature of kd is 'warm'; give a finite number"),
+    ("kd+revise(eta=inf)", "eta of revise is 'inf'; give a finite number"),
+    ("dkd(warmup_epochs=2.5)", "warmup_epochs of dkd is '2.5'; give a whole number"),
+    ("kd+sort(eta=1)", "sort has no setting 'eta'; it has none"),
+    ("kd(temperature=2", "choose one of ce, kd"),
+])
+def test_numbers_that_do_not_exist(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_method(name)

@@ -175,10 +175,12 @@ def test_the_check_names_a_missing_and_a_second_record(resumed):
     assert "seed 0: no record" not in done.stdout and not (folder / "results" / "cells" / "quick" / "grid.csv").exists()
 
 
-def test_one_cell_and_its_teacher(tmp_path):
-    done = snakemake(tmp_path, "--cores", "1", "results/cells/quick/r56_r20/kd/seed0.txt", cell="command", options=OPTIONS | {"epochs": 1, "train_size": 50})
-    assert done.returncode == 0 and planned(done.stdout) == {"cell": 1, "teacher": 1, "total": 2}, done.stdout[-3000:]
+def test_a_grid_of_one_cell(tmp_path):
+    done = snakemake(tmp_path, "--cores", "1", cell="command", methods=["kd"], seeds=1, options=OPTIONS | {"epochs": 1, "train_size": 50})
+    assert done.returncode == 0 and planned(done.stdout) == {"cell": 1, "grid": 1, "teacher": 1, "total": 3}, done.stdout[-3000:]
     assert list(records_of(tmp_path)) == [("r56_r20", 0, "kd")] and output_of(tmp_path, "r56_r20", 0, "kd").exists()
+    with open(tmp_path / "results" / "cells" / "quick" / "grid.csv", newline="") as file:
+        assert [row["run_id"] for row in csv.DictReader(file)] == [record["run_id"] for record in records_of(tmp_path).values()]
     assert not list(tmp_path.rglob("*.running.*"))
 
 
