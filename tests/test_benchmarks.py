@@ -59,6 +59,7 @@ def test_ways_take_turns_and_the_first_round_is_not_counted():
     assert "".join(calls) == "ababab" and {name: len(each) for name, each in times.items()} == {"a": 2, "b": 2}
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_records(tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, str(BENCHMARKS / "speed.py"), "--device", "cpu", "--results", str(tmp_path / "benchmarks.jsonl"), *arguments],

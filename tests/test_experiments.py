@@ -224,7 +224,7 @@ def test_runs_at_once_are_the_runs_alone(folder, tmp_path):
     torch.set_num_threads(1)
     settings = {"methods": "kd,dkd+sort", "seeds": "0,1"}
     alone = run_experiment(small_experiment(folder, **settings, results_dir=str(tmp_path / "alone")), progress=False).records
-    at_once = run_experiment(small_experiment(folder, **settings, workers=3, results_dir=str(tmp_path / "at_once")), progress=False).records
+    at_once = run_experiment(small_experiment(folder, **settings, workers=2, results_dir=str(tmp_path / "at_once")), progress=False).records
     assert [(record["method"]["name"], record["seed"]) for record in at_once] == [(record["method"]["name"], record["seed"]) for record in alone]
     assert [record["result"]["student_sha256"] for record in at_once] == [record["result"]["student_sha256"] for record in alone]
     assert len({record["result"]["student_sha256"] for record in alone}) == 4
@@ -259,7 +259,7 @@ def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
     experiment = small_experiment(folder, methods="kd", results_dir=str(tmp_path), cache_dir=str(tmp_path / "logits"))
     (tmp_path / "logits").write_text("a file in the way")
     assert run_experiment(experiment, progress=False).records[0]["teacher_logits"] == "computed"
-    assert "not kept" in capsys.readouterr().out
+    assert "are not cached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes,words", [({"cache": "yes"}, "auto, full, off"), ({"workers": 0}, "workers is 0"), ({"workers": "2"}, "workers"), ({"cache_dir": str(NOTEBOOK)}, "folder")])
@@ -363,6 +363,7 @@ def photographs(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_imagenet_through_the_notebook(photographs, monkeypatch):
     import papermill
     monkeypatch.setenv("SORTKD_DATA", str(photographs))
@@ -450,17 +451,18 @@ def test_workers_stop_too(folder, tmp_path):
     with pytest.raises(Stopped):
         run_experiment(experiment, progress=False, stop=StopNow())
     assert len(list(tmp_path.rglob("checkpoint.pt"))) >= 1 and not (tmp_path / "quick.jsonl").exists()
+    experiment = small_experiment(folder, methods="kd,kd+sort", results_dir=str(tmp_path))  # how many at once does not matter
     assert len(run_experiment(experiment, progress=False).records) == len(read_records(tmp_path / "quick.jsonl")) == 2
 
 
 def test_the_same_command_twice_at_once(folder, tmp_path):
     code = ("import sys, torch; torch.set_num_threads(1); from sortkd.commands import run\n"
             f"sys.exit(run('--pair r56_r20 --dataset digits --preset quick --epochs 2 --train-size 100 --test-size 60 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert [each.wait(timeout=200) for each in started] == [0, 0, 0]
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [each.wait(timeout=200) for each in started] == [0, 0]
     records, names = read_records(tmp_path / "quick.jsonl"), [record["method"]["name"] for record in read_records(tmp_path / "quick.jsonl")]
     # One that began when another had ended is a command of its own; at the same time they share their runs.
-    assert names.count("kd") == names.count("kd+sort") and len({record["run_id"] for record in records}) == len(records) <= 6
+    assert names.count("kd") == names.count("kd+sort") and len({record["run_id"] for record in records}) == len(records) <= 4
     assert len({record["result"]["student_sha256"] for record in records}) == 2
 
 
