@@ -58,7 +58,7 @@ class Parameters:
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
     epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")
-    set: str = _data("", "changes of the recipe, such as lr=0.1,batch_size=128,weight_decay=1e-4")
+    set: str = _data("", "numbers of the recipe, changed for all students", "Such as lr=0.1,batch_size=128,weight_decay=1e-4.")
     train_size: int = _data(0, "number of training images, balanced over classes; 0: set by the preset")
     test_size: int = _data(0, "number of test images, balanced over classes; 0: set by the preset")
 

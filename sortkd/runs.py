@@ -248,7 +248,8 @@ def _train_and_record(experiment, runs, teacher_logits, fabric, progress, stop, 
                 experiment.recipe_for(run.method), checkpoint=run.folder / "checkpoint.pt",
                 context=run.about_teacher["weights_sha256"], callbacks=[session, *callbacks, *loggers],
             ))
-        title = f"{', '.join(run.method.name for run in runs)}, seed {seed}"
+        names = [run.method.name for run in runs]
+        title = f"{', '.join(names) if len(names) < 4 else f'{len(names)} methods'}, seed {seed}"
         outcomes = train_together(students, teacher_logits.batches, fabric, teacher=teacher_logits, seed=seed, stop=stop,
                                   progress=title if progress else False)
     records = {}

@@ -324,8 +324,8 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
             saved = [learner.save(stops or epoch == learner.recipe.epochs) for learner in rows]
             if any(saved) and teacher is not None:
                 teacher.close()
-            scores = ", ".join(f"{row['train_loss']:.3f}, top-1 {row['test_top1']:.1f}" for row in rows.values())
-            bar.set_postfix_str(f"epoch {epoch}/{last}, loss {scores}")
+            scores = ", ".join(f"{row['test_top1']:.1f}" for row in rows.values())
+            bar.set_postfix_str(f"epoch {epoch}/{last}, top-1 {scores}")
             for learner, row in rows.items() if ranks.index == 0 else ():
                 for callback in learner.callbacks:
                     callback(row)
