@@ -64,11 +64,22 @@ def choice(name: str, value, allowed: Sequence[str]) -> str:
     return value
 
 
+def _split(text: str) -> list[str]:
+    "The parts of `text` between commas that are not in parentheses."
+    parts, depth, start = list[str](), 0, 0
+    for place, letter in enumerate(text):
+        if letter == "," and not depth:
+            parts.append(text[start:place])
+            start = place + 1
+        depth = max(0, depth + (letter == "(") - (letter == ")"))
+    return [*parts, text[start:]]
+
+
 def listed_names(name: str, value) -> list[str]:
     """`'kd, kd+sort'`, a list, or a single value, as a list of different strings, none of them empty. Commas in
     parentheses do not separate.
     """
-    parts = re.split(r",(?![^()]*\))", value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    parts = _split(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     try:
         parts = [str(part).strip() for part in parts]
     except Exception:  # what cannot be printed is not a name

@@ -146,7 +146,7 @@ def load_cifar100(root: str | Path | None = None, download: bool = True) -> Imag
     """CIFAR-100 (Krizhevsky, 2009), from `root`/cifar-100-python, downloaded there by torchvision if it is absent.
 
     `root` is by default the environment variable SORTKD_DATA, else `data`. FileNotFoundError if the files are neither
-    there nor to be had, NotADirectoryError if a file is in the way, ValueError if a file is damaged or missing.
+    there nor can be downloaded, NotADirectoryError if a file is in the way, ValueError if a file is damaged or missing.
     Mean and std are those of the published recipe and teachers.
     """
     from torchvision.datasets import CIFAR100

@@ -129,6 +129,8 @@ def _listed(items: Sequence) -> str:
 def _recipe_changes(text: str) -> dict[str, Any]:
     "The numbers of a recipe in `lr=0.1,batch_size=128`."
     changes: dict[str, Any] = {}
+    if not isinstance(text, str):
+        raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128'.")
     known = {each.name: each.default for each in fields(Recipe) if each.name not in ("epochs", "milestones")}
     for part in listed_names("set", text) if text else ():
         name, _, value = part.partition("=")
@@ -137,7 +139,10 @@ def _recipe_changes(text: str) -> dict[str, Any]:
             changes[name] = int(value) if isinstance(known[name], int) else float(value)
         except ValueError as error:
             raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128'.") from error
-    replace(Recipe(), **changes)
+    try:
+        replace(Recipe(), **changes)
+    except ValueError as error:
+        raise ValueError(f"set is {shown(text)}: {error}") from error
     return changes
 
 

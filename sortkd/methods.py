@@ -257,14 +257,15 @@ def _numbers_in(part: str, known: Mapping[str, float]) -> dict[str, float]:
         key, _, text = each.partition("=")
         if key not in known:
             names = ", ".join(known) or "none"
-            raise ValueError(f"{word} has no setting {key!r:.60}; it has {names}. Write them as in 'kd(temperature=2)'.")
+            raise ValueError(f"methods is {part!r:.80}, but {word} has no setting {key!r:.60}; it has {names}. "
+                             "Write numbers as in 'kd(temperature=2)'.")
         try:
             value = float(text)
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or (isinstance(known[key], int) and not value.is_integer()):
             kind = "whole" if isinstance(known[key], int) else "finite"
-            raise ValueError(f"{key} of {word} is {text!r:.60}; give a {kind} number.")
+            raise ValueError(f"methods is {part!r:.80}, but {key} of {word} is {text!r:.60}; give a {kind} number.")
         numbers[key] = int(value) if isinstance(known[key], int) else value
     return numbers
 

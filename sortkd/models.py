@@ -532,7 +532,7 @@ def pretrained_weights(name: str) -> dict[str, Tensor]:
     """Torchvision's published weights IMAGENET1K_V1 of one of its ResNets, as a state dict on the CPU.
 
     Downloaded once into PyTorch's hub folder (`torch.hub.get_dir()`). FileNotFoundError, naming the address, if they
-    are neither there nor to be had; ValueError for a network without published weights or a damaged file.
+    are neither there nor can be downloaded; ValueError for a network without published weights or a damaged file.
     """
     if name not in _torchvision_names:
         raise ValueError(f"torchvision publishes no weights of {name!r:.200}, only of {', '.join(_torchvision_names)}.")

@@ -119,7 +119,10 @@ def pair_for(name: str) -> Pair:
     if words is None:
         raise ValueError(f"pair is {name!r:.200}; give TEACHER:STUDENT, such as 'resnet20:resnet8'.")
     for network in words.groups():
-        check_model(network)
+        try:
+            check_model(network)
+        except ValueError as error:
+            raise ValueError(f"pair is {name!r:.100}: {error}") from error
         if network.startswith("imagenet/"):
             raise ValueError(f"pair is {name!r:.200}, but {network} is for ImageNet; its pairs are {', '.join(IMAGENET_PAIRS)}.")
     teacher, student = words.groups()

@@ -69,8 +69,9 @@ PATHS = ["FOLDER/file", "FOLDER/file/inside", "FOLDER/absent", "FOLDER/folder", 
 NAMES = ["r56", "kd+fix", "kd+sort+sort", "cpu,cuda", "tpu", "float16", "imagenet", "online,offline"]
 NUMBERS = [2**31, 2**63, 10**400, "0", "1", "-1", "1.0"]
 VALUES = {
-    "pair": EVERYTHING + NAMES, "methods": EVERYTHING + NAMES + ["kd,kd", "kd,,dkd", ",", [["kd"]], ["kd", None], ["kd", "kd"]],
+    "pair": EVERYTHING + NAMES + ["resnet8:", ":resnet8", "resnet8:resnet9", "timm:resnet8", "timm:x:resnet8", "resnet8:torchvision:" + LONG, ":" * 1000, "a:b:c"], "methods": EVERYTHING + NAMES + ["kd(", "kd)", "kd()(", "kd(a=1)", "kd(temperature=)", "kd(temperature=1e999)", "(" * 50_000, "kd(a," * 20_000, "kd,kd", "kd,,dkd", ",", [["kd"]], ["kd", None], ["kd", "kd"]],
     "seeds": EVERYTHING + NUMBERS + ["0,0", "-1", "0;1", [0, 0], [-1], [2**31], [None], "²"], "preset": EVERYTHING + NAMES, "dataset": EVERYTHING + NAMES,
+    "set": EVERYTHING + NAMES + ["lr", "lr=", "=1", "lr=x", "lr=nan", "lr=-1", "lr=1,lr=2", "lr=(1,2)", "batch_size=1.5", "batch_size=0", "epochs=3", "milestones=1", "lr==1"],
     "epochs": EVERYTHING + NUMBERS, "train_size": EVERYTHING + NUMBERS + [1438], "test_size": EVERYTHING + NUMBERS + [361],
     "teacher": EVERYTHING + PATHS, "teachers_dir": EVERYTHING + PATHS, "results_dir": EVERYTHING + PATHS, "cache_dir": EVERYTHING + PATHS,
     "device": EVERYTHING + NAMES, "precision": EVERYTHING + NAMES, "deterministic": EVERYTHING, "cache": EVERYTHING + NAMES, "workers": EVERYTHING + NUMBERS,

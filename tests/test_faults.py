@@ -40,6 +40,7 @@ def test_killed_before_changes_of_files(harness, number):
     assert harness.tally.faults["killed before a change of a file"] >= 1.5 * number
 
 
+@pytest.mark.slow
 def test_killed_with_half_a_file_written(harness):
     harness.kill_in_half_a_file()
     assert sum(number for kind, number in harness.tally.faults.items() if "half" in kind or "cache" in kind) == 10

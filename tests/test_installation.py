@@ -69,7 +69,7 @@ def test_the_package_is_the_modules_and_their_types(package):
     assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
-OPTIONAL = {"torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
+OPTIONAL = {"timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
 
 
 def test_what_is_imported_is_required(settings):

@@ -6,6 +6,7 @@ import torch
 from conftest import needs_cifar100
 
 from sortkd.data import load_data
+from sortkd.models import list_models
 from sortkd.teachers import PUBLISHED_TOP1, load_teacher, read_checkpoint
 from sortkd.devices import create_fabric
 from sortkd.training import evaluate
@@ -23,19 +24,21 @@ def test_they_are_small_enough():
 def test_they_say_what_they_are(path):
     weights, text = read_checkpoint(path)
     missing = {"architecture", "dataset", "recipe", "epochs", "seed", "top1", "precision", "machine", "versions", "command"} - {*text}
-    assert not missing and text["versions"]["torch"] and text["architecture"] in PUBLISHED_TOP1
+    assert not missing and text["versions"]["torch"] and text["architecture"] in list_models()
     rounded = {name: value.dtype for name, value in weights.items() if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     assert {*rounded.values()} == {torch.float16}
 
 
+# 2,000 test images have a standard error of at most 1.1 points. On all of them, the file's own number was taken before the
+# weights were rounded to half precision, and in the precision of training.
 @needs_cifar100
+@pytest.mark.parametrize("images, tolerance", [(2000, 4), pytest.param(0, 0.1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
-def test_they_are_as_good_as_they_say(path):
+def test_they_are_as_good_as_they_say(path, images, tolerance):
     _, text = read_checkpoint(path)
-    data = load_data(text["dataset"])
+    data = load_data(text["dataset"]).subset(test_size=images)
     fabric = create_fabric("cpu", "float32")
     found = evaluate(load_teacher(path, text["architecture"], data.num_classes).model, data.batches(fabric.device), fabric).top1
-    # The file's own number was taken before the weights were rounded to half precision, and in the precision of training.
-    assert found == pytest.approx(text["top1"], abs=0.1)
-    if text["epochs"] >= 240:
+    assert found == pytest.approx(text["top1"], abs=tolerance)
+    if text["epochs"] >= 240 and text["architecture"] in PUBLISHED_TOP1 and not images:
         assert found == pytest.approx(PUBLISHED_TOP1[text["architecture"]], abs=1), "a finding: explain it where the file is described"
