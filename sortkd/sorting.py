@@ -29,8 +29,7 @@ def check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
     if not -len(shape) <= dim < len(shape):
         raise ValueError(f"dim={dim} is not a dimension of logits of shape {tuple(shape)}; name the one that holds the classes.")
     dim %= len(shape)
-    expected = shape[:dim] + shape[dim + 1 :]
-    if target.shape != expected:
+    if target.shape != (expected := shape[:dim] + shape[dim + 1 :]):
         raise ValueError(
             f"logits of shape {tuple(shape)} with classes along dim={dim} need a target of shape {tuple(expected)}, "
             f"but it has {tuple(target.shape)}."
@@ -72,14 +71,17 @@ def find_wrong_rows(logits: Tensor, target: Tensor, dim: int, ignore_index: int)
 # %% ../nbs/00_sorting.ipynb #4831d033
 def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index: int) -> Tensor:
     "`sort_logits` by reordering the highest classes of the wrong rows; reads values to learn how many."
+    if logits.ndim == 1:
+        return _sort_moving_classes(logits[None], target[None], 1, ignore_index)[0]
     index, value, wrong = find_wrong_rows(logits, target, dim, ignore_index)
-    repaired = logits.clone()
-    rows, index, value = logits.movedim(dim, -1)[wrong], index[wrong].unsqueeze(1), value[wrong].unsqueeze(1)
+    repaired, where = logits.clone(), wrong.nonzero(as_tuple=True)
+    rows, index, value = logits.movedim(dim, -1)[where], index[where].unsqueeze(1), value[where].unsqueeze(1)
     if not len(rows):
         return repaired
-    k = int((rows > value).sum(1).max())  # r - 1, where the target lies deepest
+    k = int((rows > value).sum(1, dtype=torch.int32).max())  # r - 1, where the target lies deepest
+    inside, place = repaired.movedim(dim, -1), [each.unsqueeze(1) for each in where]
     if 8 * k > rows.shape[1]:  # then one sort of the whole row is faster
-        rows = _sort_whole_rows(rows, index, value, torch.ones_like(index, dtype=torch.bool), 1)
+        inside[where] = _sort_whole_rows(rows, index, value, torch.ones_like(index, dtype=torch.bool), 1)
     else:
         classes = rows.topk(k + 1).indices.sort().values
         ranked, order = rows.gather(1, classes).sort(descending=True, stable=True)  # z_π(1), ..., z_π(k+1)
@@ -87,8 +89,8 @@ def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index:
         first, ranked, below = ranked[:, :1], ranked[:, :-1], ranked[:, 1:]  # z_π(1), z_π(j), z_π(j+1)
         below = torch.where(below > value, below, value)  # by comparison: -0.0 stays itself
         handed_out = torch.where(ranked > value, below, ranked)  # z̃_π(j)
-        rows.scatter_(1, classes[:, :-1], handed_out).scatter_(1, index, first)  # z̃_y = z_π(1)
-    repaired.movedim(dim, -1)[wrong] = rows
+        inside[(*place, classes[:, :-1])] = handed_out
+        inside[(*place, index)] = first  # z̃_y = z_π(1)
     return repaired
 
 # %% ../nbs/00_sorting.ipynb #55551991
