@@ -412,13 +412,13 @@ def run_experiment(
     command = experiment.results_dir / "runs" / f"started-{fingerprint(sorted(run.folder.name for run in runs))}"
     started = fabric.broadcast(_started(command, runs, experiment) if fabric.is_global_zero and runs else "")
     runs, before = [replace(run, started=started) for run in runs], {each.get("run_id") for each in records_so_far(experiment)}
+    groups = _taught_together(experiment, runs, experiment.workers)
     if experiment.workers > 1 and runs:
-        records = _run_at_once(experiment, runs, teacher, teacher_logits.kind, progress, stop)
+        parts = _run_at_once(experiment, groups, teacher, teacher_logits.kind, progress, stop)
     else:
-        groups = _taught_together(experiment, runs, 1)
         parts = [_run_together(experiment, group, teacher_logits, fabric, progress, stop, callbacks) for group in groups]
-        found = {run.run_id: record for group, part in zip(groups, parts) for run, record in zip(group, part)}
-        records = [found[run.run_id] for run in runs]
+    found = {run.run_id: record for group, part in zip(groups, parts) for run, record in zip(group, part)}
+    records = [found[run.run_id] for run in runs]
     if fabric.is_global_zero:
         command.unlink(missing_ok=True)
     appended = sum(record["run_id"] not in before for record in records)
@@ -475,10 +475,10 @@ def _run_in_worker(runs):
     return _run_together(_worker["experiment"], runs, *_worker["constant"], [report])
 
 
-def _run_at_once(experiment, runs, teacher, kind, progress, stop) -> list[dict]:
+def _run_at_once(experiment, groups, teacher, kind, progress, stop) -> list[list[dict]]:
     context = torch.multiprocessing.get_context("spawn")  # a GPU cannot be used in a forked process
     events = context.SimpleQueue()
-    workers, epochs = min(experiment.workers, len(runs)), experiment.recipe.epochs * len(runs)
+    workers, epochs = min(experiment.workers, len(groups)), experiment.recipe.epochs * sum(map(len, groups))
     experiment = replace(experiment, cache="off" if kind == TeacherLogits.kind else "full")  # as in this process
     teacher = replace(teacher, model=teacher.model.cpu())
     arguments = (experiment, teacher, max(1, torch.get_num_threads() // workers), events, stop)
@@ -486,7 +486,6 @@ def _run_at_once(experiment, runs, teacher, kind, progress, stop) -> list[dict]:
         ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool,
         progress_bar(progress and f"{workers} runs at once", "", epochs, 0, "epoch") as bar,
     ):
-        groups = _taught_together(experiment, runs, workers)
         futures = [pool.submit(_run_in_worker, group) for group in groups]
         pending = set(futures)
         try:
@@ -509,8 +508,7 @@ def _run_at_once(experiment, runs, teacher, kind, progress, stop) -> list[dict]:
             for process in torch.multiprocessing.active_children():
                 process.terminate()
             raise
-    records = {run.run_id: record for group, future in zip(groups, futures) for run, record in zip(group, future.result())}
-    return [records[run.run_id] for run in runs]
+    return [future.result() for future in futures]
 
 # %% ../nbs/07c_runs.ipynb #0e7a8d6e
 def plan_repetition(

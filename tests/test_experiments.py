@@ -447,6 +447,7 @@ class StopNow:
 
 
 def test_workers_stop_too(folder, tmp_path):
+    run_experiment(small_experiment(folder, methods="kd", epochs=1, results_dir=str(tmp_path / "teacher_first")), progress=False)
     experiment = small_experiment(folder, methods="kd,kd+sort", workers=2, results_dir=str(tmp_path))
     with pytest.raises(Stopped):
         run_experiment(experiment, progress=False, stop=StopNow())
