@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import __version__
+from .checks import need_experiments
 from .parameters import Parameters, parameter_groups
+
+need_experiments()
 
 # %% ../nbs/09_commands.ipynb #6b6271bd
 def _run_parser() -> argparse.ArgumentParser:
