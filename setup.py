@@ -7,6 +7,11 @@ from setuptools import setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
+extras = {name: settings[f"{name}_requirements"].split() for name in ("experiments", "tensorboard", "wandb", "workflow", "dev")}
+extras["all"] = sum((extras[name] for name in ("tensorboard", "wandb", "workflow")), [])
+for name in ("tensorboard", "wandb", "workflow", "all"):
+    extras[name] = extras["experiments"] + extras[name]
+extras["dev"] = extras["all"] + extras["dev"]
 
 setup(
     name=settings["lib_name"],
@@ -32,7 +37,7 @@ setup(
     package_data={"sortkd": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "workflow")},
+    extras_require=extras,
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

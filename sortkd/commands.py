@@ -16,7 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import __version__
+from .checks import need_experiments
 from .parameters import Parameters, parameter_groups
+
+need_experiments()
 
 # %% ../nbs/09_commands.ipynb #6b6271bd
 def _run_parser() -> argparse.ArgumentParser:
@@ -35,7 +38,7 @@ def _run_parser() -> argparse.ArgumentParser:
             group.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, help=text, **kind)
     group = parser.add_argument_group("This command")
     group.add_argument("--version", action="version", version=__version__)
-    group.add_argument("--quiet", action="store_true", help="show no progress bars")
+    group.add_argument("--quiet", action="store_true", help="print no line for each epoch")
     group.add_argument(
         "--from-record",
         metavar="FILE[:RUN_ID]",

@@ -164,7 +164,7 @@ def _checked_values(given: Parameters) -> Parameters:
     choice("wandb", given.wandb, ["off", "offline", "online"])
     for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed; pip install {package}, or do not log with it.")
+            raise ValueError(f"{package} is not installed; pip install 'sortkd[{package}]', or do not log with it.")
     minima = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
     whole: Any = {name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()}
     return replace(given, **whole)

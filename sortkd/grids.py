@@ -20,6 +20,10 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from .checks import need_experiments
+
+need_experiments()
+
 import pandas as pd
 import psutil
 import torch

@@ -13,6 +13,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from .checks import need_experiments
+
+need_experiments()
+
 import pandas as pd
 
 from .pairs import PAIRS, method_for, recipe_for

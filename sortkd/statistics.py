@@ -12,6 +12,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 
+from .checks import need_experiments
+
+need_experiments()
+
 import numpy as np
 import pandas as pd
 from scipy import special, stats

@@ -12,6 +12,10 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
+from .checks import need_experiments
+
+need_experiments()
+
 import pandas as pd
 
 from .files import save_atomically

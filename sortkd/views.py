@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .checks import finite_number, whole_number
+from .checks import finite_number, need_experiments, whole_number
+
+need_experiments()
 
 # %% ../nbs/03_views.ipynb #5faf9dab
 class Views(NamedTuple):

@@ -16,6 +16,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from sortkd.checks import EXPERIMENT_PACKAGES
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -39,7 +41,7 @@ def package(monkeypatch):
 def test_the_promise_is_what_was_tried(settings):
     "A new requirement, bound or Python takes a run of .ci/install-matrix."
     bounds = {}
-    for requirement in map(Requirement, settings["requirements"].split()):
+    for requirement in map(Requirement, f"{settings['requirements']} {settings['experiments_requirements']}".split()):
         bound, = requirement.specifier  # one bound each, below
         assert bound.operator == ">=", requirement
         bounds[requirement.name] = Version(bound.version)
@@ -58,9 +60,18 @@ def test_everyone_promises_the_same(settings, package):
     assert settings["min_python"] == pythons[0] and package["python_requires"] == f">={pythons[0]}"
     assert f"With Python {pythons[0]} or newer" in (ROOT / "README.md").read_text()
     classifiers = [each.rpartition(" ")[2] for each in package["classifiers"] if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", each)]
-    assert classifiers == pythons and package["install_requires"] == settings["requirements"].split()
+    assert classifiers == pythons
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     assert jobs["checks"]["strategy"]["matrix"]["python"] == jobs["installations"]["strategy"]["matrix"]["python"] == pythons
+
+
+def test_every_extra_runs_experiments_and_the_base_is_torch(settings, package):
+    needed, extras = settings["experiments_requirements"].split(), package["extras_require"]
+    assert [Requirement(each).name for each in package["install_requires"]] == ["torch"]
+    assert extras.keys() == {"experiments", "tensorboard", "wandb", "workflow", "all", "dev"} and extras["experiments"] == needed
+    assert all(set(needed) < set(extras[name]) < set(extras["dev"]) for name in ("tensorboard", "wandb", "workflow", "all"))
+    assert set(extras["all"]) == set(extras["tensorboard"] + extras["wandb"] + extras["workflow"])
+    assert all(len(set(each)) == len(each) for each in extras.values())
 
 
 def test_the_package_is_the_modules_and_their_types(package):
@@ -69,22 +80,79 @@ def test_the_package_is_the_modules_and_their_types(package):
     assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
-OPTIONAL = {"timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
+OPTIONAL = {"tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
+
+
+def imports_of(path):
+    "The packages, beside the standard library's and IPython, of which ipykernel is made."
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            modules.add(node.module.partition(".")[0])
+    return modules - sys.stdlib_module_names - OPTIONAL - {"sortkd", "IPython"}
 
 
 def test_what_is_imported_is_required(settings):
     "Though other requirements may bring it along."
-    required = {Requirement(each).name for each in settings["requirements"].split()}
-    providers, modules = packages_distributions(), set()
-    for path in (ROOT / "sortkd").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                modules |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                modules.add(node.module.partition(".")[0])
-    foreign = modules - sys.stdlib_module_names - OPTIONAL - {"sortkd", "IPython"}  # ipykernel is made of IPython
-    assert {"torch", "PIL", "sklearn"} <= foreign
+    required = {Requirement(each).name for each in settings["experiments_requirements"].split()}
+    foreign = set().union(*map(imports_of, (ROOT / "sortkd").glob("*.py"))) - {"torch"}
+    assert foreign == set(EXPERIMENT_PACKAGES), "list what modules import in sortkd.checks"
+    providers = packages_distributions()
     assert not {name for name in foreign if not {each.lower() for each in providers[name]} & required}
+
+
+BASE = ["", ".sorting", ".losses", ".methods", ".integrations", ".checks", ".files"]
+# A package that is not installed: neither found nor imported.
+BLOCKED = f"""
+import importlib, sys
+for name in {EXPERIMENT_PACKAGES + tuple(OPTIONAL)!r}:
+    if name not in ("numpy", "filelock"):  # torch looks for the first, and brings the second
+        sys.modules[name] = None
+"""
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", BLOCKED + code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_the_method_needs_torch_alone():
+    done = python(f"""
+for name in {BASE!r}:
+    importlib.import_module("sortkd" + name)
+import torch
+from sortkd import DistillationLoss, create_method, kd_loss, sort_logits, swap_logits
+logits, target = torch.randn(2, 4, 10), torch.arange(4)
+for method in ("kd+sort", "dist+swap", "lskd+revise"):
+    assert DistillationLoss(method)(*logits, target).isfinite()
+""")
+    assert done.returncode == 0, done.stderr
+    loaded = set().union(*(imports_of(ROOT / "sortkd" / f"{name[1:] or '__init__'}.py") for name in BASE))
+    assert loaded <= {"torch", "filelock"}, "and filelock comes with torch"
+
+
+def test_experiments_name_the_extra_that_they_need(settings):
+    commands = [each.replace("=", ":").split(":") for each in settings["console_scripts"].split()]
+    done = python(f"""
+import pkgutil, sortkd
+for module in pkgutil.iter_modules(sortkd.__path__):
+    try:
+        importlib.import_module("sortkd." + module.name)
+    except ImportError as error:
+        assert str(error).endswith("pip install 'sortkd[experiments]'.") and error.name == "PIL", error
+        print(module.name)
+for command, module, _ in {commands!r}:  # which end with a line, and without a traceback
+    sys.argv = ["/somewhere/bin/" + command]
+    try:
+        importlib.import_module(module)
+    except SystemExit as end:
+        assert end.code.endswith("pip install 'sortkd[experiments]'."), end.code
+        print(command)
+""")
+    assert done.returncode == 0, done.stderr
+    modules = {"commands", "data", "experiments", "grids", "plots", "results", "runs", "statistics", "tables", "teachers", "training"}
+    assert modules | {"sortkd-run", "sortkd-grid", "sortkd-eval"} <= set(done.stdout.split())
 
 
 FLAW = {"id": "GHSA-0000", "summary": "runs what it reads", "schema_version": "1.0.0", "affected": [
