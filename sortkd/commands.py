@@ -38,7 +38,7 @@ def _run_parser() -> argparse.ArgumentParser:
             group.add_argument(f"--{each.name.replace('_', '-')}", default=each.default, help=text, **kind)
     group = parser.add_argument_group("This command")
     group.add_argument("--version", action="version", version=__version__)
-    group.add_argument("--quiet", action="store_true", help="show no progress bars")
+    group.add_argument("--quiet", action="store_true", help="print no line for each epoch")
     group.add_argument(
         "--from-record",
         metavar="FILE[:RUN_ID]",

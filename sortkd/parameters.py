@@ -104,5 +104,5 @@ def parameter_cell() -> str:
             value = f'"{default}"' if isinstance(default, str) else repr(default)
             lines.append(f"{each.name}: {kind} = {value}  # {each.metadata['help']}")
             lines += textwrap.wrap(each.metadata["more"], 98, initial_indent="#   ", subsequent_indent="#   ")
-    lines += ["", "# In this notebook", "progress: bool = True  # show a progress bar for each run"]
+    lines += ["", "# In this notebook", "progress: bool = True  # print a line after each epoch"]
     return "\n".join(lines).strip()

@@ -28,13 +28,14 @@ from .experiments import Experiment, plan_experiment
 from .files import exclusive, refuse_links, remove_leftovers, save_atomically
 from .methods import Method, create_method
 from .models import create_model
+from .progress import Progress
 from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
 from .teachers import Teacher, get_teacher, load_teacher, read_checkpoint, weights_checksum
 from .views import STRONG_VIEWS
 from .checkpoints import fingerprint
 from .devices import create_fabric, precision_of
-from .training import Outcome, Recipe, Student, evaluate, progress_bar, train, train_together
+from .training import Outcome, Recipe, Student, evaluate, train, train_together
 from .views import ImageBatches, ImageSet
 
 # %% ../nbs/07c_runs.ipynb #8ecf5583
@@ -74,7 +75,7 @@ def train_teacher(
     outcome = train(
         _initial_model(architecture, data.num_classes, seed), batches, create_method("ce"), recipe, fabric,
         seed=seed, checkpoint=checkpoint, callbacks=callbacks, stop=stop,
-        progress=f"teacher {architecture}" if progress else False,
+        progress=f"teacher {architecture}, seed {seed}" if progress else False,
     )
     values = {
         **training,
@@ -482,18 +483,16 @@ def _run_at_once(experiment, groups, teacher, kind, progress, stop) -> list[list
     experiment = replace(experiment, cache="off" if kind == TeacherLogits.kind else "full")  # as in this process
     teacher = replace(teacher, model=teacher.model.cpu())
     arguments = (experiment, teacher, max(1, torch.get_num_threads() // workers), events, stop)
-    with (
-        ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool,
-        progress_bar(progress and f"{workers} runs at once", "", epochs, 0, "epoch") as bar,
-    ):
+    report, done_epochs = Progress(f"{workers} runs at once", epochs, "epoch", shown=bool(progress)), 0
+    with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
         futures = [pool.submit(_run_in_worker, group) for group in groups]
         pending = set(futures)
         try:
             while pending:
                 done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 while not events.empty():
-                    bar.set_postfix_str(events.get(), refresh=False)
-                    bar.update()
+                    done_epochs += 1
+                    report(done_epochs, events.get())
                 for future in done:
                     future.result()
         except BrokenProcessPool as error:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .views import ImageBatches, Views, number_of_views, view_id, views_of
 from .files import refuse_links, save_atomically
+from .progress import Progress
 from .teachers import weights_checksum
 
 # %% ../nbs/05_teacher_logits.ipynb #0286290c
@@ -212,11 +213,11 @@ class CachedTeacherLogits(TeacherLogits):
 
     def fill(self, progress: bool = False) -> None:
         "Compute the missing views of all images. An interrupted call continues where it stopped."
-        from tqdm import tqdm
-
-        step = 32 * self.batch_size
-        for start in tqdm(range(0, len(self._marks), step), desc="teacher logits", disable=not progress, ncols=110):
-            self._fill(torch.arange(start, min(start + step, len(self._marks))))
+        step, total = 32 * self.batch_size, len(self._marks)
+        report = Progress("teacher logits", total, "view", pause=10.0, shown=progress)
+        for start in range(0, total, step):
+            self._fill(torch.arange(start, min(start + step, total)))
+            report(min(start + step, total))
         self.close()
 
     def _fill(self, rows: Tensor) -> None:

@@ -52,7 +52,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["sortkd.runs", "sortkd.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
-     "safetensors.torch", "tqdm", "faults"]
+     "safetensors.torch", "faults"]
 )
 
 

@@ -31,7 +31,7 @@ def test_the_notebook_has_the_parameters_of_the_dataclass():
     assert cell.source == parameter_cell()
     assert all(len(line) <= 100 for line in cell.source.splitlines()), "longer ones are clipped"
     found = inspect_notebook(NOTEBOOK)
-    assert found.pop("progress") == {"name": "progress", "inferred_type_name": "bool", "default": "True", "help": "show a progress bar for each run"}
+    assert found.pop("progress") == {"name": "progress", "inferred_type_name": "bool", "default": "True", "help": "print a line after each epoch"}
     assert list(found) == [each.name for group in parameter_groups().values() for each in group] == list(signature(plan_experiment).parameters)
     for each in fields(Parameters):
         assert ast.literal_eval(found[each.name]["default"]) == each.default
