@@ -229,8 +229,8 @@ class ImageSet(ABC):
 
     name: str
     class_names: tuple[str, ...]
-    mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
     train_targets: Tensor  # int64 (N,)
     test_targets: Tensor
     image_size: int
@@ -239,6 +239,11 @@ class ImageSet(ABC):
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def normalization(self) -> dict[str, list[float]]:
+        "Mean and standard deviation for a record; empty for sets whose name fixes them, as in all records of before."
+        return {} if self.name in ("cifar100", "digits", "imagenet") else {"mean": [*self.mean], "std": [*self.std]}
 
     @property
     def views_per_image(self) -> int | None:
