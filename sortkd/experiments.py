@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
-from .data import load_data
+from .data import DATASETS, check_dataset, load_data
 from .methods import Method, create_method
-from .pairs import IMAGENET_PAIRS, PRESETS, Pair, Preset, method_for, pair_for, published_recipe, recipe_for
+from sortkd.pairs import (
+    IMAGENET_PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe, recipe_for,
+)
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
 from .teacher_logits import expected_views
@@ -61,9 +63,14 @@ class Experiment:
     @property
     def is_full_recipe(self) -> bool:
         "Whether this is the published setting, whole: all of CIFAR-100 for 240 epochs, or all of ImageNet for 100."
-        whole = self.data is self.full_data and self.recipe.epochs == published_recipe(self.pair).epochs
         images = (len(self.data.train_targets), len(self.data.test_targets))
-        return self.preset_name == "paper" and whole and not self.recipe_changes and (self.data.name != "imagenet" or images == _IMAGENET_IMAGES)
+        return self._is_whole and (self.data.name == "cifar100" or (self.data.name == "imagenet" and images == _IMAGENET_IMAGES))
+
+    @property
+    def _is_whole(self) -> bool:
+        "Whether the published recipe is followed to its end, on all images of the data set."
+        whole = self.data is self.full_data and self.recipe.epochs == published_recipe(self.pair).epochs
+        return self.preset_name == "paper" and whole and not self.recipe_changes
 
     def recipe_for(self, method: Method) -> Recipe:
         "The recipe of one of the methods: `recipe`, unless the paper of the method has another."
@@ -99,7 +106,7 @@ class Experiment:
         images = f"{len(data.train_targets):,} training and {len(data.test_targets):,} test images of {size}"
         device = "a GPU" if self.device == "cuda" else "the CPU"
         what = (
-            f"{self.pair.teacher} teaches {self.pair.student} on {DATA_TITLES[data.name]} ({images}), {recipe.epochs} "
+            f"{self.pair.teacher} teaches {self.pair.student} on {DATA_TITLES.get(data.name, data.name)} ({images}), {recipe.epochs} "
             f"epoch{'s' * (recipe.epochs > 1)}, by {_listed([method.name for method in self.methods])}, "
             f"with {'seeds' if len(self.seeds) > 1 else 'seed'} {_listed(self.seeds)}, on {device} in {self.precision}."
         )
@@ -108,6 +115,11 @@ class Experiment:
                 f"This is a full run of the published recipe: {what} "
                 "Its numbers can be compared with published ones, last epoch with last and best with best."
             )
+        if self._is_whole and data.name != "imagenet":
+            return (
+                f"This is the published recipe, whole, on other data than the papers': {what} "
+                "Its numbers can be compared with each other, not with published ones."
+            )
         return (
             f"This is a {'shortened' if self.preset_name == 'paper' else self.preset_name} run: {what} "
             + (
@@ -115,12 +127,13 @@ class Experiment:
                 if self.preset_name == "short"
                 else "It shows how everything works; its numbers are not evidence about the methods. "
             )
-            + f"For evidence, use preset='paper' on {'all of ImageNet' if data.name == 'imagenet' else 'CIFAR-100'}, "
+            + f"For evidence, use preset='paper' on {_EVIDENCE.get(data.name, 'all images')}, "
             "a GPU and several seeds."
         )
 
 
-DATA_TITLES = {"cifar100": "CIFAR-100", "digits": "scikit-learn's digits", "imagenet": "images in ImageNet's layout"}
+_EVIDENCE = {"imagenet": "all of ImageNet", "cifar100": "CIFAR-100", "digits": "CIFAR-100"}
+DATA_TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "tiny-imagenet": "Tiny ImageNet", "digits": "scikit-learn's digits", "imagenet": "images in ImageNet's layout"}
 
 
 def _listed(items: Sequence) -> str:
@@ -157,7 +170,7 @@ def _checked_values(given: Parameters) -> Parameters:
     _recipe_changes(given.set)
     listed_seeds("seeds", given.seeds)
     choice("preset", given.preset, ["auto", *dict.fromkeys(preset for preset, _ in PRESETS)])
-    choice("dataset", given.dataset, ["auto", "imagenet"] if given.pair in IMAGENET_PAIRS else ["auto", "cifar100", "digits"])
+    check_dataset("dataset", given.dataset, [name for name in DATASETS if (name == "imagenet") != (given.pair in IMAGENET_PAIRS)])
     if not isinstance(given.teacher, str | Path):
         raise ValueError(f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
     choice("cache", given.cache, ["auto", "full", "off"])
@@ -182,15 +195,25 @@ def _check_together(given: Parameters, processes: int) -> None:
                 f"preset {given.preset!r} is for CIFAR-100, but dataset is 'digits'; "
                 "use preset='quick' or dataset='cifar100'."
             )
-        return
-    for name in listed_names("methods", given.methods):
-        if create_method(name).strong_views:
-            raise ValueError(f"method {name!r} compares strongly augmented views, which are made for CIFAR-100 only.")
-    if given.preset == "short" or given.cache == "full":
-        asked = "preset 'short'" if given.preset == "short" else "cache 'full'"
-        raise ValueError(
-            f"{asked} is for CIFAR-100, but pair {given.pair!r} is ImageNet's; use 'paper' or 'quick', and no cache."
-        )
+        if "imagenet/" in given.pair and not given.dataset.startswith("folder:"):
+            raise ValueError(
+                f"pair is {given.pair!r:.200}, but imagenet/ is for ImageNet; its pairs are {', '.join(IMAGENET_PAIRS)}, "
+                "or give dataset='folder:PATH'."
+            )
+    elif given.preset == "short":
+        raise ValueError(f"preset 'short' is for CIFAR-100, but pair {given.pair!r} is ImageNet's; use 'paper' or 'quick'.")
+
+
+def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
+    "Refuse methods, a cache and networks that the images do not allow."
+    if data.views_per_image is None:
+        for name in listed_names("methods", given.methods):
+            if create_method(name).strong_views:
+                raise ValueError(f"method {name!r} compares strongly augmented views, which are made of images in memory only.")
+        if given.cache == "full":
+            raise ValueError(f"cache is 'full', but images of {data.name} are read from files, whose views have no cache.")
+    for network in dict.fromkeys((pair.teacher, pair.student)):
+        check_takes(network, data.image_size, data.num_classes)
 
 # %% ../nbs/07_experiments.ipynb #abe32d4c
 def _checked_folders(given: Parameters) -> Parameters:
@@ -211,9 +234,8 @@ def _checked_folders(given: Parameters) -> Parameters:
 def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
     "The images that the experiment uses: as many as asked for, or as the preset says."
     sizes = {"train_size": given.train_size or preset.train_size, "test_size": given.test_size or preset.test_size}
-    if given.pair in IMAGENET_PAIRS:  # a folder may hold less than the preset asks for
-        sizes["train_size"] = given.train_size or min(sizes["train_size"], len(data.train_targets))
-        sizes["test_size"] = given.test_size or min(sizes["test_size"], len(data.test_targets))
+    sizes["train_size"] = given.train_size or min(sizes["train_size"], len(data.train_targets))  # a folder may hold less
+    sizes["test_size"] = given.test_size or min(sizes["test_size"], len(data.test_targets))
     return data.subset(**sizes) if any(sizes.values()) else data
 
 
@@ -251,8 +273,10 @@ def plan_experiment(**parameters) -> Experiment:
     given = _checked_folders(given)
 
     pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
-    full_data = load_data("imagenet" if from_files else given.dataset if given.preset == "quick" else "cifar100")
-    preset = PRESETS[given.preset, full_data.name]
+    default = "imagenet" if from_files else "auto" if given.preset == "quick" else "cifar100"
+    full_data = load_data(default if given.dataset == "auto" else given.dataset)
+    _check_with_data(given, pair, full_data)
+    preset = preset_for(given.preset, "imagenet" if from_files else full_data.name)
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
     if str(given.teacher) != "auto":
         load_teacher(given.teacher, pair.teacher, data.num_classes)  # refused now rather than later
@@ -280,7 +304,7 @@ def plan_experiment(**parameters) -> Experiment:
         teacher_file=None if str(given.teacher) == "auto" else Path(given.teacher),
         teachers_dir=Path(given.teachers_dir),
         results_dir=Path(given.results_dir),
-        cache="off" if from_files else given.cache,
+        cache="off" if full_data.views_per_image is None else given.cache,
         cache_dir=Path(given.cache_dir),
         workers=given.workers,
         skip_recorded=given.skip_recorded,

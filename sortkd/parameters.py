@@ -56,8 +56,9 @@ class Parameters:
     )
     dataset: str = _data(
         "auto",
-        "cifar100 or digits; auto: set by the preset",
+        "cifar100, cifar10, tiny-imagenet, digits, folder:PATH; auto: by the preset",
         "auto: cifar100 for paper and short; for quick if it is on disk (in $SORTKD_DATA), else digits. "
+        "folder:PATH holds train/CLASS and val/CLASS or test/CLASS. "
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
     epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from .checks import choice
 from .experiments import Experiment, plan_experiment, plugins_of
 from .files import exclusive, refuse_links, remove_leftovers, save_atomically
 from .methods import Method, create_method
@@ -171,6 +172,7 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "test_images": len(data.test_targets),
         "image_size": data.image_size,
         "classes": data.num_classes,
+        **data.normalization,
     }
     key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
     name = experiment.pair_name.replace(":", "-").replace("/", "-")
@@ -519,12 +521,17 @@ def _run_at_once(experiment, groups, teacher, kind, progress, stop) -> list[list
 # %% ../nbs/07c_runs.ipynb #0e7a8d6e
 def plan_repetition(
     record: dict, teacher: str = "auto", teachers_dir: str = "teachers", results_dir: str = "results/repeated",
-    cache_dir: str = "auto", plugin: str = "",
+    cache_dir: str = "auto", dataset: str = "auto", plugin: str = "",
 ) -> Experiment:
     """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
 
+    `dataset`: folder:PATH for a run on a folder of images, whose path the record does not tell. It may have another name now;
+    its checksum must be the recorded one.
+
+    `plugin`: the plugins that the record names, which are never loaded by themselves.
+
     `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded weights, else the
-    teacher is made as a run would. `plugin`: the plugins that the record names, which are never loaded by themselves. Raises `ValueError` for a record without what is needed, and, naming the fields, if
+    teacher is made as a run would. Raises `ValueError` for a record without what is needed, and, naming the fields, if
     this version of the code, the data or the teacher would make it another run.
     """
     record = plain(record)
@@ -546,8 +553,15 @@ def plan_repetition(
             "set": ",".join(f"{name}={value}" for name, value in record.get("recipe_changes", {}).items()),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }
-    except (KeyError, TypeError, ValueError) as error:
+        on_folder = parameters["dataset"].startswith("folder:")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the record does not say enough to be repeated: {error} is missing or malformed.") from error
+    if on_folder and dataset == "auto":
+        raise ValueError(f"the run used images in a folder called {parameters['dataset'].removeprefix('folder:')!r:.80}; say where "
+                         "they are: dataset='folder:PATH' (--dataset folder:PATH).")
+    if dataset != "auto" and not (on_folder and dataset.startswith("folder:")):
+        choice("dataset", dataset, ["auto", "folder:PATH" if on_folder else parameters["dataset"]])
+    parameters["dataset"] = dataset if on_folder else parameters["dataset"]
     _check_plugins(record.get("plugins", []), [*load_plugins(plugin), *session_plugins()])
     torch.set_num_threads(threads)
     if teacher == "auto":
@@ -556,8 +570,9 @@ def plan_repetition(
         **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir, plugin=plugin
     )
     planned = plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
+    same_name = {"name": data["name"]} if on_folder else {}
     settings = {name: value for name, value in planned.settings.items() if name != "plugins"}  # which are checked already
-    changed = differences(plain(settings | {"data": planned.about_data}), record)
+    changed = differences(plain(settings | {"data": planned.about_data | same_name}), record)
     if experiment.teacher_file is not None:
         found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
         changed |= differences({"weights_sha256": found.as_record()["weights_sha256"]}, record["about_teacher"])
