@@ -56,7 +56,7 @@ class Experiment:
     cache: str
     cache_dir: Path
     workers: int
-    skip_recorded: bool
+    again: bool
     tensorboard: bool
     wandb: str
 
@@ -174,7 +174,7 @@ def _checked_values(given: Parameters) -> Parameters:
     if not isinstance(given.teacher, str | Path):
         raise ValueError(f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
     choice("cache", given.cache, ["auto", "full", "off"])
-    for name in ("skip_recorded", "deterministic", "tensorboard"):
+    for name in ("again", "deterministic", "tensorboard"):
         flag(name, getattr(given, name))
     choice("wandb", given.wandb, ["off", "offline", "online"])
     for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
@@ -307,7 +307,7 @@ def plan_experiment(**parameters) -> Experiment:
         cache="off" if full_data.views_per_image is None else given.cache,
         cache_dir=Path(given.cache_dir),
         workers=given.workers,
-        skip_recorded=given.skip_recorded,
+        again=given.again,
         tensorboard=given.tensorboard,
         wandb=given.wandb,
     )

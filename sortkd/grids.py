@@ -64,7 +64,7 @@ class Grid:
         return {"preset": self.preset, **folders, **self.options}
 
 
-_PER_CELL = {"pair", "methods", "seeds", "preset", "teacher", "teachers_dir", "results_dir", "workers", "skip_recorded"}
+_PER_CELL = {"pair", "methods", "seeds", "preset", "teacher", "teachers_dir", "results_dir", "workers", "again"}
 _DEFAULTS: dict = {name: value for name, value in vars(Parameters()).items() if name not in _PER_CELL}
 
 
@@ -196,7 +196,7 @@ def read_state(grid: Grid, planned: Experiment | None = None) -> State:
     names = list(grid.cells["method"].unique())
     if planned is None:
         first = grid.cells["pair"][0]
-        planned = plan_experiment(pair=first, methods=",".join(names), seeds="0", skip_recorded=True, **grid.shared)
+        planned = plan_experiment(pair=first, methods=",".join(names), seeds="0", **grid.shared)
     state, recorded = State(grid, planned, _processor(describe_machine(planned.device))), dict[tuple, list[dict]]()
     for each in records_so_far(planned):
         if isinstance(each.get("method"), dict):

@@ -74,7 +74,7 @@ class Parameters:
     teachers_dir: str = _place("teachers", "folder in which teachers are looked for and saved")
     results_dir: str = _place("results", "folder for records (PRESET.jsonl) and the students' weights")
     cache_dir: str = _place("auto", "folder for cached teacher logits; auto: teacher_logits in results_dir")
-    skip_recorded: bool = _place(False, "reuse the record of a run with the same settings, data and teacher")
+    again: bool = _place(False, "repeat runs that are recorded already")
 
     device: str = _computing("auto", "cpu or cuda; auto: a GPU if there is one")
     precision: str = _computing("auto", "float32 or bfloat16; auto: bfloat16 if the hardware computes in it")

@@ -192,10 +192,10 @@ def records_so_far(experiment: Experiment) -> list[dict]:
 
 
 def _recorded(experiment: Experiment, run: Run, waited: bool | None) -> dict | None:
-    """The record of this run, if an interrupted call, or one that it has waited for, has made it; with `skip_recorded`
-    of any run with the same settings, data and teacher.
+    """The record of a run with the same settings, data and teacher; with `again` only if an interrupted call, or one that it
+    has waited for, has made it.
     """
-    wanted = f"{run.folder.name}-" if experiment.skip_recorded or waited else run.run_id
+    wanted = run.run_id if experiment.again and not waited else f"{run.folder.name}-"
     found = [each for each in records_so_far(experiment) if str(each.get("run_id", "")).startswith(wanted)]
     return found[-1 if waited else 0] if found else None
 
@@ -230,9 +230,9 @@ def _run_together(experiment, runs, teacher_logits, fabric, progress, stop=None,
             lock = exclusive(run.folder / "run.lock", f"training {run.method.name}, seed {run.seed}")
             waited[run.run_id] = locks.enter_context(lock)
         records = fabric.broadcast({run.run_id: _recorded(experiment, run, waited[run.run_id]) for run in runs} if first else None)
-        for run in runs if first and not experiment.skip_recorded else ():
+        for run in runs if first else ():
             if record := records[run.run_id]:
-                print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}.")
+                print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}." + " again=True repeats it." * (not experiment.again))
         missing = [run for run in runs if records[run.run_id] is None]
         if missing:
             records |= _train_and_record(experiment, missing, teacher_logits, fabric, progress, stop, callbacks)
@@ -567,7 +567,7 @@ def plan_repetition(
     if teacher == "auto":
         teacher = str(_file_with_weights(wanted, name, teachers_dir) or "auto")
     experiment = plan_experiment(
-        **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir, plugin=plugin
+        **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir, plugin=plugin, again=True,
     )
     planned = plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
     same_name = {"name": data["name"]} if on_folder else {}

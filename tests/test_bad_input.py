@@ -75,7 +75,7 @@ VALUES = {
     "epochs": EVERYTHING + NUMBERS, "train_size": EVERYTHING + NUMBERS + [1438], "test_size": EVERYTHING + NUMBERS + [361],
     "teacher": EVERYTHING + PATHS, "teachers_dir": EVERYTHING + PATHS, "results_dir": EVERYTHING + PATHS, "cache_dir": EVERYTHING + PATHS,
     "device": EVERYTHING + NAMES, "precision": EVERYTHING + NAMES, "deterministic": EVERYTHING, "cache": EVERYTHING + NAMES, "workers": EVERYTHING + NUMBERS,
-    "skip_recorded": EVERYTHING, "tensorboard": EVERYTHING, "wandb": EVERYTHING + NAMES,
+    "again": EVERYTHING, "plugin": EVERYTHING + PATHS, "tensorboard": EVERYTHING, "wandb": EVERYTHING + NAMES,
 }
 
 

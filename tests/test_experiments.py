@@ -141,7 +141,7 @@ def test_killed_and_started_again(folder, tmp_path):
     ({"train_size": 2000}, "1437"), ({"train_size": 1.5}, "train_size"), ({"test_size": -1}, "test_size"), ({"device": "gpu"}, "cuda"), ({"precision": "float16"}, "bfloat16"),
     ({"results_dir": str(NOTEBOOK)}, "folder"), ({"results_dir": "/proc/results"}, "nothing can be written"), ({"teachers_dir": ""}, "folder"), ({"teacher": str(NOTEBOOK)}, "cannot be read"),
     ({"methods": ""}, "methods"), ({"methods": "kd-sort"}, "kd-sort"), ({"seeds": "0,x"}, "0,x"), ({"dataset": "cifar11"}, "Did you mean 'cifar10'"), ({"dataset": "folder:"}, "folder:PATH"), ({"epochs": "many"}, "whole number"),
-    ({"wandb": "on"}, "offline"), ({"cache": "on"}, "cache is 'on'"), ({"workers": 0}, "workers is 0"), ({"skip_recorded": 1}, "True or False"), ({"teacher": 3}, "teacher is 3"),
+    ({"wandb": "on"}, "offline"), ({"cache": "on"}, "cache is 'on'"), ({"workers": 0}, "workers is 0"), ({"again": 1}, "True or False"), ({"teacher": 3}, "teacher is 3"),
     ({"pair": "resnet20:resnet9"}, "no network 'resnet9'. Did you mean resnet8"), ({"pair": "resnet20:"}, "TEACHER:STUDENT"), ({"pair": "timm:resnet8:resnet8"}, "timm"),
     ({"pair": "imagenet/ResNet34:resnet8"}, "is for ImageNet"), ({"methods": "kd(temp=2)"}, "no setting 'temp'"), ({"methods": "kd(beta=1,temperature=2)"}, "no setting 'beta'"),
     ({"methods": "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)"}, "give each method once"),
@@ -294,13 +294,13 @@ def test_every_method(folder, tmp_path, repairs):
 def test_a_recorded_run_is_not_run_again(folder, tmp_path):
     results = str(tmp_path / "results")
     records = run_experiment(small_experiment(folder, seeds="0,1", results_dir=results), progress=False).records
-    again = run_experiment(small_experiment(folder, seeds="0,1,2", results_dir=results, skip_recorded=True), progress=False).records
+    again = run_experiment(small_experiment(folder, seeds="0,1,2", results_dir=results), progress=False).records
     assert [record["run_id"] for record in again[:4]] == [record["run_id"] for record in records] and len(again) == 6
     assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 6
-    other = run_experiment(small_experiment(folder, epochs=1, results_dir=results, skip_recorded=True), progress=False).records
+    other = run_experiment(small_experiment(folder, epochs=1, results_dir=results), progress=False).records
     assert other[0]["run_id"] not in {record["run_id"] for record in again}, "another length is another run"
-    run_experiment(small_experiment(folder, results_dir=results), progress=False)
-    assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 10, "without it every run is run"
+    run_experiment(small_experiment(folder, results_dir=results, again=True), progress=False)
+    assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 10, "unless it is asked for"
 
 
 def wandb_messages(path):
@@ -344,7 +344,7 @@ def test_loggers_write_what_the_record_says(folder, tmp_path):
 def test_loggers_are_off_unless_asked_for(folder, tmp_path):
     run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path)), progress=False)
     assert not (tmp_path / "tensorboard").exists() and not (tmp_path / "wandb").exists()
-    for wrong in ({"wandb": "maybe"}, {"wandb": True}, {"tensorboard": "yes"}, {"skip_recorded": 1}):
+    for wrong in ({"wandb": "maybe"}, {"wandb": True}, {"tensorboard": "yes"}, {"again": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             small_experiment(folder, **wrong)
 
@@ -415,7 +415,7 @@ def same_numbers(one, other):
 def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
     settings = {"methods": "kd,kd+sort", "seeds": "0,1", "epochs": 3}
     whole = run_experiment(small_experiment(folder, **settings, results_dir=str(tmp_path / "whole")), progress=False).records
-    experiment = small_experiment(folder, **settings, results_dir=str(tmp_path / "broken"))
+    experiment = small_experiment(folder, **settings, results_dir=str(tmp_path / "broken"), again=True)
     for asked in (2, 1):  # in the second epoch of seed 0, then in the first of seed 1
         with pytest.raises(Stopped, match="after epoch"):
             run_experiment(experiment, progress=False, stop=stop_in(asked))
@@ -427,7 +427,7 @@ def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
     assert all(session["machine"] == whole[0]["machine"] for each in written for session in each.get("sessions", []))
     left = {path.name for path in (tmp_path / "broken" / "runs").rglob("*") if path.is_file()}
     assert left == {"last.safetensors", "best.safetensors", "run.lock", "started.lock"}
-    run_experiment(experiment, progress=False)  # a command that has ended is a new one when it is given again
+    run_experiment(experiment, progress=False)  # with `again`, a command that has ended is a new one
     assert len(read_records(tmp_path / "broken" / "quick.jsonl")) == 8
 
 

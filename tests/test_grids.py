@@ -109,7 +109,7 @@ def test_pairs_are_planned_without_loading_the_data_again(tmp_path):
     first = plan_experiment(pair="r56_r20", **shared)
     for pair in ("r32x4_mv2", "wrn40_2_shuv1"):
         ours, theirs = experiment_for(first, pair, ["kd", "dkd+sort", "ctkd"], [1, 2]), plan_experiment(pair=pair, **shared)
-        for name in ("pair_name", "pair", "methods", "seeds", "recipe", "preset", "precision", "workers", "cache", "skip_recorded"):
+        for name in ("pair_name", "pair", "methods", "seeds", "recipe", "preset", "precision", "workers", "cache", "again"):
             assert getattr(ours, name) == getattr(theirs, name)
         assert ours.data.checksum == theirs.data.checksum
 

@@ -96,10 +96,10 @@ def test_in_records_and_repeated(mine, tmp_path, capsys):
 def test_a_run_that_uses_no_plugin_stays_the_same_run(mine, tmp_path):
     places = dict(results_dir=str(tmp_path / "r"), teachers_dir=str(tmp_path / "t"))
     run_experiment(plan_experiment(pair="resnet8:resnet8", methods="kd", **SIZES, **places), progress=False)
-    planned = plan_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), skip_recorded=True, **SIZES, **places)
+    planned = plan_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), **SIZES, **places)
     assert run_experiment(planned, progress=False).appended == 1
     mine.write_text(SOURCE.replace("square().mean()", "abs().mean()"))  # another mse is another run
-    planned = plan_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), skip_recorded=True, **SIZES, **places)
+    planned = plan_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), **SIZES, **places)
     assert run_experiment(planned, progress=False).appended == 1
 
 
