@@ -525,13 +525,10 @@ def plan_repetition(
 ) -> Experiment:
     """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
 
-    `dataset`: folder:PATH for a run on a folder of images, whose path the record does not tell. It may have another name now;
-    its checksum must be the recorded one.
-
-    `plugin`: the plugins that the record names, which are never loaded by themselves.
-
     `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded weights, else the
-    teacher is made as a run would. Raises `ValueError` for a record without what is needed, and, naming the fields, if
+    teacher is made as a run would. `dataset`: folder:PATH for a run on a folder of images, whose path the record does not
+    tell; the folder may have another name now, but its checksum must be the recorded one. `plugin`: the plugins that the
+    record names, which are never loaded by themselves. Raises `ValueError` for a record without what is needed, and, naming the fields, if
     this version of the code, the data or the teacher would make it another run.
     """
     record = plain(record)
@@ -559,9 +556,9 @@ def plan_repetition(
     if on_folder and dataset == "auto":
         raise ValueError(f"the run used images in a folder called {parameters['dataset'].removeprefix('folder:')!r:.80}; say where "
                          "they are: dataset='folder:PATH' (--dataset folder:PATH).")
-    if dataset != "auto" and not (on_folder and dataset.startswith("folder:")):
-        choice("dataset", dataset, ["auto", "folder:PATH" if on_folder else parameters["dataset"]])
-    parameters["dataset"] = dataset if on_folder else parameters["dataset"]
+    if not (on_folder and isinstance(dataset, str) and dataset.startswith("folder:")):
+        choice("dataset", dataset, ["folder:PATH" if on_folder else "auto", parameters["dataset"]])
+    parameters |= {"dataset": dataset} if on_folder else {}
     _check_plugins(record.get("plugins", []), [*load_plugins(plugin), *session_plugins()])
     torch.set_num_threads(threads)
     if teacher == "auto":
