@@ -43,7 +43,7 @@ def _run_parser() -> argparse.ArgumentParser:
         "--from-record",
         metavar="FILE[:RUN_ID]",
         help="repeat the run of a record and report whether the numbers are the same; besides it, only folders (with --dataset "
-        "folder:PATH) and the teacher may be given (results-dir is then results/repeated by default)",
+        "folder:PATH), the teacher and plugins may be given (results-dir is then results/repeated by default)",
     )
     return parser
 
@@ -112,9 +112,9 @@ def _repeat(source: str, given: dict, progress: bool) -> int:
     from sortkd.records import compare_runs
     from sortkd.runs import plan_repetition, run_experiment
 
-    others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir", "dataset"}
+    others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir", "dataset", "plugin"}
     if others:
-        raise ValueError(f"with --from-record the record says {', '.join(sorted(others))}; give only folders and the teacher.")
+        raise ValueError(f"with --from-record the record says {', '.join(sorted(others))}; give only folders, the teacher and plugins.")
     record = _find_record(source)
     experiment = plan_repetition(record, **given)
     print(f"Repeating {record['run_id']}. {experiment.describe()}", flush=True)

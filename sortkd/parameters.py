@@ -44,6 +44,9 @@ class Parameters:
         "Objectives: ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
         "Repairs: +skip, +swap, +revise, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
     )
+    plugin: str = _run(
+        "", "Python files that register own methods, networks or data", "Such as mine.py, or the entry point of a package; see chapter 11a."
+    )
     seeds: str = _run("0", "random seeds, such as 0,1,2 or 0-4; every method runs once with each")
 
     preset: str = _data(
