@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
-from .data import load_data
+from .data import has_cifar100, load_data
 from .methods import Method, create_method
 from .pairs import IMAGENET_PAIRS, PRESETS, Pair, Preset, method_for, pair_for, published_recipe, recipe_for
 from .parameters import Parameters
@@ -118,7 +118,7 @@ class Experiment:
         )
 
 
-DATA_TITLES = {"cifar100": "CIFAR-100", "digits": "scikit-learn's digits", "imagenet": "images in ImageNet's layout"}
+DATA_TITLES = {"cifar100": "CIFAR-100", "cifar100-mini": "ten classes of CIFAR-100", "digits": "scikit-learn's digits", "imagenet": "images in ImageNet's layout"}
 
 
 def _listed(items: Sequence) -> str:
@@ -155,7 +155,7 @@ def _checked_values(given: Parameters) -> Parameters:
     _recipe_changes(given.set)
     listed_seeds("seeds", given.seeds)
     choice("preset", given.preset, ["auto", *dict.fromkeys(preset for preset, _ in PRESETS)])
-    choice("dataset", given.dataset, ["auto", "imagenet"] if given.pair in IMAGENET_PAIRS else ["auto", "cifar100", "digits"])
+    choice("dataset", given.dataset, ["auto", "imagenet"] if given.pair in IMAGENET_PAIRS else ["auto", "cifar100", "cifar100-mini", "digits"])
     if not isinstance(given.teacher, str | Path):
         raise ValueError(f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
     choice("cache", given.cache, ["auto", "full", "off"])
@@ -175,9 +175,9 @@ def _check_together(given: Parameters, processes: int) -> None:
     if processes > 1 and given.workers > 1:
         raise ValueError(f"workers is {given.workers}, but {processes} processes already share every batch; use workers=1.")
     if given.pair not in IMAGENET_PAIRS:
-        if given.preset != "quick" and given.dataset == "digits":
+        if given.preset != "quick" and given.dataset not in ("auto", "cifar100"):
             raise ValueError(
-                f"preset {given.preset!r} is for CIFAR-100, but dataset is 'digits'; "
+                f"preset {given.preset!r} is for CIFAR-100, but dataset is {given.dataset!r}; "
                 "use preset='quick' or dataset='cifar100'."
             )
         return
@@ -206,6 +206,13 @@ def _checked_folders(given: Parameters) -> Parameters:
     return given
 
 # %% ../nbs/07_experiments.ipynb #c3ddb508
+def _dataset_name(given: Parameters) -> str:
+    "The name of the data set that `auto` stands for: that of the preset, the digits where CIFAR-100 is not on disk."
+    if given.dataset != "auto":
+        return given.dataset
+    return "cifar100" if given.preset != "quick" else "cifar100-mini" if has_cifar100() else "digits"
+
+
 def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
     "The images that the experiment uses: as many as asked for, or as the preset says."
     sizes = {"train_size": given.train_size or preset.train_size, "test_size": given.test_size or preset.test_size}
@@ -216,8 +223,8 @@ def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
 
 
 def _recipe(given: Parameters, pair: Pair, preset: Preset) -> Recipe:
-    "The published recipe of the pair, shortened if the parameters or the preset say so."
-    recipe, epochs = published_recipe(pair), given.epochs or preset.epochs
+    "The recipe of the preset, or the published one of the pair, in as many epochs as asked for."
+    recipe, epochs = preset.recipe or published_recipe(pair), given.epochs or preset.epochs
     if epochs != recipe.epochs:
         recipe = recipe.shortened(epochs)
     if given.pair in IMAGENET_PAIRS and given.preset == "quick":
@@ -242,7 +249,7 @@ def plan_experiment(**parameters) -> Experiment:
     given = _checked_folders(given)
 
     pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
-    full_data = load_data("imagenet" if from_files else given.dataset if given.preset == "quick" else "cifar100")
+    full_data = load_data("imagenet" if from_files else _dataset_name(given))
     preset = PRESETS[given.preset, full_data.name]
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
     if str(given.teacher) != "auto":

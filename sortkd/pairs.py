@@ -171,6 +171,7 @@ class Preset:
     teacher_train_size: int
     teacher_min_epochs: int  # a teacher found on disk must have had at least these, on all images
     fetch_teacher: bool
+    recipe: Recipe | None = None  # of the students; None: the published one
 
 
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)
@@ -183,6 +184,10 @@ PRESETS = {
     ),
     ("quick", "imagenet"): Preset(
         2, 2000, 1000, Recipe(epochs=2, batch_size=16, lr=0.01, milestones=()), 0, teacher_min_epochs=1, fetch_teacher=False
+    ),
+    ("quick", "cifar100-mini"): Preset(
+        5, 1000, 500, Recipe(epochs=4, batch_size=32, lr=0.01, milestones=(3,)), 2000, teacher_min_epochs=4, fetch_teacher=False,
+        recipe=Recipe(epochs=5, batch_size=32, lr=0.02, milestones=(4,)),
     ),
     ("quick", "digits"): Preset(6, 0, 0, SHORT_TEACHER, 400, teacher_min_epochs=1, fetch_teacher=False),
 }

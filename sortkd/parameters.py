@@ -39,7 +39,7 @@ class Parameters:
         "Own: such as resnet20:resnet8, timm:NAME and torchvision:NAME for the networks of these libraries.",
     )
     methods: str = _run(
-        "kd,kd+sort",
+        "ce,kd,kd+sort",
         "objectives, alone or with a repair, separated by commas",
         "Objectives: ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
         "Repairs: +skip, +swap, +revise, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
@@ -53,8 +53,8 @@ class Parameters:
     )
     dataset: str = _data(
         "auto",
-        "cifar100 or digits; auto: set by the preset",
-        "auto: cifar100 for paper and short; for quick if it is on disk (in $SORTKD_DATA), else digits. "
+        "cifar100, cifar100-mini (ten classes) or digits; auto: set by the preset",
+        "auto: cifar100 for paper and short; for quick cifar100-mini if CIFAR-100 is on disk (in $SORTKD_DATA), else digits. "
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
     epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")
