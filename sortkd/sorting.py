@@ -31,8 +31,7 @@ def check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
     dim %= len(shape)
     if target.shape != (expected := shape[:dim] + shape[dim + 1 :]):
         raise ValueError(
-            f"logits of shape {tuple(shape)} with classes along dim={dim} need a target of shape {tuple(expected)}, "
-            f"but it has {tuple(target.shape)}."
+            f"target has shape {tuple(target.shape)}; logits {tuple(shape)} with classes along dim={dim} need {tuple(expected)}."
         )
     if shape[dim] == 0:
         raise ValueError(f"logits of shape {tuple(shape)} have no classes along dim={dim}.")
@@ -50,11 +49,10 @@ def check_range(index: Tensor, logits: Tensor, dim: int) -> None:
         return
     lowest, highest = index.long().aminmax()
     if lowest.item() < 0 or highest.item() >= logits.shape[dim]:
-        outside = (index < 0) | (index >= logits.shape[dim])
+        outside = index[(index < 0) | (index >= logits.shape[dim])][0]
         raise ValueError(
-            f"target holds {index[outside][0].item()}, but logits of shape {tuple(logits.shape)} have the classes "
-            f"0 to {logits.shape[dim] - 1} along dim={dim}; correct it, or, in sort_logits and swap_logits, "
-            "name it as ignore_index."
+            f"target holds {outside}, but logits of shape {tuple(logits.shape)} have the classes "
+            f"0 to {logits.shape[dim] - 1} along dim={dim}; correct it, or name it as ignore_index where that is a parameter."
         )
 
 # %% ../nbs/00_sorting.ipynb #79c40cb0
@@ -75,22 +73,25 @@ def _sort_moving_classes(logits: Tensor, target: Tensor, dim: int, ignore_index:
         return _sort_moving_classes(logits[None], target[None], 1, ignore_index)[0]
     index, value, wrong = find_wrong_rows(logits, target, dim, ignore_index)
     repaired, where = logits.clone(), wrong.nonzero(as_tuple=True)
-    rows, index, value = logits.movedim(dim, -1)[where], index[where].unsqueeze(1), value[where].unsqueeze(1)
-    if not len(rows):
+    if not len(where[0]):
         return repaired
-    k = int((rows > value).sum(1, dtype=torch.int32).max())  # r - 1, where the target lies deepest
-    inside, place = repaired.movedim(dim, -1), [each.unsqueeze(1) for each in where]
-    if 8 * k > rows.shape[1]:  # then one sort of the whole row is faster
-        inside[where] = _sort_whole_rows(rows, index, value, torch.ones_like(index, dtype=torch.bool), 1)
-    else:
-        classes = rows.topk(k + 1).indices.sort().values
-        ranked, order = rows.gather(1, classes).sort(descending=True, stable=True)  # z_π(1), ..., z_π(k+1)
-        classes = classes.gather(1, order)  # π(1), ..., π(k+1)
-        first, ranked, below = ranked[:, :1], ranked[:, :-1], ranked[:, 1:]  # z_π(1), z_π(j), z_π(j+1)
-        below = torch.where(below > value, below, value)  # by comparison: -0.0 stays itself
-        handed_out = torch.where(ranked > value, below, ranked)  # z̃_π(j)
-        inside[(*place, classes[:, :-1])] = handed_out
-        inside[(*place, index)] = first  # z̃_y = z_π(1)
+    whole, inside = logits.movedim(dim, -1), repaired.movedim(dim, -1)
+    rows = whole.index_select(0, where[0]) if whole.ndim == 2 else whole[where]  # index_select is faster
+    index, value, *place = (each.unsqueeze(1) for each in (index[where], value[where], *where))
+    highest = rows.topk(8) if rows.shape[1] >= 512 else None  # mostly enough, and cheaper than counting
+    if highest is None or (highest.values[:, -1:] > value).any():
+        k = int((rows > value).sum(1, dtype=torch.int32).max())  # r - 1, where the target lies deepest
+        if 8 * k > rows.shape[1]:  # then one sort of the whole row is faster
+            inside[where] = _sort_whole_rows(rows, index, value, torch.ones_like(index, dtype=torch.bool), 1)
+            return repaired
+        highest = rows.topk(k + 1)
+    classes = highest.indices.sort().values
+    ranked, order = rows.gather(1, classes).sort(descending=True, stable=True)  # z_π(1), ..., z_π(k+1)
+    classes = classes.gather(1, order)  # π(1), ..., π(k+1)
+    first, ranked, below = ranked[:, :1], ranked[:, :-1], ranked[:, 1:]  # z_π(1), z_π(j), z_π(j+1)
+    below = torch.where(below > value, below, value)  # by comparison: -0.0 stays itself
+    inside[(*place, classes[:, :-1])] = torch.where(ranked > value, below, ranked)  # z̃_π(j)
+    inside[(*place, index)] = first  # z̃_y = z_π(1)
     return repaired
 
 # %% ../nbs/00_sorting.ipynb #55551991
@@ -146,5 +147,4 @@ def swap_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     dim = check_arguments(logits, target, dim)
     index, value, wrong = (each.unsqueeze(dim) for each in find_wrong_rows(logits, target, dim, ignore_index))
     largest, winner = logits.max(dim, keepdim=True)
-    swapped = logits.scatter(dim, winner, torch.where(wrong, value, largest))
-    return swapped.scatter(dim, index, torch.where(wrong, largest, value))
+    return logits.scatter(dim, winner, torch.where(wrong, value, largest)).scatter(dim, index, torch.where(wrong, largest, value))

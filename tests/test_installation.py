@@ -103,7 +103,7 @@ def test_what_is_imported_is_required(settings):
     assert not {name for name in foreign if not {each.lower() for each in providers[name]} & required}
 
 
-BASE = ["", ".sorting", ".losses", ".methods", ".integrations", ".checks", ".files"]
+BASE = ["", ".sorting", ".topk", ".losses", ".methods", ".integrations", ".checks", ".files"]
 # A package that is not installed: neither found nor imported.
 BLOCKED = f"""
 import importlib, sys
