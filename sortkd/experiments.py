@@ -92,7 +92,8 @@ class Experiment:
 
     def describe(self) -> str:
         "What this run is, and what its numbers are evidence of."
-        data, recipe = self.data, self.recipe
+        data, recipe, preset = self.data, self.recipe, self.preset
+        as_preset = (recipe.epochs, len(data.train_targets)) == (preset.epochs, preset.train_size or len(self.full_data.train_targets))
         size = f"{data.image_size}×{data.image_size}"
         images = f"{len(data.train_targets):,} training and {len(data.test_targets):,} test images of {size}"
         device = "a GPU" if self.device == "cuda" else "the CPU"
@@ -113,6 +114,7 @@ class Experiment:
                 if self.preset_name == "short"
                 else "It shows how everything works; its numbers are not evidence about the methods. "
             )
+            + (f"{self.preset.expected} " if self.preset.expected and as_preset else "")
             + f"For evidence, use preset='paper' on {'all of ImageNet' if data.name == 'imagenet' else 'CIFAR-100'}, "
             "a GPU and several seeds."
         )

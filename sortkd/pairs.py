@@ -172,6 +172,7 @@ class Preset:
     teacher_min_epochs: int  # a teacher found on disk must have had at least these, on all images
     fetch_teacher: bool
     recipe: Recipe | None = None  # of the students; None: the published one
+    expected: str = ""  # what the first pairs reached
 
 
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)

@@ -377,6 +377,11 @@ class Results:
     batches: ImageBatches
     appended: int  # how many of the records are new
 
+    def describe_teacher(self) -> str:
+        "Where the teacher came from, and how good it is."
+        about = self.records[0]["about_teacher"]
+        return f"The teacher was {about['source']} (`{about['file']}`) and is right on {about['top1']:.1f} % of the test images."
+
     def describe(self) -> str:
         "How many records were appended to which file."
         before = len(self.records) - self.appended
