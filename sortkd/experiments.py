@@ -17,7 +17,7 @@ from typing import Any
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
 from .data import has_cifar100, load_data
 from .methods import Method, create_method
-from .pairs import IMAGENET_PAIRS, PRESETS, Pair, Preset, method_for, pair_for, published_recipe, recipe_for
+from .pairs import IMAGENET_PAIRS, PRESETS, Pair, Preset, method_for, pair_for, preset_for, published_recipe, recipe_for
 from .parameters import Parameters
 from .teacher_logits import expected_views
 from .teachers import load_teacher
@@ -252,7 +252,7 @@ def plan_experiment(**parameters) -> Experiment:
 
     pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
     full_data = load_data("imagenet" if from_files else _dataset_name(given))
-    preset = PRESETS[given.preset, full_data.name]
+    preset = preset_for(given.preset, full_data.name, pair)
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
     if str(given.teacher) != "auto":
         load_teacher(given.teacher, pair.teacher, data.num_classes)  # refused now rather than later

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SAMPLE_REGIONS', 'IMAGENET_MEAN', 'IMAGENET_STD', 'IMAGENET_RECIPE', 'save_sample_folder', 'ImageFolderData',
-           'load_image_folder', 'ImageFolderBatches']
+           'list_image_files', 'load_image_folder', 'read_image', 'read_images', 'ImageFolderBatches']
 
 # %% ../nbs/10_imagenet.ipynb #f1452afe
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ class ImageFolderData(ImageSet):
     test_files: tuple[str, ...]
     test_targets: Tensor
     class_names: tuple[str, ...]
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, of pixels in [0, 1]
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...] = IMAGENET_STD
     image_size: int = 224
     resize: int = 256
     checksum: str = field(init=False)  # SHA-256 of names, lengths, targets and sizes; always computed
@@ -104,9 +105,7 @@ class ImageFolderData(ImageSet):
 
     def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         "The first `count` test images, read here, as uint8 (N, H, H, 3), as normalised input (N, 3, H, H), and their targets."
-        pixels = _ImageReader(self.root, self.image_size, self.resize, None)[list(enumerate(self.test_files[:count]))]
-        if isinstance(pixels, ValueError):
-            raise pixels
+        pixels = read_images(self.root, self.test_files[:count], self.image_size, self.resize)
         return pixels, normalize(pixels, self.mean, self.std), self.test_targets[:count]
 
     def batches(self, device: str | torch.device) -> "ImageFolderBatches":
@@ -114,11 +113,13 @@ class ImageFolderData(ImageSet):
         return ImageFolderBatches(self, device, workers=min(8, os.cpu_count() or 1))
 
 # %% ../nbs/10_imagenet.ipynb #d1328181
-def _class_folders(folder: Path) -> list[str]:
+_LAYOUT = "ImageNet is expected as train/CLASS/*.JPEG and val/CLASS/*.JPEG under SORTKD_DATA/imagenet or `root`"
+
+
+def _class_folders(folder: Path, layout: str) -> list[str]:
     "The names of the class folders in `folder`; an error says what is there instead."
     from torchvision.datasets.folder import find_classes
 
-    layout = "ImageNet is expected as train/CLASS/*.JPEG and val/CLASS/*.JPEG under SORTKD_DATA/imagenet or `root`"
     for path in (folder.parent, folder):
         if not path.exists():
             raise FileNotFoundError(f"there is no folder {path}: {layout}.")
@@ -132,40 +133,45 @@ def _class_folders(folder: Path) -> list[str]:
         raise ValueError(f"{folder} holds no class folders{hint}: {layout}.") from error
 
 
+def list_image_files(root: Path, test: str = "val", layout: str = _LAYOUT) -> dict[str, Any]:
+    """The files and targets in `root`/train/CLASS/ and `root`/`test`/CLASS/, as fields of `ImageFolderData`; no image is
+    opened.
+
+    `layout` is what an error says of the folders that are expected. FileNotFoundError or NotADirectoryError if a folder is
+    not there, ValueError for folders without classes, classes without images, or two splits with different classes.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    classes, test_classes = (_class_folders(root / split, layout) for split in ("train", test))
+    if classes != test_classes:
+        only = {"train": sorted(set(classes) - set(test_classes)), test: sorted(set(test_classes) - set(classes))}
+        differences = [f"{len(names)} only in {split}, such as {names[0]!r}" for split, names in only.items() if names]
+        raise ValueError(f"{root / test} must have the same class folders as {root / 'train'}: "
+                         f"{'; '.join(differences)}.")
+    found: dict[str, Any] = {"class_names": tuple(classes)}
+    for split, folder in (("train", root / "train"), ("test", root / test)):
+        try:
+            samples = make_dataset(str(folder), {name: number for number, name in enumerate(classes)}, IMG_EXTENSIONS)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} has classes without images. {error}") from error
+        found[f"{split}_files"] = tuple(os.path.relpath(file, root) for file, _ in samples)
+        found[f"{split}_targets"] = torch.tensor([target for _, target in samples])
+    return found
+
+
 def load_image_folder(root: str | Path | None = None, image_size: int = 224) -> ImageFolderData:
     """ImageNet, or another set in its layout, from `root`/train/CLASS/ and `root`/val/CLASS/; no image is opened.
 
     `root` is by default SORTKD_DATA/imagenet (without the variable, data/imagenet). Test images are resized to 8/7 of
-    `image_size`, 256 for 224, before the centre is cropped. FileNotFoundError or NotADirectoryError if a folder is not
-    there, ValueError for folders without classes, classes without images, or two splits with different classes.
+    `image_size`, 256 for 224, before the centre is cropped. Errors: see `list_image_files`.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
     image_size = whole_number("image_size", image_size, 1)
     root = Path(root or Path(os.environ.get("SORTKD_DATA") or "data", "imagenet")).expanduser().absolute()
-    classes, test_classes = (_class_folders(root / split) for split in ("train", "val"))
-    if classes != test_classes:
-        only = {"train": sorted(set(classes) - set(test_classes)), "val": sorted(set(test_classes) - set(classes))}
-        differences = [f"{len(names)} only in {split}, such as {names[0]!r}" for split, names in only.items() if names]
-        raise ValueError(f"{root / 'val'} must have the same class folders as {root / 'train'}: "
-                         f"{'; '.join(differences)}.")
-    files: dict[str, tuple[str, ...]] = {}
-    targets: dict[str, Tensor] = {}
-    for split in ("train", "val"):
-        numbers = {class_name: number for number, class_name in enumerate(classes)}
-        try:
-            samples = make_dataset(str(root / split), numbers, IMG_EXTENSIONS)
-        except FileNotFoundError as error:
-            raise ValueError(f"{root / split} has classes without images. {error}") from error
-        files[split] = tuple(os.path.relpath(file, root) for file, _ in samples)
-        targets[split] = torch.tensor([target for _, target in samples])
-    return ImageFolderData(
-        "imagenet", root, files["train"], targets["train"], files["val"], targets["val"], tuple(classes),
-        image_size=image_size, resize=image_size * 8 // 7,
-    )
+    return ImageFolderData("imagenet", root, **list_image_files(root), image_size=image_size, resize=image_size * 8 // 7)
+
 
 # %% ../nbs/10_imagenet.ipynb #c0828436
-def _read_image(path: str):
+def read_image(path: str):
     "The image in the file `path` as a Pillow image in RGB; ValueError names a file that cannot be read."
     from PIL import Image
 
@@ -192,7 +198,7 @@ class _ImageReader(torch.utils.data.Dataset):
     def _view(self, number: int, file: str) -> Tensor:
         from torchvision.transforms.v2.functional import pil_to_tensor
 
-        image = _read_image(os.path.join(self.root, file))
+        image = read_image(os.path.join(self.root, file))
         if self.key is not None:  # the CPU's generator only: torch.manual_seed would set those of GPUs as well
             torch.default_generator.manual_seed(seeded_generator(*self.key, number).initial_seed())
         return pil_to_tensor(self.transform(image)).permute(1, 2, 0)
@@ -207,6 +213,15 @@ class _ImageReader(torch.utils.data.Dataset):
         except ValueError as error:
             return error
         return pixels
+
+
+def read_images(root: Path, files: Sequence[str], image_size: int, resize: int) -> Tensor:
+    """uint8 (N, image_size, image_size, 3): the shorter side of each image in `files` resized to `resize`, the centre cropped.
+    `ValueError` names a file that cannot be read.
+    """
+    reader = _ImageReader(root, image_size, resize, None)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return torch.stack(list(pool.map(lambda file: reader._view(0, file), files)))
 
 # %% ../nbs/10_imagenet.ipynb #a67484f7
 class ImageFolderBatches(ImageBatches):

@@ -229,8 +229,8 @@ class ImageSet(ABC):
 
     name: str
     class_names: tuple[str, ...]
-    mean: tuple[float, float, float]  # per channel, of pixels in [0, 1]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
     train_targets: Tensor  # int64 (N,)
     test_targets: Tensor
     image_size: int

@@ -34,7 +34,7 @@ from sortkd.training import Recipe, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 1, "train_size": 200, "test_size": 100, "device": "cpu"}
-REAL_CIFAR100 = sortkd.data._cifar100_folder(None).resolve()  # before the place hides it
+REAL_CIFAR100 = sortkd.data._cifar_folder("CIFAR-100", None).resolve()  # before the place hides it
 LONGEST_MESSAGE, LONGEST_ANSWER = 2000, 5.0  # characters, seconds
 
 

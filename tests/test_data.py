@@ -134,9 +134,9 @@ def test_cifar100(cifar100):
     assert subset.checksum != cifar100.checksum
 
 
-@pytest.mark.parametrize("name", ["cifar10", "CIFAR100", "", None])
+@pytest.mark.parametrize("name", ["cifar11", "CIFAR100", "", None, "folder:"])
 def test_unknown_data(name):
-    with pytest.raises(ValueError, match=f"the data set is {name!r}; choose one of auto, cifar100, digits, imagenet"):
+    with pytest.raises(ValueError, match=f"the data set is {name!r}; choose one of auto, cifar100, cifar10, tiny-imagenet, digits, imagenet, folder:PATH"):
         load_data(name)
 
 
@@ -244,9 +244,9 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch, offline, broken, how):
 
 @needs_cifar100
 def test_one_wrong_byte_in_the_real_files(tmp_path, cifar100):
-    from sortkd.data import _cifar100_folder
+    from sortkd.data import _cifar_folder
 
-    source, folder = _cifar100_folder(None).resolve(), tmp_path / "cifar-100-python"
+    source, folder = _cifar_folder("CIFAR-100", None).resolve(), tmp_path / "cifar-100-python"
     folder.mkdir()
     for name in ("train", "meta"):
         (folder / name).symlink_to(source / name)
