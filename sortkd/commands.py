@@ -42,8 +42,8 @@ def _run_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--from-record",
         metavar="FILE[:RUN_ID]",
-        help="repeat the run of a record and report whether the numbers are the same; besides it, only folders and the "
-        "teacher may be given (results-dir is then results/repeated by default)",
+        help="repeat the run of a record and report whether the numbers are the same; besides it, only folders (with --dataset "
+        "folder:PATH), the teacher and plugins may be given (results-dir is then results/repeated by default)",
     )
     return parser
 
@@ -114,9 +114,9 @@ def _repeat(source: str, given: dict, progress: bool) -> int:
     from sortkd.records import compare_runs
     from sortkd.runs import plan_repetition, run_experiment
 
-    others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir"}
+    others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir", "dataset", "plugin"}
     if others:
-        raise ValueError(f"with --from-record the record says {', '.join(sorted(others))}; give only folders and the teacher.")
+        raise ValueError(f"with --from-record the record says {', '.join(sorted(others))}; give only folders, the teacher and plugins.")
     record = _find_record(source)
     experiment = plan_repetition(record, **given)
     print(f"Repeating {record['run_id']}. {experiment.describe()}", flush=True)
@@ -176,7 +176,11 @@ def evaluate_checkpoint(
         architecture = training.get("architecture", "")
         if not architecture:
             raise ValueError(f"{path} does not name its network; give the name as architecture (--architecture).")
-    data = load_data(training.get("dataset", "auto") if dataset == "auto" else dataset)
+    if dataset == "auto":
+        dataset = str(training.get("dataset", "auto"))
+        if dataset.startswith("folder:"):
+            raise ValueError(f"{path} was trained on {dataset:.80}; say where these images are: --dataset folder:PATH.")
+    data = load_data(dataset)
     fabric = create_fabric(device, precision)
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
     network = fabric.setup_module(network.to(memory_format=torch.channels_last)).eval()
@@ -203,7 +207,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     )
     options = {
         "--architecture": ("auto", "name of the network, such as resnet56; auto: the one that the file names"),
-        "--dataset": ("auto", "cifar100, digits or imagenet; auto: the one that the file names, else cifar100 if it is on disk"),
+        "--dataset": ("auto", "as for sortkd-run, or imagenet; auto: the one that the file names, else cifar100 if it is on disk"),
         "--device": ("auto", Parameters.__dataclass_fields__["device"].metadata["help"]),
         "--precision": ("float32", "float32 or bfloat16"),
     }

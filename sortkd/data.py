@@ -152,7 +152,8 @@ def _stacked(split: str, examples: Sequence) -> tuple[torch.Tensor, torch.Tensor
     "Images uint8 (N, H, H, 3) and targets int64 (N,) of all examples of a split."
     import numpy
 
-    images, targets = [], []
+    images: list[Any] = []
+    targets: list[int] = []
     for number in range(len(examples)):
         image, label = _image_and_label(split, number, examples[number])
         pixels = numpy.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
@@ -388,8 +389,8 @@ def load_tiny_imagenet(root: str | Path | None = None) -> ImageData:
     images = _read_squares(folder, [file for file, _ in (*train, *test)]) if test else None
     if images is None:
         raise ValueError(f"the images in {folder} are not all squares of 64 pixels; unpack the archive again.")
-    targets = (torch.tensor([number for _, number in part]) for part in (train, test))
-    return _data_in_memory("tiny-imagenet", images, *targets, [words.get(name, name).split(",")[0] for name in classes])
+    train_targets, test_targets = (torch.tensor([number for _, number in part]) for part in (train, test))
+    return _data_in_memory("tiny-imagenet", images, train_targets, test_targets, [words.get(name, name).split(",")[0] for name in classes])
 
 # %% ../nbs/03_data.ipynb #c1ee5a35
 DATASETS: dict[str, Callable[[str | Path | None], ImageSet]] = {  # by name, from the folder that holds it

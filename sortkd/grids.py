@@ -37,6 +37,7 @@ from .methods import create_method, plain_name
 from .models import create_model
 from .pairs import method_for, pair_for
 from .parameters import Parameters
+from .plugins import load_plugins
 from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
 from .runs import plan_run, records_so_far, run_experiment, teacher_training
@@ -89,6 +90,10 @@ def make_grid(settings: Mapping) -> Grid:
         choice("a key of the grid", key, keys)
     if missing := [key for key in keys if key not in settings]:
         raise ValueError(f"the grid does not say {', '.join(missing)}; workflow/config.yaml explains each.")
+    options = settings["options"] or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"options is {shown(options)}; give names with values, such as {{epochs: 1}}.")
+    load_plugins(options.get("plugin", ""))  # before the names that they register are checked
     chosen = {name: settings[name] for name in ("pairs", "methods", "seeds") if settings[name] != "paper"}
     for name, value in chosen.items():
         chosen[name] = whole_number(name, value, 1, 1000) if name == "seeds" else listed_names(name, value)
@@ -96,9 +101,6 @@ def make_grid(settings: Mapping) -> Grid:
         pair_for(pair)
     for method in chosen.get("methods", ()):
         create_method(method)
-    options = settings["options"] or {}
-    if not isinstance(options, Mapping):
-        raise ValueError(f"options is {shown(options)}; give names with values, such as {{epochs: 1}}.")
     return Grid(
         cells=paper_grid(**chosen),
         preset=choice("preset", settings["preset"], ["quick", "short", "paper"]),

@@ -47,6 +47,9 @@ class Parameters:
         "Objectives: ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
         "Repairs: +skip, +swap, +revise, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
     )
+    plugin: str = _run(
+        "", "Python files that register own methods, networks or data", "Such as mine.py, or the entry point of a package; see chapter 11a."
+    )
     seeds: str = _run("0", "random seeds, such as 0,1,2 or 0-4; every method runs once with each")
 
     preset: str = _data(
@@ -56,8 +59,9 @@ class Parameters:
     )
     dataset: str = _data(
         "auto",
-        "cifar100, cifar100-mini (ten classes) or digits; auto: set by the preset",
-        "auto: cifar100 for paper and short; for quick cifar100-mini if CIFAR-100 is on disk (in $SORTKD_DATA), else digits. "
+        "cifar100, cifar10, tiny-imagenet, digits, folder:PATH; auto: by the preset",
+        "auto: cifar100 for paper and short; for quick ten classes of it if it is on disk (in $SORTKD_DATA), else digits. "
+        "folder:PATH holds train/CLASS and val/CLASS or test/CLASS. "
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
     epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")

@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 
-from .experiments import Experiment, plan_experiment
+from .checks import choice
+from .experiments import Experiment, plan_experiment, plugins_of
 from .files import exclusive, refuse_links, remove_leftovers, save_atomically
 from .methods import Method, create_method
 from .models import create_model
+from .plugins import Plugin, load_plugins, session_plugins
 from .progress import Progress
 from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
@@ -138,6 +140,10 @@ class Run:
         return f"{self.folder.name}-{self.started}"
 
 
+def _about_plugins(plugins: Sequence[Plugin]) -> dict:
+    return {"plugins": [each.as_record() for each in plugins]} if plugins else {}
+
+
 def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about_teacher: dict) -> Run:
     data = experiment.data
     settings = {
@@ -156,6 +162,7 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "channels_last": True,
         "teacher_logits": kind if method.uses_teacher else None,
         **({"strong_views": STRONG_VIEWS} if method.strong_views else {}),
+        **_about_plugins(plugins_of(method, experiment.pair, data)),
     }
     about_data = {
         "name": data.name,
@@ -165,6 +172,7 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "test_images": len(data.test_targets),
         "image_size": data.image_size,
         "classes": data.num_classes,
+        **data.normalization,
     }
     key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
     name = experiment.pair_name.replace(":", "-").replace("/", "-")
@@ -265,6 +273,7 @@ def _train_and_record(experiment, runs, teacher_logits, fabric, progress, stop, 
             "started": run.started,
             "finished": _now(),
             **run.settings,
+            **_about_plugins(experiment.plugins),  # all that were loaded, whether this run uses them or not
             "data": run.about_data,
             "about_teacher": run.about_teacher,
             **processes,
@@ -526,12 +535,14 @@ def _run_at_once(experiment, groups, teacher, kind, progress, stop) -> list[list
 # %% ../nbs/07c_runs.ipynb #0e7a8d6e
 def plan_repetition(
     record: dict, teacher: str = "auto", teachers_dir: str = "teachers", results_dir: str = "results/repeated",
-    cache_dir: str = "auto",
+    cache_dir: str = "auto", dataset: str = "auto", plugin: str = "",
 ) -> Experiment:
     """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
 
     `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded weights, else the
-    teacher is made as a run would. Raises `ValueError` for a record without what is needed, and, naming the fields, if
+    teacher is made as a run would. `dataset`: folder:PATH for a run on a folder of images, whose path the record does not
+    tell; the folder may have another name now, but its checksum must be the recorded one. `plugin`: the plugins that the
+    record names, which are never loaded by themselves. Raises `ValueError` for a record without what is needed, and, naming the fields, if
     this version of the code, the data or the teacher would make it another run.
     """
     record = plain(record)
@@ -553,16 +564,26 @@ def plan_repetition(
             "set": ",".join(f"{name}={value}" for name, value in record.get("recipe_changes", {}).items()),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }
-    except (KeyError, TypeError, ValueError) as error:
+        on_folder = parameters["dataset"].startswith("folder:")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the record does not say enough to be repeated: {error} is missing or malformed.") from error
+    if on_folder and dataset == "auto":
+        raise ValueError(f"the run used images in a folder called {parameters['dataset'].removeprefix('folder:')!r:.80}; say where "
+                         "they are: dataset='folder:PATH' (--dataset folder:PATH).")
+    if not (on_folder and isinstance(dataset, str) and dataset.startswith("folder:")):
+        choice("dataset", dataset, ["folder:PATH" if on_folder else "auto", parameters["dataset"]])
+    parameters |= {"dataset": dataset} if on_folder else {}
+    _check_plugins(record.get("plugins", []), [*load_plugins(plugin), *session_plugins()])
     torch.set_num_threads(threads)
     if teacher == "auto":
         teacher = str(_file_with_weights(wanted, name, teachers_dir) or "auto")
     experiment = plan_experiment(
-        **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir
+        **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir, plugin=plugin
     )
     planned = plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
-    changed = differences(plain(planned.settings | {"data": planned.about_data}), record)
+    same_name = {"name": data["name"]} if on_folder else {}
+    settings = {name: value for name, value in planned.settings.items() if name != "plugins"}  # which are checked already
+    changed = differences(plain(settings | {"data": planned.about_data | same_name}), record)
     if experiment.teacher_file is not None:
         found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
         changed |= differences({"weights_sha256": found.as_record()["weights_sha256"]}, record["about_teacher"])
@@ -573,6 +594,17 @@ def plan_repetition(
             + "."
         )
     return experiment
+
+
+def _check_plugins(recorded: list, loaded: Sequence[Plugin]) -> None:
+    "ValueError unless each recorded plugin is loaded, with the same content."
+    for each in recorded:
+        file, checksum = each["file"], each["sha256"]
+        if checksum in [plugin.sha256 for plugin in loaded]:
+            continue
+        where = "register it in this session first" if file.startswith("session:") else "name that file as plugin (--plugin PATH)"
+        others = "; ".join(f"{plugin.file} is {plugin.sha256[:16]}…" for plugin in loaded)
+        raise ValueError(f"the recorded run used {file} with SHA-256 {checksum[:16]}…{f', but {others}' if others else ''}; {where}.")
 
 
 def _file_with_weights(checksum: str, name: str, folder: str | Path) -> Path | None:

@@ -67,6 +67,9 @@ RECORD_SCHEMA = _object(
         last_top1=_PERCENT, best_top1=_PERCENT, best_epoch=_COUNT, seconds=_NUMBER, student_sha256=_CHECKSUM
     ),
 )
+RECORD_SCHEMA["properties"]["data"]["properties"] |= dict.fromkeys(("mean", "std"), {  # of sets whose name does not fix them
+    "type": "array", "items": _NUMBER, "minItems": 3, "maxItems": 3, "description": "three numbers, one for each channel",
+})
 RECORD_SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of sortkd", **RECORD_SCHEMA}
 
 # %% ../nbs/08a_schema.ipynb #ab542c04

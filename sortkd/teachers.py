@@ -227,13 +227,17 @@ class _SameScheme(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, address)
 
 # %% ../nbs/04_teachers.ipynb #36f60fc2
+_FIXED_BY_NAME = ("cifar100", "cifar10", "digits")  # sets of which only one content is loaded
+
+
 def find_teacher(
     architecture: str, data: ImageSet, folder: str | Path, min_epochs: int, training: Mapping
 ) -> Teacher | None:
     """The best teacher under `folder` that serves, or None.
 
     A published checkpoint serves CIFAR-100. A `.safetensors` file serves if its text names this architecture and data
-    set, and either all training images and at least `min_epochs` epochs, or exactly the values of `training`.
+    set, and either all training images and at least `min_epochs` epochs, or exactly the values of `training`. Two folders may
+    have the same name, so there the checksum of the training data must be that of `training`, too.
     """
     folder = Path(folder)
     published = folder / _published_member(architecture)
@@ -243,7 +247,8 @@ def find_teacher(
     for path in sorted(each for each in folder.rglob("*.safetensors") if each.is_file()):
         text = _read_text(path)
         fits = text.get("architecture") == architecture and text.get("dataset") == data.name
-        complete = text.get("complete") and text.get("epochs", 0) >= min_epochs and data.name != "imagenet"  # any folder
+        same = data.name in _FIXED_BY_NAME or text.get("data_checksum") == training.get("data_checksum", "unknown")
+        complete = text.get("complete") and text.get("epochs", 0) >= min_epochs and same
         if fits and (complete or all(text.get(key) == value for key, value in training.items())):
             candidates.append((text.get("top1", 0.0), path))
     if not candidates:
@@ -263,7 +268,7 @@ def get_teacher(
     processes of one job (`torchrun`) train it together: all of them call this function, and `train` is called in all.
     Raises `OSError` before any training if `folder` is not writable, `ValueError` if links are in the way.
     """
-    folder, name = Path(folder), f"{re.sub('[/:]', '-', architecture)}-{data.name}"
+    folder, name = Path(folder), re.sub("[/:]", "-", f"{architecture}-{data.name}")
     training = json.loads(json.dumps(training))  # as it reads in a file: tuples are lists
 
     def find() -> Teacher | None:

@@ -142,7 +142,7 @@ def test_killed_and_started_again(folder, tmp_path):
     ({"preset": "slow"}, "quick"), ({"dataset": "imagenet"}, "cifar100"), ({"preset": "paper"}, "digits"), ({"epochs": -3}, "epochs is -3"), ({"epochs": "3"}, "epochs"), ({"epochs": True}, "epochs"),
     ({"train_size": 2000}, "1437"), ({"train_size": 1.5}, "train_size"), ({"test_size": -1}, "test_size"), ({"device": "gpu"}, "cuda"), ({"precision": "float16"}, "bfloat16"),
     ({"results_dir": str(NOTEBOOK)}, "folder"), ({"results_dir": "/proc/results"}, "nothing can be written"), ({"teachers_dir": ""}, "folder"), ({"teacher": str(NOTEBOOK)}, "cannot be read"),
-    ({"methods": ""}, "methods"), ({"methods": "kd-sort"}, "kd-sort"), ({"seeds": "0,x"}, "0,x"), ({"dataset": "cifar10"}, "Did you mean 'cifar100'"), ({"epochs": "many"}, "whole number"),
+    ({"methods": ""}, "methods"), ({"methods": "kd-sort"}, "kd-sort"), ({"seeds": "0,x"}, "0,x"), ({"dataset": "cifar11"}, "Did you mean 'cifar10'"), ({"dataset": "folder:"}, "folder:PATH"), ({"epochs": "many"}, "whole number"),
     ({"wandb": "on"}, "offline"), ({"cache": "on"}, "cache is 'on'"), ({"workers": 0}, "workers is 0"), ({"skip_recorded": 1}, "True or False"), ({"teacher": 3}, "teacher is 3"),
     ({"pair": "resnet20:resnet9"}, "no network 'resnet9'. Did you mean resnet8"), ({"pair": "resnet20:"}, "TEACHER:STUDENT"), ({"pair": "timm:resnet8:resnet8"}, "timm"),
     ({"pair": "imagenet/ResNet34:resnet8"}, "is for ImageNet"), ({"methods": "kd(temp=2)"}, "no setting 'temp'"), ({"methods": "kd(beta=1,temperature=2)"}, "no setting 'beta'"),

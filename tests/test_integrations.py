@@ -86,7 +86,7 @@ def assert_trained_like(network, data, **options):
 def test_importing_needs_none_of_the_libraries():
     script = (
         "import sys, sortkd.integrations; "
-        "names = 'torchdistill lightning pytorch_lightning transformers accelerate timm torchvision'; "
+        "names = 'torchdistill lightning pytorch_lightning transformers accelerate timm torchvision trl modelopt'; "
         "sys.exit(', '.join(name for name in names.split() if name in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

@@ -1,0 +1,265 @@
+"Data of one's own: folders, Tiny ImageNet, CIFAR-10, any two splits; and experiments on them, repeated from a record."
+import hashlib
+import json
+import pickle
+import shutil
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10, FakeData
+
+from sortkd.commands import evaluate_command, run
+from sortkd.data import (
+    ImageData, channel_statistics, load_cifar10, load_data, load_folder, load_tiny_imagenet, seeded_generator,
+)
+from sortkd.experiments import plan_experiment
+from sortkd.imagenet import ImageFolderData
+from sortkd.models import create_model
+from sortkd.pairs import check_takes
+from sortkd.records import compare_runs, read_records
+from sortkd.runs import plan_repetition, run_experiment
+from sortkd.schema import RecordError, check_record
+from sortkd.teachers import find_teacher, save_teacher
+
+
+def noise(count, size=32):
+    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=seeded_generator("noise", count, size)).numpy()
+
+
+def save_images(folder, count=4, size=32, kind="png"):
+    folder.mkdir(parents=True)
+    for number, pixels in enumerate(noise(count, size)):
+        Image.fromarray(pixels).save(folder / f"{number}.{kind}")
+
+
+@pytest.fixture
+def birds(tmp_path):
+    "Two classes, four training and two test images of each."
+    for name in ("owl", "wren"):
+        save_images(tmp_path / "birds" / "train" / name)
+        save_images(tmp_path / "birds" / "test" / name, 2)
+    return tmp_path / "birds"
+
+
+# Folders
+
+
+def test_a_folder_of_small_squares_is_in_memory(birds):
+    data = load_data(f"folder:{birds}")
+    assert isinstance(data, ImageData) and (data.name, data.class_names) == ("folder:birds", ("owl", "wren"))
+    assert (data.pad, data.flip, data.image_size) == (4, True, 32)
+    assert torch.equal(data.train_images[:4], torch.from_numpy(noise(4))) and data.train_targets.tolist() == [0] * 4 + [1] * 4
+    pixels = data.train_images.double().reshape(-1, 3) / 255
+    assert data.mean == pytest.approx(pixels.mean(0).tolist(), abs=5.1e-5) and data.std == pytest.approx(pixels.std(0, correction=0).tolist(), abs=5.1e-5)
+    assert data.normalization == {"mean": [*data.mean], "std": [*data.std]}
+    moved = birds.rename(birds.with_name("my birds, 2"))
+    assert load_folder(moved).name == "folder:my-birds-2" and load_folder(moved).checksum == data.checksum
+    (moved / "test").rename(moved / "val")
+    assert load_folder(moved).checksum == data.checksum, "test images may be in `val` or `test`"
+
+
+@pytest.mark.parametrize("size", [(96, 96), (32, 30)])
+def test_large_or_mixed_images_are_streamed(birds, size):
+    Image.new("RGB", size, "red").save(birds / "test" / "wren" / "9.jpg")
+    data = load_folder(birds)
+    assert isinstance(data, ImageFolderData) and (data.image_size, data.resize) == (224, 256) and data.views_per_image is None
+    assert (len(data.train_files), len(data.test_files)) == (8, 5) and data.mean == pytest.approx([0.5] * 3, abs=0.02)
+    assert data.normalization["std"] == [*data.std] and max(data.std) < 0.3
+
+
+def empty(folder):
+    [path.unlink() for path in (folder / "train" / "wren").iterdir()]
+
+
+def no_image(folder):
+    (folder / "train" / "wren" / "2.png").write_text("no image")
+
+
+def half_an_image(folder):
+    path = folder / "test" / "owl" / "1.png"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (shutil.rmtree, "there is no folder .*birds: expected are train/CLASS/"),
+    (lambda folder: shutil.rmtree(folder / "test"), "there is no folder .*val: .*test/CLASS/"),
+    (lambda folder: shutil.rmtree(folder / "test" / "owl"), "must have the same class folders.*only in train, such as 'owl'"),
+    (lambda folder: save_images(folder / "test" / "tit"), "only in test, such as 'tit'"),
+    (empty, "classes without images.*wren"), (no_image, "train/wren/2.png cannot be read as an image"), (half_an_image, "1.png cannot be read"),
+])
+def test_spoiled_folders_get_one_line(birds, spoil, words):
+    spoil(birds)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as error:
+        load_folder(birds)
+    assert "\n" not in str(error.value)
+
+
+# Published sets
+
+
+def fake_cifar10(folder, monkeypatch):
+    folder.mkdir(parents=True)
+    pixels = noise(4).transpose(0, 3, 1, 2).reshape(4, 3072)
+    names = [name for name, _ in (*CIFAR10.train_list, *CIFAR10.test_list)]
+    contents = {name: {"data": pixels, "labels": [0, 1, 2, 3]} for name in names} | {"batches.meta": {"label_names": list("abcd")}}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in contents}
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5[name]] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [[names[5], md5[names[5]]]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5["batches.meta"]})
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="CIFAR-10 is not at .*cifar-10-batches-py"):
+        load_cifar10(tmp_path, download=False)
+    folder = tmp_path / "cifar-10-batches-py"
+    fake_cifar10(folder, monkeypatch)
+    data = load_data("cifar10", tmp_path)
+    assert (data.name, data.class_names, len(data.train_images)) == ("cifar10", tuple("abcd"), 20)
+    assert torch.equal(data.test_images, torch.from_numpy(noise(4))) and (data.mean, data.std) == channel_statistics(data.train_images)
+    (folder / "data_batch_3").write_bytes(b"other")
+    with pytest.raises(ValueError, match="data_batch_3 is damaged: .*load CIFAR-10 again"):
+        load_cifar10(tmp_path)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    "Two classes in the layout of Tiny ImageNet, the test images in another order."
+    root = tmp_path / "tiny-imagenet-200"
+    for name in ("n02", "n01"):
+        save_images(root / "train" / name / "images", 3, 64, "JPEG")
+    save_images(root / "val" / "images", 2, 64, "JPEG")
+    (root / "val" / "val_annotations.txt").write_text("1.JPEG\tn01\t0\t32\t44\t62\n0.JPEG\tn02\t0\t0\t63\t63\n")
+    (root / "wnids.txt").write_text("n02\nn01\n")
+    (root / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\tcrane\nn03\tother\n")
+    return root
+
+
+def test_tiny_imagenet(tiny):
+    data = load_data("tiny-imagenet", tiny.parent)
+    assert (data.name, data.class_names, data.pad, data.image_size) == ("tiny-imagenet", ("goldfish", "crane"), 8, 64)
+    assert data.train_targets.tolist() == [0, 0, 0, 1, 1, 1] and data.test_targets.tolist() == [0, 1]
+    assert numpy.array_equal(data.test_images[0], Image.open(tiny / "val" / "images" / "1.JPEG"))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda root: (root / "words.txt").unlink(), "there is no .*words.txt; unpack"),
+    (lambda root: shutil.rmtree(root / "train" / "n01" / "images"), "there are no images"),
+    (lambda root: (root / "val" / "val_annotations.txt").write_text("0.JPEG n01"), "says '0.JPEG n01'; expected"),
+    (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "0.JPEG cannot be read"),
+    (lambda root: Image.new("L", (64, 60)).save(root / "val" / "images" / "0.JPEG"), "not all squares"),
+])
+def test_spoiled_tiny_imagenet(tiny, spoil, words):
+    spoil(tiny)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_tiny_imagenet(tiny.parent)
+
+
+# Any two splits
+
+
+def test_splits_of_torchvision():
+    train, test = FakeData(12, (3, 20, 20), 4), FakeData(6, (3, 20, 20), 4, random_offset=1)
+    data = ImageData.from_splits(train, test)
+    assert (data.name, data.pad, data.flip, data.class_names) == ("own", 2, True, tuple("0123"[:data.num_classes]))
+    assert numpy.array_equal(data.train_images[5], train[5][0]) and data.train_targets.tolist() == [train[number][1] for number in range(12)]
+
+
+def test_splits_of_hugging_face():
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["owl", "wren"])})
+    split = datasets.Dataset.from_dict({"img": [Image.fromarray(each) for each in noise(4)], "fine_label": [0, 1, 1, 0]}, features)
+    data = ImageData.from_splits(split, split, "birds", flip=False)
+    assert torch.equal(data.train_images, torch.from_numpy(noise(4))) and data.class_names == ("owl", "wren") and not data.flip
+
+
+@pytest.mark.parametrize("examples, words", [
+    ([], "train is empty"), ([5], "of type int; give pairs"), ([{"pixels": 1, "label": 0}], "has pixels, label; expected are image or img"),
+    ([(noise(1)[0], 0.5)], "the label of example 0 of train is 0.5"), ([(torch.zeros(3, 32, 32), 0)], "image 0 of train is float32 of shape"),
+    ([(noise(1)[0], 0), (noise(1, 30)[0], 1)], "image 1 of train is uint8 of shape \\(30, 30, 3\\)"),
+])
+def test_splits_that_do_not_fit(examples, words):
+    with pytest.raises(ValueError, match=words):
+        ImageData.from_splits(examples, examples)
+
+
+# Experiments
+
+
+SMALL = {"pair": "resnet14:resnet8", "methods": "kd,kd+sort", "preset": "quick", "epochs": 1, "device": "cpu"}
+
+
+def test_an_experiment_on_a_folder_and_its_repetition(birds, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert run([*options, "--dataset=folder:birds"]) == 0
+    records = read_records("results/quick.jsonl")
+    assert [check_record(each)["method"]["name"] for each in records] == ["kd", "kd+sort"] and records[0]["teacher_logits"] != "computed"
+    data = records[0]["data"]
+    assert (data["name"], data["classes"], data["mean"]) == ("folder:birds", 2, [*load_folder(birds).mean]) and not records[0]["full_recipe"]
+    assert str(tmp_path) not in json.dumps(records), "a path is nobody's business"
+    with pytest.raises(RecordError, match="data.std"):
+        check_record(records[0] | {"data": data | {"std": [0.1]}})
+
+    birds.rename(tmp_path / "moved")
+    source = f"--from-record=results/quick.jsonl:{records[1]['run_id']}"
+    assert run([source]) == 1 and "say where they are" in capsys.readouterr().err
+    assert run([source, "--dataset=digits"]) == 1 and "folder:PATH" in capsys.readouterr().err
+    assert run([source, "--dataset=folder:moved"]) == 0
+    assert "agree to the bit" in capsys.readouterr().out
+    teacher, = (tmp_path / "teachers" / "local").glob("*.safetensors")
+    assert evaluate_command([str(teacher)]) == 1 and "--dataset folder:PATH" in capsys.readouterr().err
+    assert evaluate_command([str(teacher), "--dataset=folder:moved"]) == 0
+    Image.new("RGB", (32, 32)).save(tmp_path / "moved" / "train" / "owl" / "0.png")
+    assert run([source, "--dataset=folder:moved"]) == 1 and "data.checksum" in capsys.readouterr().err
+
+
+def test_an_experiment_on_tiny_imagenet(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SORTKD_DATA", str(tmp_path))
+    places = {"teachers_dir": str(tmp_path / "teachers"), "results_dir": str(tmp_path / "results")}
+    record, = run_experiment(plan_experiment(**SMALL | {"methods": "kd"}, **places, dataset="tiny-imagenet"), progress=False).records
+    assert record["data"]["name"] == "tiny-imagenet" and record["data"]["image_size"] == 64
+    again = plan_repetition(record, teachers_dir=places["teachers_dir"], results_dir=tmp_path / "again")
+    assert compare_runs(record, run_experiment(again, progress=False).records[0]) == []
+
+
+def test_an_experiment_on_streamed_images(birds, tmp_path):
+    Image.new("RGB", (200, 100), "red").save(birds / "test" / "wren" / "9.jpg")
+    parameters = SMALL | {"methods": "kd", "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path)}
+    plan = plan_experiment(**parameters, test_size=2, train_size=4)
+    assert plan.cache == "off" and plan.data.image_size == 224
+    for wrong, words in (({"methods": "mlkd"}, "strongly augmented"), ({"cache": "full"}, "no cache")):
+        with pytest.raises(ValueError, match=words):
+            plan_experiment(**parameters | wrong)
+    assert plan_experiment(**parameters | {"pair": "imagenet/ResNet34:imagenet/ResNet18"}).pair.student == "imagenet/ResNet18"
+    assert plan_experiment(**parameters | {"pair": "in_r34_r18"}).recipe.batch_size == 16
+
+
+def test_the_published_recipe_on_other_data(birds, tmp_path):
+    plan = plan_experiment(**SMALL | {"preset": "paper", "epochs": 0, "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
+    assert plan.recipe.epochs == 240 and not plan.is_full_recipe and not plan.preset.fetch_teacher
+    assert "on folder:birds" in plan.describe() and "not with published ones" in plan.describe()
+
+
+def test_a_network_that_cannot_take_the_images_is_refused(tmp_path):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="torchvision:squeezenet1_1 cannot take images of 16×16") as error:
+        plan_experiment(**SMALL | {"pair": "resnet20:torchvision:squeezenet1_1", "dataset": "digits", "results_dir": str(tmp_path)})
+    assert "\n" not in str(error.value)
+    state = torch.get_rng_state()
+    check_takes("resnet8", 32, 10)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_teacher_of_a_folder_of_the_same_name_is_not_taken(birds, tmp_path):
+    data = load_folder(birds)
+    text = {"architecture": "resnet8", "dataset": data.name, "complete": True, "epochs": 240, "data_checksum": "other"}
+    weights = create_model("resnet8", 2).state_dict()
+    save_teacher(tmp_path / "teachers" / "one.safetensors", weights, text)
+    training = {"data_checksum": data.checksum}
+    assert find_teacher("resnet8", data, tmp_path / "teachers", 100, training) is None
+    save_teacher(tmp_path / "teachers" / "two.safetensors", weights, text | training)
+    assert find_teacher("resnet8", data, tmp_path / "teachers", 100, training).file == "two.safetensors"
