@@ -390,7 +390,8 @@ def load_tiny_imagenet(root: str | Path | None = None) -> ImageData:
     if images is None:
         raise ValueError(f"the images in {folder} are not all squares of 64 pixels; unpack the archive again.")
     train_targets, test_targets = (torch.tensor([number for _, number in part]) for part in (train, test))
-    return _data_in_memory("tiny-imagenet", images, train_targets, test_targets, [words.get(name, name).split(",")[0] for name in classes])
+    class_names = [words.get(name, name).split(",")[0] for name in classes]
+    return _data_in_memory("tiny-imagenet", images, train_targets, test_targets, class_names)
 
 # %% ../nbs/03_data.ipynb #c1ee5a35
 DATASETS: dict[str, Callable[[str | Path | None], ImageSet]] = {  # by name, from the folder that holds it
