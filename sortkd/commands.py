@@ -89,12 +89,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     def work():
         from sortkd.experiments import plan_experiment
-        from sortkd.plots import summarize
-        from sortkd.runs import run_experiment
+        from sortkd.plots import conclude, summarize
+        from sortkd.runs import compute_calmly, run_experiment
 
         if source is not None:
             return _repeat(source, {name: value for name, value in given.items() if value != parser.get_default(name)}, progress)
         experiment = plan_experiment(**given)
+        compute_calmly(experiment)
         if first:
             print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
         results = run_experiment(experiment, progress)
@@ -102,6 +103,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if first:  # at once: given again, the command would be a new one
             print(results.describe(), flush=True)
             print(summarize(results.records).to_string())
+            print(conclude(results.records))
 
     recorded: list[int] = []
     go_on = "To continue from what was saved, give the same command again."
