@@ -132,8 +132,8 @@ def folder_path(name: str, folder, within: Sequence[str] = (), written: bool = F
 
 # %% ../nbs/90_checks.ipynb #e94c6362
 EXPERIMENT_PACKAGES = (  # what the modules import of `experiments_requirements` in settings.ini
-    "PIL", "filelock", "jsonschema", "lightning_fabric", "matplotlib", "numpy", "pandas", "psutil", "safetensors", "scipy",
-    "sklearn", "statsmodels", "torchmetrics", "torchvision", "tqdm", "yaml",
+    "PIL", "filelock", "jsonschema", "lightning_fabric", "matplotlib", "numpy", "pandas", "papermill", "psutil", "safetensors", "scipy",
+    "sklearn", "statsmodels", "torchmetrics", "torchvision", "yaml",
 )
 
 

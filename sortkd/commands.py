@@ -7,6 +7,7 @@ __all__ = ['ends_cleanly', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'e
 
 # %% ../nbs/09_commands.ipynb #8b4d5e09
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -39,6 +40,9 @@ def _run_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("This command")
     group.add_argument("--version", action="version", version=__version__)
     group.add_argument("--quiet", action="store_true", help="print no line for each epoch")
+    group.add_argument(
+        "--notebook", metavar="OUT.ipynb", help="run the experiment in the notebook, and keep the executed notebook in this file"
+    )
     group.add_argument(
         "--from-record",
         metavar="FILE[:RUN_ID]",
@@ -84,17 +88,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _run_parser()
     given = vars(parser.parse_args(arguments))
-    progress, source = not given.pop("quiet"), given.pop("from_record")
+    progress, source, notebook = not given.pop("quiet"), given.pop("from_record"), given.pop("notebook")
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, only one prints
 
     def work():
         from sortkd.experiments import plan_experiment
-        from sortkd.plots import summarize
-        from sortkd.runs import run_experiment
+        from sortkd.plots import conclude, summarize
+        from sortkd.runs import compute_calmly, run_experiment
 
+        changed = {name: value for name, value in given.items() if value != parser.get_default(name)}
+        if notebook is not None and source is not None:
+            raise ValueError("give --notebook or --from-record, not both.")
         if source is not None:
-            return _repeat(source, {name: value for name, value in given.items() if value != parser.get_default(name)}, progress)
+            return _repeat(source, changed, progress)
+        if notebook is not None:
+            return _execute_notebook(Path(notebook), changed | {"progress": progress})
         experiment = plan_experiment(**given)
+        compute_calmly(experiment)
         if first:
             print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
         results = run_experiment(experiment, progress)
@@ -102,10 +112,33 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if first:  # at once: given again, the command would be a new one
             print(results.describe(), flush=True)
             print(summarize(results.records).to_string())
+            print(conclude(results.records))
 
     recorded: list[int] = []
     go_on = "To continue from what was saved, give the same command again."
     return ends_cleanly(work, lambda: "All runs are recorded." if recorded else go_on)
+
+
+def _execute_notebook(path: Path, parameters: dict) -> int:
+    "Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed."
+    import papermill
+
+    source = Path(__file__).resolve().parents[1] / "nbs" / "run_experiment.ipynb"
+    if not source.is_file():
+        raise FileNotFoundError(f"--notebook needs a copy of the project: there is no {source}.")
+    if path.suffix != ".ipynb" or not path.absolute().parent.is_dir():
+        raise ValueError(f"notebook is {str(path)!r:.200}; give the path of an .ipynb file in a folder that exists.")
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that have no default, such as lists
+    try:
+        papermill.execute_notebook(
+            source, path, parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3"
+        )
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from error
+        raise RuntimeError(f"{error.ename}: {error.evalue}") from error
+    print(f"The executed notebook is {path}.")
+    return 0
 
 
 def _repeat(source: str, given: dict, progress: bool) -> int:
@@ -153,11 +186,12 @@ class CheckpointQuality:
 
 def evaluate_checkpoint(
     path: str | Path, architecture: str = "auto", dataset: str = "auto", device: str = "auto",
-    precision: str = "float32",
+    precision: str = "float32", progress: bool = False,
 ) -> CheckpointQuality:
     """Measure the network of a checkpoint on the test images of `dataset`, without augmentation.
 
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file that names its own.
+    `progress`: print a line every five seconds.
     Raises `ValueError` for an architecture that is missing or does not fit, and what `read_checkpoint` raises.
     """
     from sortkd.teachers import load_weights, read_checkpoint
@@ -169,6 +203,7 @@ def evaluate_checkpoint(
     from sortkd.data import load_data
     from sortkd.models import create_model
     from sortkd.devices import create_fabric
+    from sortkd.progress import Progress
 
     if architecture == "auto":
         architecture = training.get("architecture", "")
@@ -182,8 +217,12 @@ def evaluate_checkpoint(
     fabric = create_fabric(device, precision)
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
     network = fabric.setup_module(network.to(memory_format=torch.channels_last)).eval()
+    report, done, answers = Progress(str(path), len(data.test_targets), "image", pause=5.0, shown=progress), 0, []
     with torch.inference_mode():
-        answers = [(network(images).float(), target) for images, target in data.batches(fabric.device).test(200)]
+        for images, target in data.batches(fabric.device).test(200):
+            answers.append((network(images).float(), target))
+            done += len(target)
+            report(done)
         logits, target = (torch.cat(parts) for parts in zip(*answers))
     calibration_error = multiclass_calibration_error(logits.softmax(1), target, data.num_classes, n_bins=15)
     best_five = logits.topk(min(5, data.num_classes)).indices
@@ -217,7 +256,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
     def work():
         import pandas as pd
 
-        rows = {path: asdict(evaluate_checkpoint(path, **given)) for path in checkpoints}
+        rows = {path: asdict(evaluate_checkpoint(path, **given, progress=True)) for path in checkpoints}
         titles = {"top1": "top-1 (%)", "top5": "top-5 (%)", "calibration_error": "calibration error (%)"}
         print(pd.DataFrame(rows.values(), rows).rename(columns=titles).round(3).to_string())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
-from .data import DATASETS, check_dataset, load_data
+from .data import DATASETS, check_dataset, has_cifar100, load_data
 from .methods import Method, create_method
 from sortkd.pairs import (
     IMAGENET_PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe, recipe_for,
@@ -101,7 +101,8 @@ class Experiment:
 
     def describe(self) -> str:
         "What this run is, and what its numbers are evidence of."
-        data, recipe = self.data, self.recipe
+        data, recipe, preset = self.data, self.recipe, self.preset
+        as_preset = (recipe.epochs, len(data.train_targets)) == (preset.epochs, preset.train_size or len(self.full_data.train_targets))
         size = f"{data.image_size}×{data.image_size}"
         images = f"{len(data.train_targets):,} training and {len(data.test_targets):,} test images of {size}"
         device = "a GPU" if self.device == "cuda" else "the CPU"
@@ -127,13 +128,14 @@ class Experiment:
                 if self.preset_name == "short"
                 else "It shows how everything works; its numbers are not evidence about the methods. "
             )
+            + (f"{self.preset.expected} " if self.preset.expected and as_preset else "")
             + f"For evidence, use preset='paper' on {_EVIDENCE.get(data.name, 'all images')}, "
             "a GPU and several seeds."
         )
 
 
-_EVIDENCE = {"imagenet": "all of ImageNet", "cifar100": "CIFAR-100", "digits": "CIFAR-100"}
-DATA_TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "tiny-imagenet": "Tiny ImageNet", "digits": "scikit-learn's digits", "imagenet": "images in ImageNet's layout"}
+_EVIDENCE = {"imagenet": "all of ImageNet", "cifar100": "CIFAR-100", "cifar100-mini": "CIFAR-100", "digits": "CIFAR-100"}
+DATA_TITLES = {"cifar100": "CIFAR-100", "cifar100-mini": "ten classes of CIFAR-100", "cifar10": "CIFAR-10", "tiny-imagenet": "Tiny ImageNet", "digits": "scikit-learn's digits", "imagenet": "images in ImageNet's layout"}
 
 
 def _listed(items: Sequence) -> str:
@@ -190,9 +192,9 @@ def _check_together(given: Parameters, processes: int) -> None:
     if processes > 1 and given.workers > 1:
         raise ValueError(f"workers is {given.workers}, but {processes} processes already share every batch; use workers=1.")
     if given.pair not in IMAGENET_PAIRS:
-        if given.preset != "quick" and given.dataset == "digits":
+        if given.preset != "quick" and given.dataset in ("digits", "cifar100-mini"):
             raise ValueError(
-                f"preset {given.preset!r} is for CIFAR-100, but dataset is 'digits'; "
+                f"preset {given.preset!r} is for CIFAR-100, but dataset is {given.dataset!r}; "
                 "use preset='quick' or dataset='cifar100'."
             )
         if "imagenet/" in given.pair and not given.dataset.startswith("folder:"):
@@ -231,6 +233,13 @@ def _checked_folders(given: Parameters) -> Parameters:
     return given
 
 # %% ../nbs/07_experiments.ipynb #c3ddb508
+def _dataset_name(given: Parameters) -> str:
+    "The name of the data set that `auto` stands for: that of the preset, the digits where CIFAR-100 is not on disk."
+    if given.dataset != "auto":
+        return given.dataset
+    return "cifar100" if given.preset != "quick" else "cifar100-mini" if has_cifar100() else "digits"
+
+
 def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
     "The images that the experiment uses: as many as asked for, or as the preset says."
     sizes = {"train_size": given.train_size or preset.train_size, "test_size": given.test_size or preset.test_size}
@@ -240,8 +249,8 @@ def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
 
 
 def _recipe(given: Parameters, pair: Pair, preset: Preset) -> Recipe:
-    "The published recipe of the pair, shortened if the parameters or the preset say so."
-    recipe, epochs = published_recipe(pair), given.epochs or preset.epochs
+    "The recipe of the preset, or the published one of the pair, in as many epochs as asked for."
+    recipe, epochs = preset.recipe or published_recipe(pair), given.epochs or preset.epochs
     if epochs != recipe.epochs:
         recipe = recipe.shortened(epochs)
     if given.pair in IMAGENET_PAIRS and given.preset == "quick":
@@ -273,10 +282,9 @@ def plan_experiment(**parameters) -> Experiment:
     given = _checked_folders(given)
 
     pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
-    default = "imagenet" if from_files else "auto" if given.preset == "quick" else "cifar100"
-    full_data = load_data(default if given.dataset == "auto" else given.dataset)
+    full_data = load_data("imagenet" if from_files and given.dataset == "auto" else _dataset_name(given))
     _check_with_data(given, pair, full_data)
-    preset = preset_for(given.preset, "imagenet" if from_files else full_data.name)
+    preset = preset_for(given.preset, "imagenet" if from_files else full_data.name, pair)
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
     if str(given.teacher) != "auto":
         load_teacher(given.teacher, pair.teacher, data.num_classes)  # refused now rather than later

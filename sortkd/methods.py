@@ -7,19 +7,20 @@ __all__ = ['REPAIRS', 'OBJECTIVES', 'LearnedTemperature', 'curriculum_factor', '
            'list_methods', 'plain_name', 'repair_defaults', 'create_method']
 
 # %% ../nbs/01a_methods.ipynb #50576adc
+import difflib
 import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import choice
+from .checks import shown
 from sortkd.losses import (
     check_logits, dist_loss, dkd_loss, kd_loss, keep_logits, mlkd_loss, replace_skipped, revise_logits, skip_logits, sld_loss, standardize
 )
@@ -282,6 +283,18 @@ def repair_defaults(repair: str) -> dict[str, float]:
             if each.default is not each.empty and each.name not in ("dim", "ignore_index")}
 
 
+def _refuse_method(name, objective: str) -> NoReturn:
+    "Raise `ValueError` for a method that does not exist, with the names by group and the nearest."
+    names = list_methods()
+    close = difflib.get_close_matches(str(name)[:100], names, n=1)
+    asked = objective if objective in OBJECTIVES else close[0].partition("+")[0] if close else "kd"
+    repairs = [each.partition("+")[2] for each in names if each.startswith(f"{asked}+")] or [each for each in REPAIRS if each != "none"]
+    raise ValueError(
+        f"methods is {shown(name)}; give objectives ({', '.join(OBJECTIVES)}), each alone or with a repair "
+        f"({', '.join(f'+{each}' for each in repairs)}), such as 'kd+sort'." + (f" Did you mean {close[0]!r}?" if close else "")
+    )
+
+
 def create_method(name: str, **changes: float) -> Method:
     """The method called `name`: an objective, or an objective and a repair joined by `+`, such as `kd`, `kd+swap` or
     `dkd+sort`. Either may have numbers of its own: `kd(temperature=2)+sort`, `dkd(beta=2)+revise(eta=0.9)`.
@@ -297,7 +310,7 @@ def create_method(name: str, **changes: float) -> Method:
             raise ValueError(f"there is no method {name!r}: {reason}.")
         if objective in OBJECTIVES and repair == OBJECTIVES[objective].repair:
             raise ValueError(f"there is no method {name!r}: {objective!r} alone is its name.")
-        choice("methods", name, list_methods())
+        _refuse_method(name, objective)
     entry = OBJECTIVES[objective]
     numbers: dict[str, Any] = {key: getattr(entry, key) for key in ("ce_weight", "kd_weight", "warmup_epochs")}
     unknown = changes.keys() - numbers.keys() - entry.settings.keys()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['teacher_training', 'train_teacher', 'Run', 'plan_run', 'records_so_far', 'Results', 'run_experiment',
-           'end_with_parent', 'plan_repetition']
+           'compute_calmly', 'end_with_parent', 'plan_repetition']
 
 # %% ../nbs/07c_runs.ipynb #6888d5c5
 import json
@@ -34,11 +34,10 @@ from .progress import Progress
 from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
 from .teachers import Teacher, get_teacher, load_teacher, read_checkpoint, weights_checksum
-from .views import STRONG_VIEWS
 from .checkpoints import fingerprint
 from .devices import create_fabric, precision_of
 from .training import Outcome, Recipe, Student, evaluate, train, train_together
-from .views import ImageBatches, ImageSet
+from .views import STRONG_VIEWS, ImageBatches, ImageSet
 
 # %% ../nbs/07c_runs.ipynb #8ecf5583
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
@@ -386,6 +385,11 @@ class Results:
     batches: ImageBatches
     appended: int  # how many of the records are new
 
+    def describe_teacher(self) -> str:
+        "Where the teacher came from, and how good it is."
+        about = self.records[0]["about_teacher"]
+        return f"The teacher was {about['source']} (`{about['file']}`) and is right on {about['top1']:.1f} % of the test images."
+
     def describe(self) -> str:
         "How many records were appended to which file."
         before = len(self.records) - self.appended
@@ -433,6 +437,15 @@ def run_experiment(
         command.unlink(missing_ok=True)
     appended = sum(record["run_id"] not in before for record in records)
     return Results(experiment, records, teacher, batches, appended)
+
+
+def compute_calmly(experiment: Experiment) -> None:
+    """Let this process compute a quick run in one thread, unless OMP_NUM_THREADS is set: in bfloat16, the threads of a
+    convolution wait for each other without sleeping, and on a busy machine that takes ten times as long.
+    """
+    calm = experiment.preset_name == "quick" and experiment.device == "cpu" and experiment.precision == "bfloat16"
+    if calm and "OMP_NUM_THREADS" not in os.environ and experiment.workers == 1:
+        torch.set_num_threads(1)
 
 
 def _taught_together(experiment: Experiment, runs: Sequence[Run], groups: int) -> list[list[Run]]:
@@ -525,13 +538,10 @@ def plan_repetition(
 ) -> Experiment:
     """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
 
-    `dataset`: folder:PATH for a run on a folder of images, whose path the record does not tell. It may have another name now;
-    its checksum must be the recorded one.
-
-    `plugin`: the plugins that the record names, which are never loaded by themselves.
-
     `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded weights, else the
-    teacher is made as a run would. Raises `ValueError` for a record without what is needed, and, naming the fields, if
+    teacher is made as a run would. `dataset`: folder:PATH for a run on a folder of images, whose path the record does not
+    tell; the folder may have another name now, but its checksum must be the recorded one. `plugin`: the plugins that the
+    record names, which are never loaded by themselves. Raises `ValueError` for a record without what is needed, and, naming the fields, if
     this version of the code, the data or the teacher would make it another run.
     """
     record = plain(record)
@@ -543,7 +553,7 @@ def plan_repetition(
             "methods": record["method"]["name"],
             "seeds": str(record["seed"]),
             "preset": record["preset"],
-            "dataset": data["name"],
+            "dataset": dataset if str(data["name"]).startswith("folder:") else data["name"],
             "epochs": 0 if full else record["recipe"]["epochs"],
             "train_size": 0 if full else data["train_images"],
             "test_size": 0 if full else data["test_images"],
@@ -553,15 +563,14 @@ def plan_repetition(
             "set": ",".join(f"{name}={value}" for name, value in record.get("recipe_changes", {}).items()),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }
-        on_folder = parameters["dataset"].startswith("folder:")
+        on_folder = data["name"].startswith("folder:")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the record does not say enough to be repeated: {error} is missing or malformed.") from error
     if on_folder and dataset == "auto":
-        raise ValueError(f"the run used images in a folder called {parameters['dataset'].removeprefix('folder:')!r:.80}; say where "
+        raise ValueError(f"the run used images in a folder called {data['name'].removeprefix('folder:')!r:.80}; say where "
                          "they are: dataset='folder:PATH' (--dataset folder:PATH).")
-    if dataset != "auto" and not (on_folder and dataset.startswith("folder:")):
-        choice("dataset", dataset, ["auto", "folder:PATH" if on_folder else parameters["dataset"]])
-    parameters["dataset"] = dataset if on_folder else parameters["dataset"]
+    if not (on_folder and isinstance(dataset, str) and dataset.startswith("folder:")):
+        choice("dataset", dataset, ["folder:PATH" if on_folder else "auto", data["name"]])
     _check_plugins(record.get("plugins", []), [*load_plugins(plugin), *session_plugins()])
     torch.set_num_threads(threads)
     if teacher == "auto":
@@ -570,9 +579,8 @@ def plan_repetition(
         **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir, plugin=plugin, again=True,
     )
     planned = plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
-    same_name = {"name": data["name"]} if on_folder else {}
     settings = {name: value for name, value in planned.settings.items() if name != "plugins"}  # which are checked already
-    changed = differences(plain(settings | {"data": planned.about_data | same_name}), record)
+    changed = differences(plain(settings | {"data": planned.about_data | ({"name": data["name"]} if on_folder else {})}), record)
     if experiment.teacher_file is not None:
         found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
         changed |= differences({"weights_sha256": found.as_record()["weights_sha256"]}, record["about_teacher"])

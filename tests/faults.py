@@ -208,7 +208,7 @@ def _process(settings, break_it, log, folder, as_command):
         runs._start_worker = _start_worker
         break_it(folder)
         if as_command:
-            sys.exit(run([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()] + ["--quiet"]))
+            sys.exit(run([f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in settings.items()] + ["--quiet"]))
         try:
             runs.run_experiment(runs.plan_experiment(**settings), progress=False)
             print("records appended to their file")  # as the command says
@@ -374,7 +374,7 @@ class Harness:
         self.number += 1
         folder = self.folder / f"experiment{self.number}"
         folders = {"teachers_dir": str(folder / "teachers"), "results_dir": str(folder / "results")}
-        return Victim(folder, SMALL | CELLS | {"teacher": str(self.folder / "teacher.safetensors")} | folders | changes)
+        return Victim(folder, SMALL | CELLS | {"teacher": str(self.folder / "teacher.safetensors"), "again": True} | folders | changes)
 
     def kill_at_random(self, kills: int, at_once: int = 6, **changes):
         "Each experiment is killed up to `at_once` times, wherever it is, before it may end."

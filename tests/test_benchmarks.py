@@ -16,6 +16,7 @@ from sortkd.training import Recipe
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import speed  # noqa: E402
+import tokens  # noqa: E402
 import usual_way  # noqa: E402
 
 
@@ -72,3 +73,19 @@ def test_the_script_runs_and_records(tmp_path):
     record, = map(json.loads, (tmp_path / "benchmarks.jsonl").read_text().splitlines())
     assert [row["setting"] for row in record["rows"]] == [str(shape) for shape in (*speed.SORT_SHAPES, *speed.SORT_SHAPES[:4])]
     assert all(len(times) == 2 for row in record["rows"] for times in row["ms"].values()) and record["machine"]["cores"]
+
+
+@pytest.mark.parametrize("depth", tokens.DEPTHS)
+def test_half_of_the_tokens_are_wrong(depth):
+    logits, target = tokens.token_logits((4, 50, 300), depth, "cpu")
+    above = (logits > logits.gather(2, target[..., None])).sum(2).flatten()
+    assert not above[::2].any() and (above[1::2] > 0).all()
+    assert (above >= 100).sum() == {"near the top": 0, "one deep": 1}.get(depth, (above >= 100).sum())
+    assert above[1::2].float().median() < 30 if depth != "anywhere" else above[1::2].float().median() > 100
+
+
+def test_tokens_are_compared_with_the_loss_and_two_full_sorts(capsys):
+    rows = tokens.measure([(2, 8, 500)], 1, "cpu")
+    tokens.print_ratios(rows)
+    assert [list(row["ms"]) for row in rows] == [["sort_logits", "KD loss, forward and backward", "two full sorts"]] * 3
+    assert capsys.readouterr().out.count("the KD loss") == 3

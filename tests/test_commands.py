@@ -113,6 +113,19 @@ def test_mistakes_are_one_line(arguments, words, capsys, tmp_path):
     assert re.search(words, error) and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+def test_the_notebook_of_a_command(tmp_path, capfd):
+    "The same executed notebook as papermill's, with lines of progress; a mistake is one line."
+    small = [argument for argument in SMALL if argument != "--quiet"] + ["--methods", "kd", "--teachers-dir", str(tmp_path / "teachers"), "--results-dir", str(tmp_path / "results")]
+    out = tmp_path / "out.ipynb"
+    assert run([*small, "--notebook", str(out)]) == 0
+    assert "kd, seed 0: epoch 1/1, loss" in capfd.readouterr().out
+    first = next(cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code").outputs
+    assert "Chance is 10 %" in first[0]["data"]["text/markdown"] and len(read_records(tmp_path / "results" / "quick.jsonl")) == 1
+    assert run([*small, "--notebook", str(tmp_path / "out.txt")]) == 1 and "notebook is" in capfd.readouterr().err
+    assert run([*small, "--methods", "kdd", "--notebook", str(out)]) == 1
+    assert "ValueError: methods is 'kdd'; give objectives (ce, kd," in capfd.readouterr().err.strip().splitlines()[-1]
+
+
 def test_eval_mistakes(tmp_path, capsys):
     torch.save(create_model("resnet8", 10).state_dict(), tmp_path / "plain.pth")
     (tmp_path / "broken.pth").write_bytes(b"no weights")

@@ -16,7 +16,7 @@ import sortkd
 from sortkd.data import Batches, load_digits
 from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
-from sortkd.plots import summarize
+from sortkd.plots import conclude, summarize
 from sortkd.records import append_record, compare_runs, differences, read_records
 from sortkd.results import load_results
 from sortkd.pairs import method_for, published_recipe, recipe_for
@@ -29,7 +29,7 @@ from sortkd.devices import create_fabric
 from sortkd.training import Recipe, train, train_together
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
-SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 100, "test_size": 60}
+SMALL = {"pair": "r56_r20", "methods": "kd,kd+sort", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 100, "test_size": 60}
 
 
 def small_experiment(folder, **changes):
@@ -61,7 +61,9 @@ def test_the_notebook_through_papermill(folder):
     texts = "".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
     assert "This is a quick run" in texts and "not evidence" in texts
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    assert "top-1 last" in outputs[-1]["data"]["text/html"]
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code").outputs
+    assert "kd+sort minus kd" in first[0]["data"]["text/markdown"] and "(n = 2 seeds)" in first[0]["data"]["text/markdown"] and "Chance is 10 %" in first[0]["data"]["text/markdown"]
+    assert "top-1 last" in first[1]["data"]["text/html"] and "image/png" in first[2]["data"]
     records = read_records(results / "quick.jsonl")
     assert [(record["method"]["name"], record["seed"]) for record in records] == [(name, seed) for seed in (0, 1) for name in ("kd", "kd+sort", "dkd+swap")]
 
@@ -211,10 +213,44 @@ def test_nothing_but_numbers_enters_a_record(tmp_path):
     assert not (tmp_path / "records.jsonl").exists() or not json.loads("[" + (tmp_path / "records.jsonl").read_text() + "]")
 
 
+def test_a_mistyped_parameter_of_the_notebook_is_refused_before_any_work(tmp_path):
+    import papermill
+    with pytest.raises(papermill.PapermillExecutionError, match="Did you mean 'pair'"):
+        papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"pairs": "r56_r20", "results_dir": str(tmp_path / "results")}, progress_bar=False)
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_result_in_words():
+    def record(name, seed, top1): return {"method": {"name": name}, "seed": seed, "result": {"last_top1": top1}, "data": {"test_images": 400, "classes": 10}}
+    records = [record(name, seed, top1 + seed) for name, top1 in (("ce", 50.0), ("kd", 52.0), ("kd+sort", 53.0)) for seed in (0, 1)]
+    words = conclude(records)
+    assert "kd minus ce: +2.00 points of top-1, 95 % interval +2.00 to +2.00 (n = 2 seeds)." in words and "kd+sort minus kd: +1.00" in words
+    assert "standard error of 2.5 points. Chance is 10 %." in words
+    assert "minus" not in conclude(records[:1])
+
+
+@needs_cifar100
+def test_the_quick_preset_teaches_ten_classes(tmp_path):
+    experiment = plan_experiment(pair="r56_r20", preset="quick", teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    assert (experiment.data.name, experiment.data.num_classes, experiment.data.image_size) == ("cifar100-mini", 10, 16)
+    assert [method.name for method in experiment.methods] == ["ce", "kd", "kd+sort"] and "Expect" in experiment.describe()
+    with pytest.raises(ValueError, match="is for CIFAR-100"):
+        plan_experiment(preset="short", dataset="cifar100-mini", results_dir=str(tmp_path))
+
+
+@needs_cifar100
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["r32x4_r8x4", "r56_r20", "vgg13_vgg8"])
+def test_the_first_run_convinces(pair, tmp_path):
+    "Every student at five times chance or more."
+    experiment = plan_experiment(pair=pair, preset="quick", teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    assert all(record["result"]["last_top1"] >= 50 for record in run_experiment(experiment, progress=False).records)
+
+
 @needs_cifar100
 def test_real_cifar100(tmp_path):
     "The documented CIFAR-100 command, much smaller."
-    experiment = plan_experiment(pair="r56_r20", preset="quick", dataset="cifar100", epochs=1, train_size=150, test_size=100, teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    experiment = plan_experiment(pair="r56_r20", methods="kd,kd+sort", preset="quick", dataset="cifar100", epochs=1, train_size=150, test_size=100, teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
     assert records[0]["data"]["full_checksum"] == experiment.full_data.checksum and records[0]["data"]["train_images"] == 150
     assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0

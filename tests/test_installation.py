@@ -50,9 +50,9 @@ def test_the_promise_is_what_was_tried(settings):
         tried = {each["versions"]: {name: Version(version) for name, version in each["installed"].items()}
                  for each in records if each["python"].startswith(f"{python}.")}
         assert tried.keys() == {"lowest", "oldest-torch", "newest"}, python
-        assert tried["lowest"] == bounds, python
+        assert bounds.items() <= tried["lowest"].items(), python  # what was tried with more than is required now, still was
         assert all(tried["oldest-torch"][name] == bounds[name] for name in ("torch", "torchvision"))
-        assert tried["newest"].keys() <= bounds.keys() and tried["newest"]["torch"] > bounds["torch"]
+        assert tried["newest"]["torch"] > bounds["torch"]
 
 
 def test_everyone_promises_the_same(settings, package):

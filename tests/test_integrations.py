@@ -183,7 +183,7 @@ def test_methods_with_strong_views_are_refused(method):
         (lambda student, teacher, target: ({"logits": student}, teacher, target), TypeError, "of type dict"),
         (lambda student, teacher, target: (student.long(), teacher, target), TypeError, "int64"),
         (lambda student, teacher, target: (student, None, target), TypeError, "teacher_logits.*NoneType"),
-        (lambda student, teacher, target: (student[None], teacher[None], target), ValueError, "need a target of shape"),
+        (lambda student, teacher, target: (student[None], teacher[None], target), ValueError, "target has shape"),
         (lambda student, teacher, target: (student, teacher[:, :4], target), ValueError, "the same classes"),
         (lambda student, teacher, target: (student, teacher[:7], target), ValueError, "one shape"),
         (lambda student, teacher, target: (student, teacher, target[:7]), ValueError, "target has shape"),

@@ -247,7 +247,7 @@ def test_own_numbers_reach_the_loss_and_the_repair():
     ("kd+revise(eta=inf)", "eta of revise is 'inf'; give a finite number"),
     ("dkd(warmup_epochs=2.5)", "warmup_epochs of dkd is '2.5'; give a whole number"),
     ("kd+sort(eta=1)", "sort has no setting 'eta'; it has none"),
-    ("kd(temperature=2", "choose one of ce, kd"),
+    ("kd(temperature=2", "give objectives (ce, kd"),
 ])
 def test_numbers_that_do_not_exist(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, FakeData
 
+from sortkd.checkpoints import Stopped
 from sortkd.commands import evaluate_command, run
 from sortkd.data import (
     ImageData, channel_statistics, load_cifar10, load_data, load_folder, load_tiny_imagenet, seeded_generator,
@@ -236,6 +237,19 @@ def test_an_experiment_on_streamed_images(birds, tmp_path):
             plan_experiment(**parameters | wrong)
     assert plan_experiment(**parameters | {"pair": "imagenet/ResNet34:imagenet/ResNet18"}).pair.student == "imagenet/ResNet18"
     assert plan_experiment(**parameters | {"pair": "in_r34_r18"}).recipe.batch_size == 16
+
+
+def test_an_interrupted_experiment_on_a_folder_continues(birds, tmp_path):
+    def plan(name):
+        places = {"teachers_dir": str(tmp_path / "teachers"), "results_dir": str(tmp_path / name)}
+        return plan_experiment(**SMALL | {"methods": "kd+sort", "epochs": 2, "dataset": f"folder:{birds}"}, **places)
+
+    straight, = run_experiment(plan("straight"), progress=False).records
+    with pytest.raises(Stopped):
+        run_experiment(plan("broken"), progress=False, stop=lambda: True)
+    assert list((tmp_path / "broken").rglob("checkpoint.pt")), "one of two epochs is trained"
+    continued, = run_experiment(plan("broken"), progress=False).records
+    assert compare_runs(straight, continued) == []
 
 
 def test_the_published_recipe_on_other_data(birds, tmp_path):

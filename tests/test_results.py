@@ -16,6 +16,7 @@ from sortkd.pairs import PAIRS
 from sortkd.plots import summarize
 from sortkd.runs import run_experiment
 from sortkd.results import (
+    load_curves,
     CIFAR100_CHECKSUM,
     load_results,
     mark_measured,
@@ -132,6 +133,16 @@ def test_a_number_that_is_none_is_found_wherever_it_hides():
     for value in ("a text", None, [], 7):
         with pytest.raises(RecordError):
             check_record(value)
+
+
+def test_curves_are_one_row_an_epoch(tmp_path):
+    source = Path(__file__).parents[1] / "results" / "short.jsonl"
+    runs, curves = load_results(source)[0], load_curves(source)
+    assert len(curves) == runs.epochs.sum() and not curves.duplicated(["run_id", "epoch"]).any()
+    last = curves.sort_values("epoch").groupby("run_id").test_top1.last()
+    assert last.to_dict() == runs.set_index("run_id").last_top1.to_dict()
+    (tmp_path / "none.jsonl").write_text("")
+    assert load_curves(tmp_path / "none.jsonl").empty
 
 
 def test_what_an_experiment_writes_is_valid(tmp_path):

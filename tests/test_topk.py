@@ -90,7 +90,7 @@ def test_it_is_one_graph():
         (lambda values, classes, target: (values, classes.float(), target), ValueError, "integers of the shape of values"),
         (lambda values, classes, target: (values, classes[:, :2], target), ValueError, r"but they are torch.int64 \(2, 2\)"),
         (lambda values, classes, target: (values, None, target), ValueError, "NoneType"),
-        (lambda values, classes, target: (values, classes, target[:1]), ValueError, "need a target of shape"),
+        (lambda values, classes, target: (values, classes, target[:1]), ValueError, "target has shape"),
         (lambda values, classes, target: (values, classes, target - 5), ValueError, "target holds -4"),
     ],
 )
