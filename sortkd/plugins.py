@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plugin', 'register_repair', 'register_objective', 'register_model', 'register_data', 'load_plugin', 'load_plugins',
-           'session_plugins', 'owners_of']
+           'check_recorded', 'owners_of']
 
 # %% ../nbs/11b_plugins.ipynb #2b9255f4
 import hashlib
@@ -12,7 +12,7 @@ import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata, util
@@ -248,9 +248,16 @@ def load_plugins(paths: str) -> tuple[Plugin, ...]:
     return tuple(load_plugin(path) for path in listed_names("plugin", paths)) if paths else ()
 
 
-def session_plugins() -> tuple[Plugin, ...]:
-    "What was registered in this session without a file."
-    return tuple(owner for owner in _owners.values() if not owner.path)
+def check_recorded(recorded: Sequence[Mapping[str, str]], loaded: Sequence[Plugin]) -> None:
+    "`ValueError` unless each plugin of a record is among `loaded`, or registered in this session, with the same content."
+    there = [*loaded, *(owner for owner in _owners.values() if not owner.path)]
+    for each in recorded:
+        file, checksum = each["file"], each["sha256"]
+        if checksum in [plugin.sha256 for plugin in there]:
+            continue
+        where = "register it in this session first" if file.startswith("session:") else "name that file as plugin (--plugin PATH)"
+        others = "; ".join(f"{plugin.file} is {plugin.sha256[:16]}…" for plugin in there)
+        raise ValueError(f"the recorded run used {file} with SHA-256 {checksum[:16]}…{f', but {others}' if others else ''}; {where}.")
 
 
 def owners_of(*names: tuple[str, str]) -> tuple[Plugin, ...]:

@@ -29,7 +29,7 @@ from .experiments import Experiment, plan_experiment, plugins_of
 from .files import exclusive, refuse_links, remove_leftovers, save_atomically
 from .methods import Method, create_method
 from .models import create_model
-from .plugins import Plugin, load_plugins, session_plugins
+from .plugins import Plugin, check_recorded, load_plugins
 from .progress import Progress
 from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
@@ -571,7 +571,7 @@ def plan_repetition(
                          "they are: dataset='folder:PATH' (--dataset folder:PATH).")
     if not (on_folder and isinstance(dataset, str) and dataset.startswith("folder:")):
         choice("dataset", dataset, ["folder:PATH" if on_folder else "auto", data["name"]])
-    _check_plugins(record.get("plugins", []), [*load_plugins(plugin), *session_plugins()])
+    check_recorded(record.get("plugins", []), load_plugins(plugin))
     torch.set_num_threads(threads)
     if teacher == "auto":
         teacher = str(_file_with_weights(wanted, name, teachers_dir) or "auto")
@@ -591,17 +591,6 @@ def plan_repetition(
             + "."
         )
     return experiment
-
-
-def _check_plugins(recorded: list, loaded: Sequence[Plugin]) -> None:
-    "ValueError unless each recorded plugin is loaded, with the same content."
-    for each in recorded:
-        file, checksum = each["file"], each["sha256"]
-        if checksum in [plugin.sha256 for plugin in loaded]:
-            continue
-        where = "register it in this session first" if file.startswith("session:") else "name that file as plugin (--plugin PATH)"
-        others = "; ".join(f"{plugin.file} is {plugin.sha256[:16]}…" for plugin in loaded)
-        raise ValueError(f"the recorded run used {file} with SHA-256 {checksum[:16]}…{f', but {others}' if others else ''}; {where}.")
 
 
 def _file_with_weights(checksum: str, name: str, folder: str | Path) -> Path | None:
