@@ -585,11 +585,8 @@ def plan_repetition(
         found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
         changed |= differences({"weights_sha256": found.as_record()["weights_sha256"]}, record["about_teacher"])
     if changed:
-        raise ValueError(
-            "this would be another run than the recorded one: "
-            + "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there" for name, (now, then) in changed.items())
-            + "."
-        )
+        which = "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there" for name, (now, then) in changed.items())
+        raise ValueError(f"this would be another run than the recorded one: {which}.")
     return experiment
 
 
