@@ -203,9 +203,12 @@ def load_plugin(path: str | Path) -> Plugin:
 
 def _find(path: str) -> tuple[Path, str]:
     "The file to run, and for an entry point its name and the version of its package."
-    file = Path(path).expanduser()
-    if file.is_file():
-        return file, ""
+    file = Path(path)
+    try:
+        if file.is_file():
+            return file, ""
+    except (OSError, ValueError):  # a name that no file can have
+        pass
     for entry in metadata.entry_points(group="sortkd.plugins", name=path):
         spec = util.find_spec(entry.module)
         if spec and spec.origin:
@@ -245,6 +248,8 @@ def _line_in(error: BaseException, file: Path) -> int | str:
 
 def load_plugins(paths: str) -> tuple[Plugin, ...]:
     "Load each of several plugins, separated by commas; an empty text stands for none."
+    if not isinstance(paths, str):
+        raise ValueError(f"plugin is {shown(paths)}; give the path of a Python file, or several separated by commas.")
     return tuple(load_plugin(path) for path in listed_names("plugin", paths)) if paths else ()
 
 

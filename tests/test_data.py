@@ -136,7 +136,7 @@ def test_cifar100(cifar100):
 
 @pytest.mark.parametrize("name", ["cifar11", "CIFAR100", "", None, "folder:"])
 def test_unknown_data(name):
-    with pytest.raises(ValueError, match=f"the data set is {name!r}; choose one of auto, cifar100, cifar10, tiny-imagenet, digits, imagenet, folder:PATH"):
+    with pytest.raises(ValueError, match=f"the data set is {name!r}; choose one of auto, cifar100, cifar100-mini, cifar10, tiny-imagenet, digits, imagenet, folder:PATH"):
         load_data(name)
 
 

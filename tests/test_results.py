@@ -61,6 +61,8 @@ def changed(record, path, value):
 
 def required_fields(schema=RECORD_SCHEMA, path=()):
     for name, field in schema.get("properties", {}).items():
+        if name not in schema["required"]:
+            continue
         yield ".".join((*path, name))
         yield from required_fields(field, (*path, name))
 
