@@ -277,7 +277,7 @@ def load_cifar100_mini(root: str | Path | None = None, download: bool = True) ->
     """
     whole = load_cifar100(root, download)
     classes = torch.tensor([whole.class_names.index(name) for name in MINI_CLASSES])  # ascending
-    parts: dict[str, torch.Tensor] = {}
+    parts: dict[str, Any] = {}
     for split in ("train", "test"):
         images, targets = getattr(whole, f"{split}_images"), getattr(whole, f"{split}_targets")
         chosen = torch.isin(targets, classes)

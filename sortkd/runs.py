@@ -415,17 +415,16 @@ def run_experiment(
     fabric.barrier()
     batches = experiment.data.batches(fabric.device)
     teacher_logits = _teacher_logits(experiment, teacher, batches)
-    about_teacher = teacher.as_record() | {"top1": evaluate(teacher.model, batches, fabric).top1}
-    if experiment.cache == "full" and isinstance(teacher_logits, CachedTeacherLogits):
-        teacher_logits.fill(progress)
-    runs = [
-        plan_run(experiment, method, seed, teacher_logits.kind, about_teacher)
-        for seed in experiment.seeds
-        for method in experiment.methods
-    ]
+    about_teacher = teacher.as_record()
+    runs = [plan_run(experiment, method, seed, teacher_logits.kind, about_teacher)
+            for seed in experiment.seeds for method in experiment.methods]
     command = experiment.results_dir / "runs" / f"started-{fingerprint(sorted(run.folder.name for run in runs))}"
     started = fabric.broadcast(_started(command, runs, experiment) if fabric.is_global_zero and runs else "")
     runs, before = [replace(run, started=started) for run in runs], {each.get("run_id") for each in records_so_far(experiment)}
+    if fabric.broadcast(not runs or any(_recorded(experiment, run, False) is None for run in runs)):  # else there is nothing to train
+        about_teacher["top1"] = evaluate(teacher.model, batches, fabric).top1  # which the runs see, too
+        if experiment.cache == "full" and isinstance(teacher_logits, CachedTeacherLogits):
+            teacher_logits.fill(progress)
     groups = _taught_together(experiment, runs, experiment.workers)
     if experiment.workers > 1 and runs:
         parts = _run_at_once(experiment, groups, teacher, teacher_logits.kind, progress, stop)

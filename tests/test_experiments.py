@@ -333,6 +333,9 @@ def test_a_recorded_run_is_not_run_again(folder, tmp_path):
     again = run_experiment(small_experiment(folder, seeds="0,1,2", results_dir=results), progress=False).records
     assert [record["run_id"] for record in again[:4]] == [record["run_id"] for record in records] and len(again) == 6
     assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 6
+    with pytest.MonkeyPatch.context() as patch:  # nor is its teacher looked at
+        patch.setattr("sortkd.runs.evaluate", None)
+        assert run_experiment(small_experiment(folder, seeds="0,1,2", results_dir=results), progress=False).appended == 0
     other = run_experiment(small_experiment(folder, epochs=1, results_dir=results), progress=False).records
     assert other[0]["run_id"] not in {record["run_id"] for record in again}, "another length is another run"
     run_experiment(small_experiment(folder, results_dir=results, again=True), progress=False)
