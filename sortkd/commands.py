@@ -109,7 +109,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
         results = run_experiment(experiment, progress)
         recorded.append(len(results.records))
-        if first:  # at once: given again, the command would be a new one
+        if first:
             print(results.describe(), flush=True)
             print(summarize(results.records).to_string())
             print(conclude(results.records))

@@ -272,8 +272,9 @@ def plan_experiment(**parameters) -> Experiment:
     """
     for name in parameters:
         choice("parameter", name, list(Parameters.__dataclass_fields__))
-    plugins = load_plugins(Parameters(**parameters).plugin)  # before the names that they register are checked
-    given = _checked_values(Parameters(**parameters))
+    given = Parameters(**parameters)
+    plugins = load_plugins(given.plugin)  # before the names that they register are checked
+    given = _checked_values(given)
     fabric = create_fabric(given.device, given.precision, given.deterministic)
     device = fabric.device.type
     if given.preset == "auto":
