@@ -31,7 +31,9 @@ from .methods import Method, create_method
 from .models import create_model
 from .plugins import Plugin, check_recorded, load_plugins
 from .progress import Progress
-from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
+from sortkd.records import (
+    SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records, save_correct,
+)
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
 from .teachers import Teacher, get_teacher, load_teacher, read_checkpoint, weights_checksum
 from .checkpoints import fingerprint
@@ -284,6 +286,10 @@ def _train_and_record(experiment, runs, teacher_logits, fabric, progress, stop, 
         }
         if first:
             _keep_weights(run.folder / run.started, outcome)
+            if outcome.correct is not None:  # a checkpoint of an earlier version does not have it
+                record["result"]["correct_sha256"] = save_correct(experiment.records_file, outcome.correct)
+            if outcome.correct is not None:  # a checkpoint of an earlier version does not have it
+                record["result"]["correct_sha256"] = save_correct(experiment.records_file, outcome.correct)
             append_record(experiment.records_file, record)
     for outcome in outcomes:
         if isinstance(outcome, FloatingPointError):
