@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['teacher_training', 'train_teacher', 'Run', 'plan_run', 'records_so_far', 'Results', 'run_experiment',
-           'compute_calmly', 'end_with_parent', 'plan_repetition']
+           'end_with_parent', 'plan_repetition']
 
 # %% ../nbs/07c_runs.ipynb #6888d5c5
 import json
@@ -29,6 +29,7 @@ from .experiments import Experiment, plan_experiment, plugins_of
 from .files import exclusive, refuse_links, remove_leftovers, save_atomically
 from .methods import Method, create_method
 from .models import create_model
+from .pairs import has_published_length
 from .plugins import Plugin, check_recorded, load_plugins
 from .progress import Progress
 from .records import SCHEMA_VERSION, append_record, compare_runs, describe_machine, differences, plain, read_records
@@ -97,7 +98,10 @@ def train_teacher(
 def _teacher_of(
     experiment: Experiment, progress: bool, stop: Callable[[], bool] | None = None,
     callbacks: Sequence[Callable[[dict], None]] = (),
-) -> Teacher:
+) -> Teacher | None:
+    "The teacher, found or made; None if no method uses one."
+    if not experiment.uses_teacher:
+        return None
     pair, preset = experiment.pair, experiment.preset
     if experiment.teacher_file is not None:
         return load_teacher(experiment.teacher_file, pair.teacher, experiment.data.num_classes)
@@ -130,7 +134,7 @@ class Run:
     seed: int
     settings: dict
     about_data: dict
-    about_teacher: dict
+    about_teacher: dict | None  # None if the method uses no teacher, so that another teacher makes no other run
     folder: Path
     started: str = ""
 
@@ -143,7 +147,8 @@ def _about_plugins(plugins: Sequence[Plugin]) -> dict:
     return {"plugins": [each.as_record() for each in plugins]} if plugins else {}
 
 
-def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about_teacher: dict) -> Run:
+def plan_run(experiment: Experiment, method: Method, seed: int, kind: str | None, about_teacher: dict | None) -> Run:
+    "`kind` and `about_teacher`: the kind of `TeacherLogits`, and the teacher; not used if the method uses no teacher."
     data = experiment.data
     settings = {
         "pair": experiment.pair_name,
@@ -173,7 +178,8 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str, about
         "classes": data.num_classes,
         **data.normalization,
     }
-    key = fingerprint(settings, about_data, about_teacher["weights_sha256"])
+    about_teacher = about_teacher if method.uses_teacher else None
+    key = fingerprint(settings, about_data, about_teacher and about_teacher["weights_sha256"])
     name = experiment.pair_name.replace(":", "-").replace("/", "-")
     folder = experiment.results_dir / "runs" / f"{name}-{method.name}-seed{seed}-{key}"
     return Run(method, seed, settings, about_data, about_teacher, folder)
@@ -190,16 +196,14 @@ def records_so_far(experiment: Experiment) -> list[dict]:
     return read_records(experiment.records_file) if experiment.records_file.exists() else []
 
 
-def _recorded(experiment: Experiment, run: Run, waited: bool | None) -> dict | None:
-    """The record of a run with the same settings, data and teacher; with `again` only if an interrupted call, or one that it
-    has waited for, has made it.
-    """
+def _recorded(records: Sequence[dict], experiment: Experiment, run: Run, waited: bool | None) -> dict | None:
+    "That of a run with the same settings, data and teacher; with `again` only if an interrupted or awaited call has made it."
     wanted = run.run_id if experiment.again and not waited else f"{run.folder.name}-"
-    found = [each for each in records_so_far(experiment) if str(each.get("run_id", "")).startswith(wanted)]
+    found = [each for each in records if str(each.get("run_id", "")).startswith(wanted)]
     return found[-1 if waited else 0] if found else None
 
 
-def _started(path: Path, runs: Sequence[Run], experiment: Experiment) -> str:
+def _started(path: Path, runs: Sequence[Run], records: Sequence[dict]) -> str:
     "When the call with these runs was first made, kept in the file `path` until it has ended."
     for run in runs:
         refuse_links(run.folder, *(run.folder.iterdir() if run.folder.is_dir() else ()))
@@ -208,7 +212,7 @@ def _started(path: Path, runs: Sequence[Run], experiment: Experiment) -> str:
     refuse_links(path)
     with exclusive(lock, "starting the same runs"):
         if not path.exists():
-            taken = {each.get("run_id") for each in records_so_far(experiment)}
+            taken = {each.get("run_id") for each in records}
             time = datetime.strptime(_now(), _TIME)
             while any(replace(run, started=time.strftime(_TIME)).run_id in taken for run in runs):
                 time += timedelta(microseconds=1)  # the clock stands still, or was set back
@@ -220,7 +224,7 @@ def _started(path: Path, runs: Sequence[Run], experiment: Experiment) -> str:
     return started
 
 # %% ../nbs/07c_runs.ipynb #af17654e
-def _run_together(experiment, runs, teacher_logits, fabric, progress, stop=None, callbacks=()) -> list[dict]:
+def _run_together(experiment, runs, batches, teacher_logits, fabric, progress, stop=None, callbacks=()) -> list[dict]:
     "The records of `runs`, which share a seed: from the file of records, or of students that are taught together."
     first = fabric.is_global_zero
     with ExitStack() as locks:
@@ -228,13 +232,14 @@ def _run_together(experiment, runs, teacher_logits, fabric, progress, stop=None,
         for run in sorted(runs, key=lambda run: run.folder) if first else ():  # one order, so that no two wait for each other
             lock = exclusive(run.folder / "run.lock", f"training {run.method.name}, seed {run.seed}")
             waited[run.run_id] = locks.enter_context(lock)
-        records = fabric.broadcast({run.run_id: _recorded(experiment, run, waited[run.run_id]) for run in runs} if first else None)
+        before = records_so_far(experiment) if first else []
+        records = fabric.broadcast({run.run_id: _recorded(before, experiment, run, waited[run.run_id]) for run in runs} if first else None)
         for run in runs if first else ():
             if record := records[run.run_id]:
                 print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}." + " again=True repeats it." * (not experiment.again))
         missing = [run for run in runs if records[run.run_id] is None]
         if missing:
-            records |= _train_and_record(experiment, missing, teacher_logits, fabric, progress, stop, callbacks)
+            records |= _train_and_record(experiment, missing, batches, teacher_logits, fabric, progress, stop, callbacks)
         for run in runs if first else ():
             for name in ("checkpoint.pt", "sessions.jsonl"):
                 (run.folder / name).unlink(missing_ok=True)
@@ -243,7 +248,7 @@ def _run_together(experiment, runs, teacher_logits, fabric, progress, stop=None,
     return [records[run.run_id] for run in runs]
 
 
-def _train_and_record(experiment, runs, teacher_logits, fabric, progress, stop, callbacks) -> dict[str, dict]:
+def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progress, stop, callbacks) -> dict[str, dict]:
     "Train the students of `runs` together; append and return the record of each."
     data, first, seed = experiment.data, fabric.is_global_zero, runs[0].seed
     sessions = [_Session(run.folder / "sessions.jsonl", describe_machine(fabric.device.type)) for run in runs]
@@ -254,11 +259,11 @@ def _train_and_record(experiment, runs, teacher_logits, fabric, progress, stop, 
             students.append(Student(
                 _initial_model(experiment.pair.student, data.num_classes, seed), run.method,
                 experiment.recipe_for(run.method), checkpoint=run.folder / "checkpoint.pt",
-                context=run.about_teacher["weights_sha256"], callbacks=[session, *callbacks, *loggers],
+                context=(run.about_teacher or {}).get("weights_sha256", ""), callbacks=[session, *callbacks, *loggers],
             ))
         names = [run.method.name for run in runs]
         title = f"{', '.join(names) if len(names) < 4 else f'{len(names)} methods'}, seed {seed}"
-        outcomes = train_together(students, teacher_logits.batches, fabric, teacher=teacher_logits, seed=seed, stop=stop,
+        outcomes = train_together(students, batches, fabric, teacher=teacher_logits, seed=seed, stop=stop,
                                   progress=title if progress else False)
     records = {}
     for run, session, outcome in zip(runs, sessions, outcomes):
@@ -381,13 +386,15 @@ class Results:
 
     experiment: Experiment
     records: list[dict]
-    teacher: Teacher
+    teacher: Teacher | None
     batches: ImageBatches
     appended: int  # how many of the records are new
 
     def describe_teacher(self) -> str:
         "Where the teacher came from, and how good it is."
-        about = self.records[0]["about_teacher"]
+        about = next((each["about_teacher"] for each in self.records if each["about_teacher"]), None)
+        if about is None:
+            return "No method used a teacher."
         return f"The teacher was {about['source']} (`{about['file']}`) and is right on {about['top1']:.1f} % of the test images."
 
     def describe(self) -> str:
@@ -401,7 +408,7 @@ def run_experiment(
     experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None,
     callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Results:
-    """Find or make the teacher, train a student for every seed and method, and append a record of each to
+    """Find or make the teacher, if a method uses one; train a student for every seed and method, and append a record of each to
     `experiment.records_file`; `experiment.workers` of them at once, each in a process of its own.
 
     After an interruption the same call continues: finished runs are taken from their records, the others from their
@@ -414,37 +421,30 @@ def run_experiment(
     teacher = _teacher_of(experiment, progress, stop, callbacks)
     fabric.barrier()
     batches = experiment.data.batches(fabric.device)
-    teacher_logits = _teacher_logits(experiment, teacher, batches)
-    about_teacher = teacher.as_record()
-    runs = [plan_run(experiment, method, seed, teacher_logits.kind, about_teacher)
+    teacher_logits = _teacher_logits(experiment, teacher, batches) if teacher else None
+    kind, about_teacher = teacher_logits.kind if teacher_logits else None, teacher.as_record() if teacher else None
+    runs = [plan_run(experiment, method, seed, kind, about_teacher)
             for seed in experiment.seeds for method in experiment.methods]
     command = experiment.results_dir / "runs" / f"started-{fingerprint(sorted(run.folder.name for run in runs))}"
-    started = fabric.broadcast(_started(command, runs, experiment) if fabric.is_global_zero and runs else "")
-    runs, before = [replace(run, started=started) for run in runs], {each.get("run_id") for each in records_so_far(experiment)}
-    if fabric.broadcast(not runs or any(_recorded(experiment, run, False) is None for run in runs)):  # else there is nothing to train
+    before = records_so_far(experiment)
+    started = fabric.broadcast(_started(command, runs, before) if fabric.is_global_zero and runs else "")
+    runs = [replace(run, started=started) for run in runs]
+    taught = [run for run in runs if run.about_teacher]
+    if teacher and about_teacher and fabric.broadcast(not runs or any(_recorded(before, experiment, run, False) is None for run in taught)):
         about_teacher["top1"] = evaluate(teacher.model, batches, fabric).top1  # which the runs see, too
         if experiment.cache == "full" and isinstance(teacher_logits, CachedTeacherLogits):
             teacher_logits.fill(progress)
     groups = _taught_together(experiment, runs, experiment.workers)
     if experiment.workers > 1 and runs:
-        parts = _run_at_once(experiment, groups, teacher, teacher_logits.kind, progress, stop)
+        parts = _run_at_once(experiment, groups, teacher, kind, progress, stop)
     else:
-        parts = [_run_together(experiment, group, teacher_logits, fabric, progress, stop, callbacks) for group in groups]
+        parts = [_run_together(experiment, group, batches, teacher_logits, fabric, progress, stop, callbacks) for group in groups]
     found = {run.run_id: record for group, part in zip(groups, parts) for run, record in zip(group, part)}
     records = [found[run.run_id] for run in runs]
     if fabric.is_global_zero:
         command.unlink(missing_ok=True)
-    appended = sum(record["run_id"] not in before for record in records)
-    return Results(experiment, records, teacher, batches, appended)
-
-
-def compute_calmly(experiment: Experiment) -> None:
-    """Let this process compute a quick run in one thread, unless OMP_NUM_THREADS is set: in bfloat16, the threads of a
-    convolution wait for each other without sleeping, and on a busy machine that takes ten times as long.
-    """
-    calm = experiment.preset_name == "quick" and experiment.device == "cpu" and experiment.precision == "bfloat16"
-    if calm and "OMP_NUM_THREADS" not in os.environ and experiment.workers == 1:
-        torch.set_num_threads(1)
+    known = {each.get("run_id") for each in before}
+    return Results(experiment, records, teacher, batches, sum(record["run_id"] not in known for record in records))
 
 
 def _taught_together(experiment: Experiment, runs: Sequence[Run], groups: int) -> list[list[Run]]:
@@ -479,8 +479,8 @@ def _start_worker(experiment, teacher, threads, events, stop):
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
-    teacher_logits = _teacher_logits(experiment, teacher, experiment.data.batches(fabric.device))
-    _worker["constant"] = (teacher_logits, fabric, False, stop)
+    batches = experiment.data.batches(fabric.device)
+    _worker["constant"] = (batches, _teacher_logits(experiment, teacher, batches) if teacher else None, fabric, False, stop)
     _worker["experiment"], _worker["events"] = experiment, events
 
 
@@ -502,7 +502,7 @@ def _run_at_once(experiment, groups, teacher, kind, progress, stop) -> list[list
     events = context.SimpleQueue()
     workers, epochs = min(experiment.workers, len(groups)), experiment.recipe.epochs * sum(map(len, groups))
     experiment = replace(experiment, cache="off" if kind == TeacherLogits.kind else "full")  # as in this process
-    teacher = replace(teacher, model=teacher.model.cpu())
+    teacher = teacher and replace(teacher, model=teacher.model.cpu())
     arguments = (experiment, teacher, max(1, torch.get_num_threads() // workers), events, stop)
     report, done_epochs = Progress(f"{workers} runs at once", epochs, "epoch", shown=bool(progress)), 0
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
@@ -546,16 +546,18 @@ def plan_repetition(
     record = plain(record)
     try:
         full, data, threads = record["full_recipe"], record["data"], int(record["machine"]["threads"])
-        wanted, name = (str(record["about_teacher"][key]) for key in ("weights_sha256", "file"))
+        about = None if record["teacher_logits"] is None else record["about_teacher"]  # earlier records tell of one that was not used
+        wanted, name = ("", "") if about is None else (str(about[key]) for key in ("weights_sha256", "file"))
+        whole = full or (record["preset"] == "paper" and data["checksum"] == data["full_checksum"])
         parameters = {
             "pair": record["pair"],
             "methods": record["method"]["name"],
             "seeds": str(record["seed"]),
             "preset": record["preset"],
             "dataset": dataset if str(data["name"]).startswith("folder:") else data["name"],
-            "epochs": 0 if full else record["recipe"]["epochs"],
-            "train_size": 0 if full else data["train_images"],
-            "test_size": 0 if full else data["test_images"],
+            "epochs": 0 if full or has_published_length(record) else record["recipe"]["epochs"],
+            "train_size": 0 if whole else data["train_images"],
+            "test_size": 0 if whole else data["test_images"],
             "device": record["device"],
             "precision": record["precision"],
             "deterministic": record.get("deterministic", False),
@@ -572,17 +574,17 @@ def plan_repetition(
         choice("dataset", dataset, ["folder:PATH" if on_folder else "auto", data["name"]])
     check_recorded(record.get("plugins", []), load_plugins(plugin))
     torch.set_num_threads(threads)
-    if teacher == "auto":
+    if teacher == "auto" and name:
         teacher = str(_file_with_weights(wanted, name, teachers_dir) or "auto")
     experiment = plan_experiment(
         **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir, plugin=plugin, again=True,
     )
-    planned = plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"], record["about_teacher"])
+    planned = plan_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"] or "cached", about)
     settings = {name: value for name, value in planned.settings.items() if name != "plugins"}  # which are checked already
     changed = differences(plain(settings | {"data": planned.about_data | ({"name": data["name"]} if on_folder else {})}), record)
-    if experiment.teacher_file is not None:
+    if experiment.teacher_file is not None and experiment.uses_teacher:
         found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
-        changed |= differences({"weights_sha256": found.as_record()["weights_sha256"]}, record["about_teacher"])
+        changed |= differences({"weights_sha256": found.as_record()["weights_sha256"]}, about)
     if changed:
         which = "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there" for name, (now, then) in changed.items())
         raise ValueError(f"this would be another run than the recorded one: {which}.")
