@@ -24,6 +24,7 @@ from sortkd.pairs import (
 )
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
+from .records import read_records
 from .teacher_logits import expected_views
 from .teachers import load_teacher
 from .devices import create_fabric, precision_of
@@ -87,6 +88,10 @@ class Experiment:
     @property
     def records_file(self) -> Path:
         return self.results_dir / f"{self.preset_name}.jsonl"
+
+    def recorded(self) -> list[dict]:
+        "All records in `records_file` so far, of this experiment and of others."
+        return read_records(self.records_file) if self.records_file.exists() else []
 
     def describe_teacher_logits(self) -> str:
         "What caching the teacher's logits costs and saves in this experiment."

@@ -40,7 +40,7 @@ from .parameters import Parameters
 from .plugins import load_plugins
 from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
-from .runs import plan_run, records_so_far, run_experiment, teacher_training
+from .runs import plan_run, run_experiment, teacher_training
 from .teachers import Teacher, find_teacher
 
 # %% ../nbs/12_grids.ipynb #b22e57c6
@@ -198,7 +198,7 @@ def read_state(grid: Grid, planned: Experiment | None = None) -> State:
         first = grid.cells["pair"][0]
         planned = plan_experiment(pair=first, methods=",".join(names), seeds="0", **grid.shared)
     state, recorded = State(grid, planned, _processor(describe_machine(planned.device))), dict[tuple, list[dict]]()
-    for each in records_so_far(planned):
+    for each in planned.recorded():
         if isinstance(each.get("method"), dict):
             cell = str(each.get("pair")), str(each["method"].get("name")), str(each.get("seed"))
             recorded.setdefault(cell, []).append(each)

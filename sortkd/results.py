@@ -17,10 +17,12 @@ from .checks import need_experiments
 
 need_experiments()
 
+import numpy as np
 import pandas as pd
 
 from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import OBJECTIVES, plain_name
+from .records import read_correct
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1
@@ -106,7 +108,7 @@ def _row(record: dict) -> dict:
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
         "precision": record["precision"], "finished": record["finished"],
         "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
-        "curve": record["curve"],
+        "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
     }
 
 
@@ -114,7 +116,7 @@ _COLUMNS = [
     "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "best_epoch",
     "seconds", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "method_settings", "data",
     "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "device", "machine", "precision",
-    "finished", "synthetic", "not_paper", "curve",
+    "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
     "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",
@@ -137,12 +139,25 @@ def _lines(source) -> Iterable[tuple[Path, int, bytes]]:
                     yield file, number, line
 
 
+def _correct_images(file: Path, record: dict) -> np.ndarray | None:
+    checksum, images = record["result"].get("correct_sha256"), record["data"]["test_images"]
+    try:
+        correct = None if checksum is None else read_correct(file, checksum, images)
+    except ValueError as error:
+        raise RecordError(f"record {record['run_id']}: {error}") from error
+    if correct is not None and 100 * int(correct.sum()) / images != record["result"]["last_top1"]:
+        raise RecordError(f"record {record['run_id']}: its file of correct images has {correct.sum()} of {images}, but "
+                          f"last_top1 is {record['result']['last_top1']}.")
+    return correct
+
+
 def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no evidence, such as `quick.jsonl`), a file,
     or a list of either.
 
     Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for each line that
-    was left out. With `synthetic`, synthetic records are read and real ones left out; the two never mix.
+    was left out. The column `correct` holds which test images the run got right (bool), or None if the file that says so
+    does not exist. With `synthetic`, synthetic records are read and real ones left out; the two never mix.
     Raises `FileNotFoundError` for a file that does not exist.
     """
     rows, left_out = [], []
@@ -154,7 +169,7 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
             left_out.append({**place, "run": "", "reason": "the line is not a whole record"})
             continue
         try:
-            row = _row(check_record(record))
+            row = _row(check_record(record)) | {"correct": _correct_images(file, record)}
             if row["synthetic"] != synthetic:
                 kind = "synthetic" if row["synthetic"] else "real"
                 raise RecordError(f"record {row['run_id']} is {kind}, and not read here")
@@ -162,7 +177,7 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
         except RecordError as error:
             run = record.get("run_id", "") if isinstance(record, dict) else ""
             left_out.append({**place, "run": str(run), "reason": str(error)})
-    frame = pd.DataFrame(rows, columns=[*_COLUMNS, "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
+    frame = pd.DataFrame(rows, columns=[*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
     again = frame.duplicated(_SAME_RUN)
     for row in frame[again].itertuples():
         first = frame[(frame[_SAME_RUN] == frame.loc[row.Index, _SAME_RUN]).all(axis=1)].iloc[0]

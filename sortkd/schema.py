@@ -74,6 +74,7 @@ RECORD_SCHEMA["properties"]["about_teacher"] |= {
 RECORD_SCHEMA["properties"]["data"]["properties"] |= dict.fromkeys(("mean", "std"), {  # of sets whose name does not fix them
     "type": "array", "items": _NUMBER, "minItems": 3, "maxItems": 3, "description": "three numbers, one for each channel",
 })
+RECORD_SCHEMA["properties"]["result"]["properties"]["correct_sha256"] = _CHECKSUM  # records from before it existed lack it
 RECORD_SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of sortkd", **RECORD_SCHEMA}
 
 # %% ../nbs/08a_schema.ipynb #ab542c04
