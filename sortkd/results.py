@@ -17,10 +17,12 @@ from .checks import need_experiments
 
 need_experiments()
 
+import numpy as np
 import pandas as pd
 
-from .pairs import PAIRS, method_for, recipe_for
+from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import OBJECTIVES, plain_name
+from .records import read_correct
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1
@@ -57,7 +59,7 @@ def _why_not_paper(record: dict) -> str | None:
     for name, value, expected in pairs:
         if value != expected:
             return f"{name} is {value}, not {expected}"
-    return _why_not_paper_teacher(about)
+    return _why_not_paper_teacher(about) if method.uses_teacher else None
 
 
 def _why_not_paper_teacher(about: dict) -> str | None:
@@ -79,9 +81,7 @@ def _why_not_paper_teacher(about: dict) -> str | None:
 def _base_recipe(record: dict) -> dict:
     "The record's recipe; that of the other methods, where an objective is published with a length of its own."
     recipe = record["recipe"]
-    if not record["full_recipe"] or recipe["epochs"] <= Recipe().epochs:
-        return recipe
-    return recipe | {"epochs": Recipe().epochs, "milestones": list(Recipe().milestones)}
+    return recipe | {"epochs": Recipe().epochs} if has_published_length(record) else recipe
 
 
 def _row(record: dict) -> dict:
@@ -91,6 +91,8 @@ def _row(record: dict) -> dict:
         return json.dumps({key: value for key, value in values.items() if key not in without}, sort_keys=True)
 
     data, result, about = record["data"], record["result"], record["about_teacher"]
+    if about is None or record["method"]["objective"] == "ce":  # earlier records tell of a teacher that was not used
+        about = {"weights_sha256": "", "top1": math.nan}
     rows = result.get("training_rows") or data["train_images"] * record["recipe"]["epochs"]
     return {
         **{key: record[key] for key in ("run_id", "pair", "teacher", "student")}, "method": record["method"]["name"],
@@ -106,7 +108,7 @@ def _row(record: dict) -> dict:
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
         "precision": record["precision"], "finished": record["finished"],
         "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
-        "curve": record["curve"],
+        "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
     }
 
 
@@ -114,7 +116,7 @@ _COLUMNS = [
     "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "best_epoch",
     "seconds", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "method_settings", "data",
     "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "device", "machine", "precision",
-    "finished", "synthetic", "not_paper", "curve",
+    "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
     "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",
@@ -137,12 +139,25 @@ def _lines(source) -> Iterable[tuple[Path, int, bytes]]:
                     yield file, number, line
 
 
+def _correct_images(file: Path, record: dict) -> np.ndarray | None:
+    checksum, images = record["result"].get("correct_sha256"), record["data"]["test_images"]
+    try:
+        correct = None if checksum is None else read_correct(file, checksum, images)
+    except ValueError as error:
+        raise RecordError(f"record {record['run_id']}: {error}") from error
+    if correct is not None and 100 * int(correct.sum()) / images != record["result"]["last_top1"]:
+        raise RecordError(f"record {record['run_id']}: its file of correct images has {correct.sum()} of {images}, but "
+                          f"last_top1 is {record['result']['last_top1']}.")
+    return correct
+
+
 def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no evidence, such as `quick.jsonl`), a file,
     or a list of either.
 
     Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for each line that
-    was left out. With `synthetic`, synthetic records are read and real ones left out; the two never mix.
+    was left out. The column `correct` holds which test images the run got right (bool), or None if the file that says so
+    does not exist. With `synthetic`, synthetic records are read and real ones left out; the two never mix.
     Raises `FileNotFoundError` for a file that does not exist.
     """
     rows, left_out = [], []
@@ -154,7 +169,7 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
             left_out.append({**place, "run": "", "reason": "the line is not a whole record"})
             continue
         try:
-            row = _row(check_record(record))
+            row = _row(check_record(record)) | {"correct": _correct_images(file, record)}
             if row["synthetic"] != synthetic:
                 kind = "synthetic" if row["synthetic"] else "real"
                 raise RecordError(f"record {row['run_id']} is {kind}, and not read here")
@@ -162,7 +177,7 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
         except RecordError as error:
             run = record.get("run_id", "") if isinstance(record, dict) else ""
             left_out.append({**place, "run": str(run), "reason": str(error)})
-    frame = pd.DataFrame(rows, columns=[*_COLUMNS, "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
+    frame = pd.DataFrame(rows, columns=[*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
     again = frame.duplicated(_SAME_RUN)
     for row in frame[again].itertuples():
         first = frame[(frame[_SAME_RUN] == frame.loc[row.Index, _SAME_RUN]).all(axis=1)].iloc[0]
@@ -208,7 +223,7 @@ def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     for group, columns in _SAME_IN_A_TABLE.items():
         for key, runs in frame.groupby(list(group)) if group else [("", frame)]:
             for column in columns:
-                values = runs[column].unique()
+                values = [value for value in runs[column].unique() if value != ""]  # a method without a teacher goes with any
                 if len(values) > 1:
                     where = f" of {', '.join(map(str, key))}" if group else ""
                     shown = ", ".join(f"{value!s:.40}" for value in sorted(values, key=str))

@@ -26,7 +26,7 @@ from .lessons import Lesson, LessonBlock, Lessons
 from .methods import Method
 from .progress import Progress
 from .teacher_logits import TeacherLogits
-from .views import ImageBatches
+from .views import ImageBatches, batch_bounds
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -65,10 +65,13 @@ class Recipe:
 # %% ../nbs/06_training.ipynb #ccebab44
 @dataclass(frozen=True)
 class Evaluation:
-    "`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images."
+    """`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images. `correct`: whether each image was
+    classified correctly, in the order of the test set (bool, on the CPU).
+    """
     top1: float
     loss: float
     images: int
+    correct: Tensor = field(repr=False, compare=False)
 
 
 @torch.inference_mode()
@@ -76,16 +79,17 @@ def evaluate(model: nn.Module, batches: ImageBatches, fabric: "Fabric") -> Evalu
     "Test accuracy and loss of `model`, which is left in the mode it was in."
     was_training = model.training
     model.eval()
-    totals, ranks = torch.zeros(2, dtype=torch.float64, device=fabric.device), Ranks(fabric)
-    for images, target in batches.test(1000 if fabric.device.type == "cuda" else 200, ranks.index, ranks.count):
+    loss, ranks = torch.zeros((), dtype=torch.float64, device=fabric.device), Ranks(fabric)
+    hits, count, size = [], len(batches.test_targets), 1000 if fabric.device.type == "cuda" else 200
+    for (start, stop), (images, target) in zip(batch_bounds(count, size), batches.test(size, ranks.index, ranks.count)):
         with fabric.autocast():
             logits = model(images)
         logits = logits.float()
-        totals += torch.stack([(logits.argmax(1) == target).sum(), F.cross_entropy(logits, target, reduction="sum")])
+        hits.append(ranks.gather((logits.argmax(1) == target).to(torch.uint8), stop - start))
+        loss += F.cross_entropy(logits, target, reduction="sum")
     model.train(was_training)
-    correct, loss = ranks.total(totals).tolist()
-    count = len(batches.test_targets)
-    return Evaluation(100 * correct / count, loss / count, count)
+    correct = torch.cat(hits).bool().cpu()
+    return Evaluation(100 * int(correct.sum()) / count, ranks.total(loss).item() / count, count, correct)
 
 # %% ../nbs/06_training.ipynb #9c51aad1
 @dataclass
@@ -109,13 +113,15 @@ class Student:
 
 @dataclass
 class Outcome:
-    """One row an epoch, the weights of the last and of the best test epoch, and the seconds of training, without
-    interruptions. Students that were taught together share an epoch's time equally.
+    """One row an epoch, the weights of the last and of the best test epoch, which test images were right in the last epoch
+    (bool), and the seconds of training, without interruptions. Students that were taught together share an epoch's time
+    equally.
     """
 
     curve: list[dict[str, float]] = field(default_factory=list)
     last_weights: dict[str, Tensor] = field(default_factory=dict)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    correct: Tensor | None = None
     seconds: float = 0.0
 
     @property
@@ -238,6 +244,7 @@ class Learner:
                     f"({self.recipe.lr}) or use precision float32 ({precision_of(self.fabric)} was used)."
                 )
         self.outcome.curve.append(row)
+        self.outcome.correct = test.correct
         if self.outcome.best is row:
             self.outcome.best_weights = weights_on_cpu(self.model)
         return row
@@ -250,7 +257,8 @@ class Learner:
         outcome = self.outcome
         state = {"model": weights_on_cpu(self.model), "optimizer": self.optimizer.state_dict(),
                  "temperature": None if self.temperature is None else weights_on_cpu(self.temperature),
-                 "curve": outcome.curve, "best_weights": outcome.best_weights, "seconds": outcome.seconds}
+                 "curve": outcome.curve, "best_weights": outcome.best_weights, "correct": outcome.correct,
+                 "seconds": outcome.seconds}
         if self.ranks.index == 0:
             self._checkpoint.save(state)
         self._last_save = time.monotonic()
@@ -269,7 +277,7 @@ class Learner:
             epochs, values = [row["epoch"] for row in curve], [value for row in curve for value in row.values()]
             if epochs != list(range(1, len(curve) + 1))[: self.recipe.epochs] or not all(map(math.isfinite, values)):
                 raise ValueError("the curve is not one of this run")
-            self.outcome = Outcome(curve, {}, dict(state["best_weights"]), float(state["seconds"]))
+            self.outcome = Outcome(curve, {}, dict(state["best_weights"]), state.get("correct"), float(state["seconds"]))
         except Exception as error:  # it has the fingerprint of this run, and yet something else in it
             raise ValueError(
                 f"the checkpoint {self._checkpoint.path} does not hold the state of this run "

@@ -61,7 +61,8 @@ def run_all(folder: Path) -> None:
         curves[name] = rows
         if fabric.is_global_zero:
             save_file({key: value.contiguous() for key, value in outcome.last_weights.items()}, folder / f"{name}.safetensors")
-    curves["evaluation"] = vars(evaluate(teacher, batches, fabric))
+    found = evaluate(teacher, batches, fabric)
+    curves["evaluation"] = vars(found) | {"correct": found.correct.tolist()}
     if fabric.world_size > 1:
         with pytest.raises(ValueError, match="workers is 2"):
             plan_experiment(pair="r56_r20", methods="kd", dataset="digits", preset="quick", device="cpu", workers=2)
@@ -128,6 +129,7 @@ def test_evaluation_counts_every_image_once(runs):
     for processes in (2, 3):
         together = runs[processes][0]["evaluation"]
         assert together["images"] == alone["images"] == TEST_IMAGES and together["top1"] == alone["top1"]
+        assert together["correct"] == alone["correct"] and sum(alone["correct"]) == alone["top1"] * TEST_IMAGES / 100
         assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
