@@ -40,7 +40,7 @@ from .parameters import Parameters
 from .plugins import load_plugins
 from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
-from .runs import plan_run, records_so_far, run_experiment, teacher_training
+from .runs import plan_run, run_experiment, teacher_training
 from .teachers import Teacher, find_teacher, load_teacher
 
 # %% ../nbs/12_grids.ipynb #b22e57c6
@@ -205,7 +205,7 @@ def read_state(grid: Grid, planned: Experiment | None = None) -> State:
         first = grid.cells["pair"][0]
         planned = plan_experiment(pair=first, methods=",".join(names), seeds="0", **grid.shared)
     state, recorded = State(grid, planned, _processor(describe_machine(planned.device))), dict[tuple, list[dict]]()
-    for each in records_so_far(planned):
+    for each in planned.recorded():
         if isinstance(each.get("method"), dict):
             cell = str(each.get("pair")), str(each["method"].get("name")), str(each.get("seed"))
             recorded.setdefault(cell, []).append(each)
@@ -231,8 +231,8 @@ def experiment_for(planned: Experiment, pair: str, methods: Iterable[str], seeds
 
 def _read_teacher(state: State, experiment: Experiment) -> Teacher | None:
     architecture, preset, data = experiment.pair.teacher, experiment.preset, experiment.data
-    if architecture in state.teachers:
-        return state.teachers[architecture]
+    if not experiment.uses_teacher or architecture in state.teachers:
+        return state.teachers.get(architecture)
     if experiment.teacher_file is not None:
         state.teachers[architecture] = load_teacher(experiment.teacher_file, architecture, data.num_classes)
         return state.teachers[architecture]
@@ -263,7 +263,7 @@ def _read_cell(state: State, experiment: Experiment, job: Job, about: dict, reco
     if records:
         last = records[-1]
         run = next((each for each in runs if each.settings["teacher_logits"] == last.get("teacher_logits")), runs[0])
-        settings = {**run.settings, "data": run.about_data, "teacher": {"weights_sha256": about["weights_sha256"]}}
+        settings = {**run.settings, "data": run.about_data, "teacher": run.about_teacher and {"weights_sha256": about["weights_sha256"]}}
         different = " and ".join(differences(plain(settings), last | {"teacher": last.get("about_teacher")}))
         state.others[different] = state.others.get(different, 0) + 1
     trained = 0
@@ -446,12 +446,12 @@ def run_slice(state: State, seconds: float = math.inf, at_once: int | None = Non
 
 
 def _work(state: State, seconds: float, deadline: float, at_once: int, progress: bool, failed: dict[Job, str]) -> None:
-    waiting, ready = priority(state.missing, state.grid), {name for name, teacher in state.teachers.items() if teacher}
+    waiting, unmade = priority(state.missing, state.grid), {name for name, teacher in state.teachers.items() if not teacher}
 
     def fits(job: Job) -> bool:
         needed = _SET_UP + 1.1 * speed_of(job.kind, state)[0] * state.missing[job].images / 1e6
         left = deadline - time.monotonic()
-        return (not job.method or job.teacher in ready) and (seconds / 2 if math.isnan(needed) else needed) <= left
+        return (not job.method or job.teacher not in unmade) and (seconds / 2 if math.isnan(needed) else needed) <= left
 
     while job := next(filter(fits, waiting), None):
         jobs = [each for each in waiting if each.pair == job.pair and each.method][:at_once] if job.method else [job]
@@ -464,7 +464,7 @@ def _work(state: State, seconds: float, deadline: float, at_once: int, progress:
         waiting = [each for each in waiting if each not in jobs]
         outcome = _attempt(state, job, experiment, Deadline(deadline), progress)
         if outcome == "finished" and not job.method:
-            ready.add(job.teacher)
+            unmade.discard(job.teacher)
         if outcome not in ("finished", "saved"):
             failed |= dict.fromkeys(jobs, outcome)
         if progress:
@@ -482,7 +482,7 @@ def _attempt(state: State, job: Job, experiment: Experiment, stop: Deadline, pro
     images = state.missing[job].images
     if job.method:
         _measure(state, job.kind, results.records[-1], lambda record: record["curve"]["seconds"][-1] / images)
-    else:
+    elif results.teacher:
         _measure(state, job.kind, results.teacher.training, lambda about: about["seconds"] / (about["epochs"] * images))
     return "finished"
 

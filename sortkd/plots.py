@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .checks import need_experiments
+from .pairs import has_published_length
 from .sorting import sort_logits
 
 need_experiments()
@@ -57,8 +58,8 @@ def summarize(records: Sequence[dict]):
     import pandas as pd
 
     settings = {
-        (record["pair"], record["preset"], record["data"]["checksum"], record["recipe"]["epochs"])
-        for record in records
+        (each["pair"], each["preset"], each["data"]["checksum"], has_published_length(each) or each["recipe"]["epochs"])
+        for each in records
     }
     if len(settings) != 1:
         raise ValueError(
@@ -145,6 +146,9 @@ def plot_mistakes(results, count: int = 4):
     "The teacher's worst mistakes on up to 500 images: its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt
 
+    if results.teacher is None:
+        print("No method used a teacher, so there are no mistakes to show.")
+        return None
     data, teacher = results.experiment.data, results.teacher.model
     device = next(teacher.parameters()).device
     images, inputs, target = data.examples(500)

@@ -20,7 +20,7 @@ need_experiments()
 import numpy as np
 import pandas as pd
 
-from .pairs import PAIRS, method_for, recipe_for
+from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import OBJECTIVES, plain_name
 from .records import read_correct
 from .schema import RecordError, check_record
@@ -59,7 +59,7 @@ def _why_not_paper(record: dict) -> str | None:
     for name, value, expected in pairs:
         if value != expected:
             return f"{name} is {value}, not {expected}"
-    return _why_not_paper_teacher(about)
+    return _why_not_paper_teacher(about) if method.uses_teacher else None
 
 
 def _why_not_paper_teacher(about: dict) -> str | None:
@@ -81,9 +81,7 @@ def _why_not_paper_teacher(about: dict) -> str | None:
 def _base_recipe(record: dict) -> dict:
     "The record's recipe; that of the other methods, where an objective is published with a length of its own."
     recipe = record["recipe"]
-    if not record["full_recipe"] or recipe["epochs"] <= Recipe().epochs:
-        return recipe
-    return recipe | {"epochs": Recipe().epochs, "milestones": list(Recipe().milestones)}
+    return recipe | {"epochs": Recipe().epochs} if has_published_length(record) else recipe
 
 
 def _row(record: dict) -> dict:
@@ -93,6 +91,8 @@ def _row(record: dict) -> dict:
         return json.dumps({key: value for key, value in values.items() if key not in without}, sort_keys=True)
 
     data, result, about = record["data"], record["result"], record["about_teacher"]
+    if about is None or record["method"]["objective"] == "ce":  # earlier records tell of a teacher that was not used
+        about = {"weights_sha256": "", "top1": math.nan}
     rows = result.get("training_rows") or data["train_images"] * record["recipe"]["epochs"]
     return {
         **{key: record[key] for key in ("run_id", "pair", "teacher", "student")}, "method": record["method"]["name"],
@@ -223,7 +223,7 @@ def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     for group, columns in _SAME_IN_A_TABLE.items():
         for key, runs in frame.groupby(list(group)) if group else [("", frame)]:
             for column in columns:
-                values = runs[column].unique()
+                values = [value for value in runs[column].unique() if value != ""]  # a method without a teacher goes with any
                 if len(values) > 1:
                     where = f" of {', '.join(map(str, key))}" if group else ""
                     shown = ", ".join(f"{value!s:.40}" for value in sorted(values, key=str))

@@ -166,6 +166,8 @@ def test_the_plan_counts_what_is_missing(tmp_path):
     table = plan_table(state)
     assert table["hours"]["r56_r20"] == pytest.approx(4 * 3 * 200 / 1e6 * 4000 / 3600) and list(table["how"][["r56_r20", "r110_r32"]]) == ["measured", "scaled"]
     assert "≈" in describe_plan(state) and "unknown" not in describe_plan(state)
+    alone = read_state(grid_in(tmp_path, methods=["ce"]))
+    assert alone.teachers == {} and {job.method for job in alone.missing} == {"ce"}, "cross-entropy needs no teacher"
     assert not (tmp_path / "teachers").exists() and not (tmp_path / "results" / "runs").exists()
 
 
