@@ -92,12 +92,20 @@ PAIRS = {
 # %% ../nbs/07a_pairs.ipynb #5f7793cc
 _IMAGENET_KD = {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}
 _IMAGENET_DKD = {"temperature": 1.0, "warmup_epochs": 1}
+_IMAGENET = {
+    "kd": _IMAGENET_KD,
+    "dkd": _IMAGENET_DKD,
+    "nkd": {"gamma": 1.5, "temperature": 1.0},
+    "normkd": {"scale": 1.0, "ce_weight": 0.5, "kd_weight": 0.5},
+    "wsld": {"temperature": 2.0, "kd_weight": 2.5},
+    "dist": {"inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
+}
 IMAGENET_PAIRS = {
     "in_r34_r18": Pair(
-        "imagenet/ResNet34", "imagenet/ResNet18", beta=0.5, lr=0.2, numbers={"kd": _IMAGENET_KD, "dkd": _IMAGENET_DKD}
+        "imagenet/ResNet34", "imagenet/ResNet18", beta=0.5, lr=0.2, numbers=_IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 0.5}}
     ),
     "in_r50_mv1": Pair(
-        "imagenet/ResNet50", "imagenet/MobileNetV1", beta=2.0, lr=0.2, numbers={"kd": _IMAGENET_KD, "dkd": _IMAGENET_DKD}
+        "imagenet/ResNet50", "imagenet/MobileNetV1", beta=2.0, lr=0.2, numbers=_IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 2.0}}
     ),
 }
 
