@@ -92,9 +92,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, only one prints
 
     def work():
-        from sortkd.experiments import plan_experiment
+        from sortkd.experiments import compute_calmly, plan_experiment
         from sortkd.plots import conclude, summarize
-        from sortkd.runs import compute_calmly, run_experiment
+        from sortkd.runs import run_experiment
 
         changed = {name: value for name, value in given.items() if value != parser.get_default(name)}
         if notebook is not None and source is not None:

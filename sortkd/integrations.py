@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from .losses import leave_out_rows
 from .methods import OBJECTIVES, create_method
 from .sorting import check_arguments, check_range, find_wrong_rows, sort_logits
 
@@ -75,10 +76,10 @@ class DistillationLoss(nn.Module):
             student, target = student[counts], target[counts]
             teacher = None if teacher is None else teacher[counts]
             counts = counts[counts]
-        else:  # their loss is exactly 0 where both are sure of the target; no shape depends on a value
-            sure = 1e4 * (torch.arange(student.shape[1], device=student.device) == 0).to(student.dtype)
-            student, target = torch.where(counts[:, None], student, sure), torch.where(counts, target, 0)
-            teacher = None if teacher is None else torch.where(counts[:, None], teacher, sure)
+        else:
+            target = torch.where(counts, target, 0)
+            student, left = leave_out_rows(student, student if teacher is None else teacher, target, ~counts)
+            teacher = None if teacher is None else left
         repaired = None if teacher is None else self.method.repair_logits(teacher, target)
         loss = self.method.loss(student, repaired, target, epoch, temperature=self.temperature)
         return loss * (len(counts) / counts.sum(dtype=loss.dtype).clamp(min=1))

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from .checks import shown
 from sortkd.losses import (
-    check_logits, dist_loss, dkd_loss, kd_loss, keep_logits, mlkd_loss, replace_skipped, revise_logits, skip_logits, sld_loss, standardize
+    check_logits, dist_loss, dkd_loss, kd_loss, keep_logits, leave_out_rows, mlkd_loss, nkd_loss, normkd_loss, revise_logits, rld_loss,
+    skip_logits, sld_loss, standardize, ttm_loss, wsld_loss,
 )
 from .sorting import check_arguments, check_floating, check_range, sort_logits, swap_logits
 
@@ -89,6 +90,18 @@ def _dist_term(student_logits, teacher_logits, target, **settings):
     return dist_loss(student_logits, teacher_logits, **settings)
 
 
+def _ttm_term(student_logits, teacher_logits, target, exponent):
+    return ttm_loss(student_logits, teacher_logits, exponent)
+
+
+def _wttm_term(student_logits, teacher_logits, target, exponent):
+    return ttm_loss(student_logits, teacher_logits, exponent, weighted=True)
+
+
+def _normkd_term(student_logits, teacher_logits, target, scale):
+    return normkd_loss(student_logits, teacher_logits, scale)
+
+
 def _mlkd_term(*logits_and_target, **settings):
     return mlkd_loss(*logits_and_target[:-1], **settings)
 
@@ -113,6 +126,13 @@ OBJECTIVES: dict[str, Objective] = {
     "kd": Objective(_kd_term, ce_weight=0.1, kd_weight=0.9, settings={"temperature": 4.0}),
     "dkd": Objective(dkd_loss, ce_weight=1.0, kd_weight=1.0, warmup_epochs=20, pair_beta=True,
                      settings={"alpha": 1.0, "beta": 8.0, "temperature": 4.0}),
+    "rld": Objective(rld_loss, ce_weight=1.0, kd_weight=1.0, warmup_epochs=20,
+                     settings={"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "target_temperature": 1.0}),
+    "nkd": Objective(nkd_loss, ce_weight=1.0, kd_weight=1.0, settings={"gamma": 3.5, "temperature": 3.0}),
+    "ttm": Objective(_ttm_term, ce_weight=1.0, kd_weight=45.0, settings={"exponent": 0.1}),
+    "wttm": Objective(_wttm_term, ce_weight=1.0, kd_weight=4.0, settings={"exponent": 0.2}),
+    "normkd": Objective(_normkd_term, ce_weight=0.1, kd_weight=0.9, settings={"scale": 2.0}),
+    "wsld": Objective(wsld_loss, ce_weight=1.0, kd_weight=2.25, settings={"temperature": 4.0}),
     "lskd": Objective(_kd_term, ce_weight=0.1, kd_weight=9.0, standardize=True, settings={"temperature": 2.0}),
     "lskd_dkd": Objective(dkd_loss, ce_weight=1.0, kd_weight=9.0, warmup_epochs=20, standardize=True, pair_beta=True,
                           settings={"alpha": 1.0, "beta": 8.0, "temperature": 2.0}),
@@ -209,7 +229,7 @@ class Method:
         entry, (ramp, settings) = OBJECTIVES[self.objective], self.schedule(epoch)
         assert entry.term is not None  # this method uses its teacher
         if self.repair == "skip":
-            views = [(student, replace_skipped(student, repaired)) for student, repaired in views]
+            views = [leave_out_rows(*view, target, view[1].amax(-1) == -torch.inf) for view in views]
         if self.standardize:
             views = [(standardize(student), standardize(repaired)) for student, repaired in views]  # S
         if entry.learns_temperature:

@@ -44,7 +44,7 @@ class Parameters:
     methods: str = _run(
         "ce,kd,kd+sort",
         "objectives, alone or with a repair, separated by commas",
-        "Objectives: ce, kd, dkd, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
+        "Objectives: ce, kd, dkd, rld, nkd, ttm, wttm, normkd, wsld, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
         "Repairs: +skip, +swap, +revise, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
     )
     plugin: str = _run(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .checks import need_experiments
+from .pairs import has_published_length
 from .sorting import sort_logits
 
 need_experiments()
@@ -57,8 +58,8 @@ def summarize(records: Sequence[dict]):
     import pandas as pd
 
     settings = {
-        (record["pair"], record["preset"], record["data"]["checksum"], record["recipe"]["epochs"])
-        for record in records
+        (each["pair"], each["preset"], each["data"]["checksum"], has_published_length(each) or each["recipe"]["epochs"])
+        for each in records
     }
     if len(settings) != 1:
         raise ValueError(
@@ -87,7 +88,6 @@ def conclude(records: Sequence[dict]) -> str:
     import math
 
     import pandas as pd
-    from scipy import stats
 
     rows = [{"method": each["method"]["name"], "seed": each["seed"], "top1": each["result"]["last_top1"]} for each in records]
     top1 = pd.DataFrame(rows).groupby(["method", "seed"]).top1.first().unstack("method")
@@ -99,6 +99,8 @@ def conclude(records: Sequence[dict]) -> str:
         differences = (top1[name] - top1[plain]).dropna()
         n, line = len(differences), f"{name} minus {plain}: {differences.mean():+.2f} points of top-1"
         if n > 1:
+            from scipy import stats  # here, since it takes a second
+
             half = stats.t.ppf(0.975, n - 1) * differences.std() / n**0.5
             line += f", 95 % interval {differences.mean() - half:+.2f} to {differences.mean() + half:+.2f}"
         lines += [f"{line} (n = {n} seed{'s' * (n > 1)})."] if n else []
@@ -145,6 +147,9 @@ def plot_mistakes(results, count: int = 4):
     "The teacher's worst mistakes on up to 500 images: its confidences at temperature 4 before and after sorting."
     import matplotlib.pyplot as plt
 
+    if results.teacher is None:
+        print("No method used a teacher, so there are no mistakes to show.")
+        return None
     data, teacher = results.experiment.data, results.teacher.model
     device = next(teacher.parameters()).device
     images, inputs, target = data.examples(500)

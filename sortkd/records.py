@@ -183,7 +183,7 @@ def compare_runs(first: dict, second: dict) -> list[str]:
         return []
     around = differences(
         {key: second.get(key) for key in ("machine", "versions", "commit")}
-        | {"about_teacher": {"weights_sha256": second["about_teacher"]["weights_sha256"]}},
+        | ({"about_teacher": {"weights_sha256": second["about_teacher"]["weights_sha256"]}} if second["about_teacher"] else {}),
         first,
     )
     return [

@@ -20,7 +20,7 @@ need_experiments()
 import numpy as np
 import pandas as pd
 
-from .pairs import PAIRS, method_for, recipe_for
+from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import OBJECTIVES, plain_name
 from .records import read_correct
 from .schema import RecordError, check_record
@@ -59,7 +59,7 @@ def _why_not_paper(record: dict) -> str | None:
     for name, value, expected in pairs:
         if value != expected:
             return f"{name} is {value}, not {expected}"
-    return _why_not_paper_teacher(about)
+    return _why_not_paper_teacher(about) if method.uses_teacher else None
 
 
 def _why_not_paper_teacher(about: dict) -> str | None:
@@ -81,9 +81,7 @@ def _why_not_paper_teacher(about: dict) -> str | None:
 def _base_recipe(record: dict) -> dict:
     "The record's recipe; that of the other methods, where an objective is published with a length of its own."
     recipe = record["recipe"]
-    if not record["full_recipe"] or recipe["epochs"] <= Recipe().epochs:
-        return recipe
-    return recipe | {"epochs": Recipe().epochs, "milestones": list(Recipe().milestones)}
+    return recipe | {"epochs": Recipe().epochs} if has_published_length(record) else recipe
 
 
 def _row(record: dict) -> dict:
@@ -93,6 +91,8 @@ def _row(record: dict) -> dict:
         return json.dumps({key: value for key, value in values.items() if key not in without}, sort_keys=True)
 
     data, result, about = record["data"], record["result"], record["about_teacher"]
+    if about is None or record["method"]["objective"] == "ce":  # earlier records tell of a teacher that was not used
+        about = {"weights_sha256": "", "top1": math.nan}
     rows = result.get("training_rows") or data["train_images"] * record["recipe"]["epochs"]
     return {
         **{key: record[key] for key in ("run_id", "pair", "teacher", "student")}, "method": record["method"]["name"],
@@ -104,9 +104,9 @@ def _row(record: dict) -> dict:
         "recipe": text(_base_recipe(record), without=("lr",)),
         "method_settings": text(record["method"], without=("name", "repair")), "data": data["name"],
         "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
-        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "device": record["device"],
+        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about["file"], "device": record["device"],
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
-        "precision": record["precision"], "finished": record["finished"],
+        "precision": record["precision"], "started": record["started"], "finished": record["finished"],
         "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
         "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
     }
@@ -115,8 +115,8 @@ def _row(record: dict) -> dict:
 _COLUMNS = [
     "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "best_epoch",
     "seconds", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "method_settings", "data",
-    "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "device", "machine", "precision",
-    "finished", "synthetic", "not_paper", "correct_sha256", "curve",
+    "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision",
+    "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
     "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",
@@ -223,7 +223,7 @@ def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     for group, columns in _SAME_IN_A_TABLE.items():
         for key, runs in frame.groupby(list(group)) if group else [("", frame)]:
             for column in columns:
-                values = runs[column].unique()
+                values = [value for value in runs[column].unique() if value != ""]  # a method without a teacher goes with any
                 if len(values) > 1:
                     where = f" of {', '.join(map(str, key))}" if group else ""
                     shown = ", ".join(f"{value!s:.40}" for value in sorted(values, key=str))

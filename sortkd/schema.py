@@ -67,6 +67,10 @@ RECORD_SCHEMA = _object(
         last_top1=_PERCENT, best_top1=_PERCENT, best_epoch=_COUNT, seconds=_NUMBER, student_sha256=_CHECKSUM
     ),
 )
+RECORD_SCHEMA["properties"]["about_teacher"] |= {
+    "type": ["object", "null"],
+    "description": "an object with architecture, source, file, weights_sha256, training, top1; null for a method without a teacher",
+}
 RECORD_SCHEMA["properties"]["data"]["properties"] |= dict.fromkeys(("mean", "std"), {  # of sets whose name does not fix them
     "type": "array", "items": _NUMBER, "minItems": 3, "maxItems": 3, "description": "three numbers, one for each channel",
 })
@@ -99,7 +103,10 @@ def _disagreements(record: dict) -> Iterable[tuple[str, object, object]]:
     yield "result.best_epoch", result["best_epoch"], curve["test_top1"].index(best) + 1
     if method["objective"] in OBJECTIVES:
         yield "method.name", plain_name(method["name"]), method_name(method["objective"], method["repair"])
-    yield "about_teacher.architecture", record["about_teacher"]["architecture"], record["teacher"]
+    if about := record["about_teacher"]:
+        yield "about_teacher.architecture", about["architecture"], record["teacher"]
+    elif method["objective"] != "ce":
+        yield "about_teacher", None, "an object, since the method uses a teacher"
     if record["pair"] in PAIRS:
         pair = PAIRS[record["pair"]]
         yield "teacher and student", (record["teacher"], record["student"]), (pair.teacher, pair.student)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sortkd.data import has_cifar100
+from sortkd.methods import list_methods
 
 torch.set_num_threads(1)
 
@@ -13,3 +14,7 @@ if "SORTKD_DATA" in os.environ:
     os.environ["SORTKD_DATA"] = os.path.abspath(os.environ["SORTKD_DATA"])
 
 needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not under SORTKD_DATA")
+
+# Every objective by itself and every repair with kd, in every run; all other combinations are slow tests.
+QUICK_METHODS = [name for name in list_methods() if "+" not in name or name.startswith("kd+")]
+EVERY_METHOD = [name if name in QUICK_METHODS else pytest.param(name, marks=pytest.mark.slow) for name in list_methods()]

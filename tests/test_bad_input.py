@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import needs_cifar100
+from conftest import EVERY_METHOD, needs_cifar100
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import fake_cifar100, toy_data
@@ -25,7 +25,7 @@ from sortkd.data import Batches, load_cifar100
 from sortkd.experiments import Experiment, plan_experiment
 from sortkd.runs import run_experiment
 from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize
-from sortkd.methods import OBJECTIVES, create_method, list_methods
+from sortkd.methods import OBJECTIVES, create_method
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits, swap_logits
 from sortkd.teachers import load_teacher, read_checkpoint, save_teacher
@@ -460,7 +460,7 @@ def loss_of(name, student, teacher, target, strong=True):
     return method.loss(student, repaired, target, 1, views, method.create_temperature())
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_losses_of_values_that_are_not_finite(name):
     "What Method.loss says: NaN stays NaN; an infinity is a probability of 0 or 1 where that has a meaning, else it is seen in the loss."
     student, teacher, target = some_logits()
@@ -479,7 +479,7 @@ def test_losses_of_values_that_are_not_finite(name):
             assert loss.isfinite() if name == "ce" or skipped else True
 
 
-@pytest.mark.parametrize("name", list_methods())
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_losses_of_odd_shapes_and_dtypes(name):
     student, teacher, target = some_logits()
     needs_teacher = create_method(name).uses_teacher

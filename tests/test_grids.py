@@ -59,7 +59,7 @@ def test_the_papers_grid_is_the_workflows():
         ({"options": {"epoch": 1}}, "an option is 'epoch'.*epochs"),
         ({"options": {"epochs": "many"}}, "option epochs is 'many'"),
         ({"options": {"deterministic": "perhaps"}}, "option deterministic is 'perhaps'"),
-        ({"options": {"teacher": "x.pt"}}, "an option is 'teacher'"),
+        ({"options": {"teachers_dir": "x"}}, "an option is 'teachers_dir'"),
         ({"options": 5}, "options is 5"),
         ({"results_dir": None}, "results_dir is None"),
         ({"cells_dir": ["a"]}, "cells_dir is"),
@@ -166,6 +166,8 @@ def test_the_plan_counts_what_is_missing(tmp_path):
     table = plan_table(state)
     assert table["hours"]["r56_r20"] == pytest.approx(4 * 3 * 200 / 1e6 * 4000 / 3600) and list(table["how"][["r56_r20", "r110_r32"]]) == ["measured", "scaled"]
     assert "≈" in describe_plan(state) and "unknown" not in describe_plan(state)
+    alone = read_state(grid_in(tmp_path, methods=["ce"]))
+    assert alone.teachers == {} and {job.method for job in alone.missing} == {"ce"}, "cross-entropy needs no teacher"
     assert not (tmp_path / "teachers").exists() and not (tmp_path / "results" / "runs").exists()
 
 

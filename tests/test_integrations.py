@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import EVERY_METHOD
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +21,7 @@ from sortkd.integrations import (
     register_torchdistill,
 )
 from sortkd.losses import dist_loss, dkd_loss, kd_loss
-from sortkd.methods import create_method, list_methods
+from sortkd.methods import create_method
 
 CLASSES, EPOCHS, LR, BATCH = 5, 2, 0.05, 16
 
@@ -210,7 +211,7 @@ def test_unknown_methods_and_settings_are_refused():
 
 # ---- Tokens and dense maps ----
 
-METHODS = [name for name in list_methods() if not create_method(name).strong_views]
+METHODS = [each for each in EVERY_METHOD if not create_method(each if isinstance(each, str) else each.values[0]).strong_views]
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 
 from conftest import needs_cifar100
 from sortkd.data import load_cifar100, normalize
-from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize
+from sortkd.losses import (
+    dist_loss, dkd_loss, kd_loss, leave_out_rows, mlkd_loss, nkd_loss, normkd_loss, revise_logits, rld_loss, skip_logits, sld_loss, standardize, ttm_loss, wsld_loss,
+)
 from sortkd.sorting import sort_logits, swap_logits
 from sortkd.teachers import load_teacher
 
 ROOT = Path(__file__).parent.parent
-GOLDENS = {name: torch.from_numpy(value) for file in ("losses", "dist", "mlkd")
+GOLDENS = {name: torch.from_numpy(value) for file in ("losses", "dist", "mlkd", "more_losses")
            for name, value in np.load(Path(__file__).parent / "goldens" / f"{file}.npz").items()}
 STUDENT, TEACHER, TARGET = GOLDENS["zs"], GOLDENS["zt"], GOLDENS["y"]
 STRONG_STUDENT, STRONG_TEACHER = GOLDENS["zs_strong"], GOLDENS["zt_strong"]
@@ -35,6 +37,18 @@ def cases():
         for tau in (1, 4):
             for name, weights in (("b1_g1", (1, 1)), ("b2_g2", (2, 2)), ("inter", (1, 0)), ("intra", (0, 1))):
                 yield f"{before}dist_{name}_tau{tau}", lambda z, t=teacher, w=weights, T=tau: dist_loss(z, t, *w, T)
+        for beta, T in ((8, 1), (8, 4), (2, 1)):
+            yield f"{before}rld_a1_b{beta}_T4_aT{T}", lambda z, t=teacher, b=beta, T=T: rld_loss(z, t, TARGET, beta=b, target_temperature=T)
+        yield f"{before}rld_lskd_a1_b8_T2_aT2", lambda z, t=teacher: rld_loss(standardize(z), standardize(t), TARGET, temperature=2, target_temperature=2)
+        for T, gamma in ((1, 1.5), (3, 3.5)):
+            yield f"{before}nkd_temp{T}_gamma{gamma}", lambda z, t=teacher, g=gamma, T=T: nkd_loss(z, t, TARGET, g, T)
+        for power in (0.1, 0.25):
+            yield f"{before}ttm_l{power}", lambda z, t=teacher, l=power: ttm_loss(z, t, l)
+            yield f"{before}wttm_l{power}", lambda z, t=teacher, l=power: ttm_loss(z, t, l, weighted=True)
+        for scale in (1, 2):
+            yield f"{before}normkd_tnorm{scale}", lambda z, t=teacher, s=scale: normkd_loss(z, t, s)
+        for T, weight in ((1, 1), (2, 2.5), (4, 2.25)):
+            yield f"{before}wsld_tau{T}_w{weight}", lambda z, t=teacher, T=T, w=weight: w * wsld_loss(z, t, TARGET, T)
 
 
 @pytest.mark.parametrize("name,objective", list(cases()), ids=lambda value: value if isinstance(value, str) else "")
@@ -44,6 +58,74 @@ def test_golden(name, objective):
     gradient, = torch.autograd.grad(loss, student)
     for ours, golden, tolerance in ((loss.detach(), GOLDENS[name], 1e-5), (gradient, GOLDENS[f"{name}_grad"], 1e-4)):
         assert (ours - golden).norm() / golden.norm() < tolerance
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0])
+def test_rld_on_a_sorted_teacher_is_dkd(T):
+    "In value and gradient, where both temperatures are equal; on a wrong teacher only SCD is as on the sorted one."
+    for student in (STUDENT, torch.randn(16, 100, generator=torch.Generator().manual_seed(1))):
+        student = student.double().requires_grad_()
+        rld = rld_loss(student, SORTED.double(), TARGET, 1.5, 3.0, T, T)
+        dkd = dkd_loss(student, SORTED.double(), TARGET, 1.5, 3.0, T)
+        torch.testing.assert_close(rld, dkd)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (rld, dkd)))
+        one_part = [[rld_loss(student, teacher.double(), TARGET, *weights, T, T) for teacher in (TEACHER, SORTED)] for weights in ((1, 0), (0, 1))]
+        torch.testing.assert_close(*one_part[0])
+        assert abs(one_part[1][0] - one_part[1][1]) > 1e-3
+
+
+def test_rld_of_a_target_that_ranks_last():
+    "No class is below it, so MCD is 0; ties with the target are left out like what stands above."
+    teacher = torch.tensor([[3.0, 1.0, 2.0, -5.0], [3.0, 1.0, 1.0, 4.0]])
+    student = torch.randn(2, 4, requires_grad=True)
+    loss = rld_loss(student, teacher, torch.tensor([3, 1]), alpha=0.0)
+    assert loss == 0 and not torch.autograd.grad(loss, student)[0].any()
+
+
+NEW_LOSSES = {
+    "rld": rld_loss, "nkd": nkd_loss, "wsld": wsld_loss, "normkd": lambda s, t, y: normkd_loss(s, t),
+    "ttm": lambda s, t, y: ttm_loss(s, t), "wttm": lambda s, t, y: ttm_loss(s, t, weighted=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NEW_LOSSES)
+def test_half_precision_and_students_that_are_too_sure(name, dtype):
+    "Computed in float32, so that nothing overflows: neither sums over rows nor a student that leads by thousands."
+    loss = NEW_LOSSES[name]
+    torch.testing.assert_close(loss(STUDENT.to(dtype), TEACHER.to(dtype), TARGET), loss(STUDENT.to(dtype).float(), TEACHER.to(dtype).float(), TARGET))
+    for lead in (200.0, 30000.0):
+        student = torch.full((16, 100), -lead, dtype=dtype).index_fill(1, torch.tensor(7), lead).requires_grad_()
+        value = loss(student, TEACHER.to(dtype), TARGET)
+        assert value.isfinite() and torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def test_normkd_of_constant_rows():
+    flat = torch.full((2, 100), 0.1, requires_grad=True)
+    loss = normkd_loss(flat, TEACHER[:2])
+    uniform = torch.zeros(2, 100).log_softmax(1)
+    widths = 2 * TEACHER[:2].std(1, keepdim=True)
+    torch.testing.assert_close(loss, (widths[:, 0] ** 2 * (torch.softmax(TEACHER[:2] / widths, 1) * (torch.log_softmax(TEACHER[:2] / widths, 1) - uniform)).sum(1)).mean())
+    assert not torch.autograd.grad(loss, flat)[0].any() and normkd_loss(STUDENT[:2], torch.full((2, 100), 0.1)) == 0
+
+
+@pytest.mark.parametrize("name", NEW_LOSSES)
+def test_gradients_and_tokens_of_the_new_losses(name):
+    student, teacher, target = STUDENT[:6, :7].double().requires_grad_(), TEACHER[:6, :7].double(), torch.arange(6)
+    loss = NEW_LOSSES[name]
+    if name != "wsld":  # its weight has no gradient
+        assert torch.autograd.gradcheck(lambda z: loss(z, teacher, target), student)
+    torch.testing.assert_close(loss(student.view(2, 3, 7), teacher.view(2, 3, 7), target.view(2, 3)), loss(student, teacher, target))
+
+
+def test_rows_that_are_left_out_have_no_loss_and_no_gradient():
+    student, left_out = STUDENT.clone().requires_grad_(), torch.arange(16) < 12
+    teacher = TEACHER.masked_fill(left_out[:, None], -torch.inf)
+    losses = NEW_LOSSES | {"ce": lambda s, t, y: F.cross_entropy(s, y), "dkd": dkd_loss, "kd": lambda s, t, y: kd_loss(s, t)}
+    for name, loss in losses.items():
+        value = loss(*leave_out_rows(student, teacher, TARGET, left_out), TARGET)
+        torch.testing.assert_close(value, loss(STUDENT[12:], TEACHER[12:], TARGET[12:]) / 4, msg=name)
+        assert not torch.autograd.grad(value, student)[0][:12].any(), name
 
 
 def numpy_distance(first, second):
@@ -201,6 +283,11 @@ def test_token_sequences_average_over_all_tokens():
     (lambda: dist_loss(STUDENT, TEACHER[:8]), r"\(8, 100\)"),
     (lambda: dist_loss(STUDENT, TEACHER, temperature=0.0), "temperature"),
     (lambda: mlkd_loss(STUDENT, TEACHER, STUDENT, TEACHER[:8]), r"\(8, 100\)"),
+    (lambda: rld_loss(STUDENT, TEACHER, TARGET, target_temperature=0.0), "target_temperature must be"),
+    (lambda: nkd_loss(STUDENT, TEACHER, TARGET[:3]), r"\(3,\)"),
+    (lambda: ttm_loss(STUDENT, TEACHER, -0.1), "exponent must be"),
+    (lambda: normkd_loss(STUDENT, TEACHER, 0), "scale must be"),
+    (lambda: wsld_loss(STUDENT, TEACHER, TARGET + 100), "target holds"),
     (lambda: sld_loss(STUDENT, TEACHER, STUDENT, TEACHER, TARGET[:3]), r"\(3,\)"),
     (lambda: revise_logits(TEACHER, TARGET, eta=1.0), "eta"),
     (lambda: revise_logits(TEACHER, TARGET[:3]), r"\(3,\)"),

@@ -3,6 +3,7 @@ import hashlib
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -20,7 +21,7 @@ from sortkd.imagenet import ImageFolderData
 from sortkd.models import create_model
 from sortkd.pairs import check_takes
 from sortkd.records import compare_runs, read_records
-from sortkd.runs import plan_repetition, run_experiment
+from sortkd.runs import plan_repetition, plan_run, run_experiment
 from sortkd.schema import RecordError, check_record
 from sortkd.teachers import find_teacher, save_teacher
 
@@ -256,6 +257,13 @@ def test_the_published_recipe_on_other_data(birds, tmp_path):
     plan = plan_experiment(**SMALL | {"preset": "paper", "epochs": 0, "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
     assert plan.recipe.epochs == 240 and not plan.is_full_recipe and not plan.preset.fetch_teacher
     assert "on folder:birds" in plan.describe() and "not with published ones" in plan.describe()
+    changed = plan_experiment(**SMALL | {"preset": "paper", "epochs": 0, "methods": "mlkd", "set": "lr=0.01", "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
+    for each in (replace(plan, methods=changed.methods), changed):
+        run = plan_run(each, each.methods[0], 0, "cached", {"weights_sha256": "0" * 64, "file": "none"})
+        assert run.settings["recipe"]["epochs"] == 480 and not run.settings["full_recipe"], "MLKD's own length, on any data and with any rate"
+        record = {**run.settings, "data": run.about_data, "about_teacher": run.about_teacher, "machine": {"threads": 1}}
+        repeated = plan_repetition(record, dataset=f"folder:{birds}", results_dir=str(tmp_path / "results"))
+        assert repeated.recipe_for(repeated.methods[0]) == each.recipe_for(each.methods[0])
 
 
 def test_a_network_that_cannot_take_the_images_is_refused(tmp_path):

@@ -162,10 +162,13 @@ def test_what_an_experiment_writes_is_valid(tmp_path):
         teachers_dir=f"{tmp_path}/teachers",
         results_dir=f"{tmp_path}/results",
     )
-    for record in run_experiment(experiment, progress=False).records:
-        check_record(json.loads(json.dumps(record)))
+    alone, taught = [check_record(json.loads(json.dumps(record))) for record in run_experiment(experiment, progress=False).records]
+    with pytest.raises(RecordError, match="about_teacher is None, expected an object, since the method uses a teacher"):
+        check_record(taught | {"about_teacher": None})
     frame, left_out = load_results(experiment.records_file)
-    assert frame.method.tolist() == ["ce", "kd+sort"] and left_out.empty
+    assert frame.method.tolist() == ["ce", "kd+sort"] and left_out.empty and len(select(frame)) == 2
+    append_record(experiment.records_file, alone | {"about_teacher": taught["about_teacher"]})  # as earlier records say
+    assert load_results(experiment.records_file)[1]["reason"].tolist() == [f"the same run as {alone['run_id']}, which finished first"]
     assert frame.changed_share[1] == frame.wrong_share[1] > 0 and frame.not_paper.notna().all()
     assert [100 * correct.sum() / len(correct) for correct in frame.correct] == frame.last_top1.tolist()
 
@@ -368,6 +371,7 @@ def test_a_summary_holds_means_and_spreads():
     assert summarize(records).to_dict("index") == {"kd+sort": {
         "seeds": 2, "top-1 last (%)": "71.00 ± 1.41", "top-1 best (%)": "73.00 ± 2.83", "time (s)": "3600", "teacher wrong": "10.0%",
         "changed": "10.0%"}}
+    assert len(summarize([synthetic_record(method=name, preset="paper") for name in ("kd", "mlkd")])) == 2, "each at its published length"
 
 
 # Statistics

@@ -176,12 +176,22 @@ def test_the_check_names_a_missing_and_a_second_record(resumed):
 
 
 def test_a_grid_of_one_cell(tmp_path):
-    done = snakemake(tmp_path, "--cores", "1", cell="command", methods=["kd"], seeds=1, options=OPTIONS | {"epochs": 1, "train_size": 50})
+    "Of two networks that are no pair of the papers, with a number of one's own."
+    pair, method = "resnet20:resnet8", "kd(temperature=2)+sort"
+    done = snakemake(tmp_path, "--cores", "1", cell="command", pairs=[pair], methods=[method], seeds=1, options=OPTIONS | {"epochs": 1, "train_size": 50})
     assert done.returncode == 0 and planned(done.stdout) == {"cell": 1, "grid": 1, "teacher": 1, "total": 3}, done.stdout[-3000:]
-    assert list(records_of(tmp_path)) == [("r56_r20", 0, "kd")] and output_of(tmp_path, "r56_r20", 0, "kd").exists()
+    assert list(records_of(tmp_path)) == [(pair, 0, method)] and output_of(tmp_path, pair, 0, method).exists()
     with open(tmp_path / "results" / "cells" / "quick" / "grid.csv", newline="") as file:
         assert [row["run_id"] for row in csv.DictReader(file)] == [record["run_id"] for record in records_of(tmp_path).values()]
     assert not list(tmp_path.rglob("*.running.*"))
+
+
+@pytest.mark.slow
+def test_a_grid_without_a_teacher(tmp_path):
+    done = snakemake(tmp_path, "--cores", "1", cell="command", methods=["ce"], seeds=1, options=OPTIONS | {"epochs": 1, "train_size": 50})
+    assert done.returncode == 0 and planned(done.stdout) == {"cell": 1, "grid": 1, "total": 2}, done.stdout[-3000:]
+    record, = records_of(tmp_path).values()
+    assert record["about_teacher"] is None and not (tmp_path / "teachers").exists()
 
 
 INSTALLED = [name for name in ("slurm", "kubernetes") if find_spec(f"snakemake_executor_plugin_{name}")]
