@@ -104,9 +104,9 @@ def _row(record: dict) -> dict:
         "recipe": text(_base_recipe(record), without=("lr",)),
         "method_settings": text(record["method"], without=("name", "repair")), "data": data["name"],
         "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
-        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "device": record["device"],
+        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about["file"], "device": record["device"],
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
-        "precision": record["precision"], "finished": record["finished"],
+        "precision": record["precision"], "started": record["started"], "finished": record["finished"],
         "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
         "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
     }
@@ -115,8 +115,8 @@ def _row(record: dict) -> dict:
 _COLUMNS = [
     "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "best_epoch",
     "seconds", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "method_settings", "data",
-    "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "device", "machine", "precision",
-    "finished", "synthetic", "not_paper", "correct_sha256", "curve",
+    "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision",
+    "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
     "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",

@@ -59,7 +59,7 @@ def test_the_papers_grid_is_the_workflows():
         ({"options": {"epoch": 1}}, "an option is 'epoch'.*epochs"),
         ({"options": {"epochs": "many"}}, "option epochs is 'many'"),
         ({"options": {"deterministic": "perhaps"}}, "option deterministic is 'perhaps'"),
-        ({"options": {"teacher": "x.pt"}}, "an option is 'teacher'"),
+        ({"options": {"teachers_dir": "x"}}, "an option is 'teachers_dir'"),
         ({"options": 5}, "options is 5"),
         ({"results_dir": None}, "results_dir is None"),
         ({"cells_dir": ["a"]}, "cells_dir is"),

@@ -1,0 +1,76 @@
+"Plans are read, matched with their runs, and were committed before these."
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sortkd.plans import committed, describe_plans, first_start, mark_planned, planned_cells, read_plan, read_plans
+from sortkd.results import load_results
+
+ROOT = Path(__file__).parents[1]
+HISTORY = Path(os.environ.get("SORTKD_HISTORY", ROOT))  # a checkout with its history, where the tests run in a copy without
+PLANS = read_plans(ROOT / "results" / "plans")
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_a_plan_was_committed_before_its_first_run(plan):
+    runs, _ = load_results(ROOT / "results")
+    began = first_start(plan, runs)
+    if began is None:
+        pytest.skip("none of its runs exists")
+    date = committed(HISTORY / "results" / "plans" / f"{plan.name}.yaml")
+    if date is None:
+        pytest.skip(f"{HISTORY} does not have the history of the plan")
+    assert date < began
+
+
+def test_the_date_is_that_of_the_first_commit(tmp_path):
+    def git(*arguments, date="2026-01-01T00:00:00+00:00"):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True,
+                       capture_output=True, env=os.environ | {"GIT_COMMITTER_DATE": date})
+
+    git("init", "-q")
+    (tmp_path / "root.yaml").write_text("imported: true\n")
+    git("add", "."), git("commit", "-qm", "all that there was")
+    file = tmp_path / "plan.yaml"
+    for day, text in (("02", "seeds: 15\n"), ("03", "seeds: 24\n")):
+        file.write_text(text)
+        git("add", "."), git("commit", "-qm", text, date=f"2026-01-{day}T00:00:00+00:00")
+    assert committed(file).day == 2
+    assert committed(tmp_path / "root.yaml") is None and committed(tmp_path / "nothing.yaml") is None
+
+
+def runs_of(plan, **changes):
+    cells = plan.grid.cells.assign(preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
+    teacher = Path(plan.grid.options.get("teacher", "")).name
+    return cells.assign(teacher_file=teacher, objective=cells.method.str.split("+").str[0], run_id=[str(n) for n in range(len(cells))],
+                        started="2026-11-26T01-02-03.000004Z", **changes)
+
+
+def test_runs_are_matched_with_the_cells_that_planned_them():
+    plan = next(each for each in PLANS if each.name == "sorting")
+    runs = runs_of(plan)
+    assert (mark_planned(runs, PLANS)["plan"] == "sorting").all() and planned_cells(plan, runs).run_id.notna().all()
+    assert first_start(plan, runs).microsecond == 4
+    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}):
+        assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
+    table = describe_plans([plan], runs[runs.seed < 3]).set_index("method")
+    assert table.planned.tolist() == [15, 15, 0] and table.exist.tolist() == [3, 3, 0]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"plan": None}, "the section plan"), ({"plan": {"question": "?"}}, "the section plan"),
+    ({"primary": "kd+sort minus dkd"}, "primary is 'dkd'"), ({"outcome": "top1"}, "outcome is 'top1'"),
+    ({"smallest_effect": "large"}, "smallest_effect"), ({"looks": [{"after": 1, "at": "all"}]}, "after is 1"),
+    ({"looks": [{"when": 5}]}, "a look of"), ({"options": {}}, "does not name its teacher"), ({"methods": ["kdd"]}, "kdd"),
+])
+def test_what_a_plan_lacks_is_named(change, said, tmp_path):
+    settings = yaml.safe_load((ROOT / "results" / "plans" / "sorting.yaml").read_text())
+    for name, value in change.items():
+        (settings["plan"] if name in settings["plan"] else settings)[name] = value
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=said):
+        read_plan(tmp_path / "plan.yaml")
