@@ -121,6 +121,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _execute_notebook(path: Path, parameters: dict) -> int:
     "Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed."
+    need_experiments("papermill")
     import papermill
 
     source = Path(__file__).resolve().parents[1] / "nbs" / "run_experiment.ipynb"
