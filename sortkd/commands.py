@@ -122,6 +122,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _execute_notebook(path: Path, parameters: dict) -> int:
     "Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed."
+    need_experiments("papermill")
     source = Path(__file__).resolve().parents[1] / "nbs" / "run_experiment.ipynb"
     if not source.is_file():
         raise FileNotFoundError(f"--notebook needs a copy of the project: there is no {source}.")
