@@ -1,6 +1,7 @@
-"""How fast: `sort_logits` beside two full sorts, and an epoch of training beside the usual way, on this machine.
+"""How fast: `sort_logits` beside two full sorts, an epoch of training beside the usual way, and students of one seed that
+are taught together beside the same students one after the other, on this machine.
 
-    python benchmarks/speed.py
+    python benchmarks/speed.py --pair resnet20:resnet8 --students 2
 
 prints milliseconds, median and range, and appends a record with every repetition to results/benchmarks.jsonl. `--quick`
 measures small things for seconds, to see that all of it works; it keeps no record.
@@ -23,15 +24,17 @@ import usual_way
 
 from sortkd.data import Batches, ImageData, has_cifar100, load_cifar100
 from sortkd.devices import create_fabric, native_precision
+from sortkd.lessons import Lesson
 from sortkd.methods import create_method
 from sortkd.models import create_model
-from sortkd.pairs import PAIRS
+from sortkd.pairs import pair_for
 from sortkd.records import append_record, describe_machine
 from sortkd.sorting import sort_logits
 from sortkd.teacher_logits import CachedTeacherLogits
-from sortkd.training import Recipe, train
+from sortkd.training import Learner, Recipe, Student, evaluate, train, train_together
 
 SORT_SHAPES = [(64, 10), (64, 100), (512, 100), (512, 1000), (64, 4000), (64, 32000)]
+METHODS = ["kd", "kd+sort", "kd+swap", "kd+revise"]  # of the students of one seed
 
 
 def time_in_turns(ways: dict[str, Callable], repetitions: int, device: str, at_least: float = 0.0) -> dict[str, list[float]]:
@@ -108,7 +111,8 @@ def random_teacher(name: str) -> torch.nn.Module:
 def measure_epoch(pair: str, images: int, repetitions: int, device: str) -> dict:
     "One epoch, with evaluation on an eighth as many test images: the usual way, and ours in float32 and in the native precision."
     data = cifar_like(images, images // 8)
-    names, recipe = PAIRS[pair], Recipe(lr=PAIRS[pair].lr).shortened(1)
+    names = pair_for(pair)
+    recipe = Recipe(lr=names.lr).shortened(1)
     teacher = random_teacher(names.teacher).to(device)
 
     def usual():
@@ -125,8 +129,48 @@ def measure_epoch(pair: str, images: int, repetitions: int, device: str) -> dict
             for kind, logits in (("teacher in every step", teacher), ("logits cached", cached)):
                 ways[f"ours, {precision}, {kind}"] = lambda fabric=fabric, batches=batches, logits=logits: ours(fabric, batches, logits)
         times = time_in_turns(ways, repetitions, device)
-    setting = f"{names.teacher} to {names.student}, batch 64, {images:,} training and {images // 8:,} test images"
-    return {"what": "epoch", "setting": setting, "ms": times}
+    return {"what": "epoch", "setting": setting_of(names, images), "ms": times}
+
+
+def setting_of(names, images: int) -> str:
+    return f"{names.teacher} to {names.student}, batch 64, {images:,} training and {images // 8:,} test images"
+
+
+def measure_students(pair: str, images: int, count: int, repetitions: int, device: str) -> dict:
+    """An epoch of `count` students of one seed, teacher's logits cached: one after the other, together, and their steps on
+    one ready batch with the evaluation, which no sharing can make cheaper.
+    """
+    data, names, precision = cifar_like(images, images // 8), pair_for(pair), native_precision(device)
+    recipe, fabric, batches = Recipe(lr=names.lr).shortened(1), create_fabric(device, precision), Batches(data, device)
+    methods = [create_method(name) for name in METHODS[:count]]
+
+    def student(method):
+        return Student(create_model(names.student, 100), method, recipe)
+
+    with tempfile.TemporaryDirectory() as folder:
+        logits = CachedTeacherLogits(random_teacher(names.teacher).to(device), batches, folder, precision)
+        pixels, target, views = next(batches.train(recipe.batch_size, 0, 1))
+        kept = logits(views)
+
+        def one_after_the_other():
+            for method in methods:
+                train(create_model(names.student, 100), batches, method, recipe, fabric, teacher=logits)
+
+        def steps_and_evaluation():
+            for method in methods:
+                learner, lesson = Learner(student(method), fabric, ""), Lesson(pixels, target, method.repair_logits(kept, target))
+                learner.start_epoch(1, 0)
+                for _ in range(images // recipe.batch_size):
+                    learner.learn(lesson)
+                evaluate(learner.model, batches, fabric)
+
+        ways = {
+            "one after the other": one_after_the_other,
+            "together": lambda: train_together([student(method) for method in methods], batches, fabric, teacher=logits),
+            "steps and evaluation alone": steps_and_evaluation,
+        }
+        times = time_in_turns(ways, repetitions, device)
+    return {"what": f"{count} students, {precision}", "setting": setting_of(names, images), "ms": times}
 
 
 def print_table(rows: list[dict]) -> None:
@@ -139,10 +183,11 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="r56_r20", choices=list(PAIRS))
+    parser.add_argument("--pair", default="r56_r20", help="of the paper, or TEACHER:STUDENT")
     parser.add_argument("--images", type=int, default=512, help="of the epoch")
+    parser.add_argument("--students", type=int, default=2, choices=range(2, len(METHODS) + 1), help="of one seed")
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--only", choices=["sorting", "epoch"], help="measure one part")
+    parser.add_argument("--only", choices=["sorting", "epoch", "students"], help="measure one part")
     parser.add_argument("--quick", action="store_true", help="small things, for seconds; no record")
     parser.add_argument("--results", default="results/benchmarks.jsonl")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -153,11 +198,13 @@ def main() -> None:
     device = create_fabric(arguments.device).device.type
     load = os.getloadavg()[0]
     rows = []
-    if arguments.only != "epoch":
+    if arguments.only in (None, "sorting"):
         rows += measure_sorting(shapes, repetitions, device)
         rows += measure_sorting(shapes[:4], repetitions, device, random_targets=True)
-    if arguments.only != "sorting":
+    if arguments.only in (None, "epoch"):
         rows.append(measure_epoch(arguments.pair, images, repetitions, device))
+    if arguments.only in (None, "students"):
+        rows.append(measure_students(arguments.pair, images, arguments.students, repetitions, device))
     print_table(rows)
     if not arguments.quick:
         record = {

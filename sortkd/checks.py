@@ -132,17 +132,17 @@ def folder_path(name: str, folder, within: Sequence[str] = (), written: bool = F
 
 # %% ../nbs/90_checks.ipynb #e94c6362
 EXPERIMENT_PACKAGES = (  # what the modules import of `experiments_requirements` in settings.ini
-    "PIL", "filelock", "jsonschema", "lightning_fabric", "matplotlib", "numpy", "pandas", "papermill", "psutil", "safetensors", "scipy",
-    "sklearn", "statsmodels", "torchmetrics", "torchvision", "yaml",
-)
+    "PIL", "filelock", "lightning_fabric", "matplotlib", "numpy", "pandas", "psutil", "safetensors", "scipy", "sklearn",
+    "statsmodels", "torchmetrics", "torchvision", "yaml",
+)  # and where they are needed papermill, which executes notebooks, and jsonschema, which checks records that are read
 
 
-def need_experiments() -> None:
-    """Raise `ImportError` unless all that experiments import is installed.
+def need_experiments(*others: str) -> None:
+    """Raise `ImportError` unless all that experiments import, and `others`, are installed.
 
     In one of the commands, exit instead, so that its user sees a line and no traceback.
     """
-    missing = [name for name in EXPERIMENT_PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in (*EXPERIMENT_PACKAGES, *others) if importlib.util.find_spec(name) is None]
     if missing:
         message = f"this part of sortkd needs {', '.join(missing)}; pip install 'sortkd[experiments]'."
         if Path(sys.argv[0]).name.startswith("sortkd-"):

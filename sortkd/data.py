@@ -179,7 +179,8 @@ _CIFAR_FOLDERS = {"CIFAR-10": "cifar-10-batches-py", "CIFAR-100": "cifar-100-pyt
 def _cifar_class(title: str) -> Any:
     from torchvision import datasets
 
-    return {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}[title]
+    published = {"CIFAR-10": datasets.CIFAR10, "CIFAR-100": datasets.CIFAR100}[title]
+    return type(published.__name__, (published,), {"_check_integrity": lambda self: True})  # `_check_cifar` does, once for both splits
 
 
 def _cifar_folder(title: str, root) -> Path:

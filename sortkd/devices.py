@@ -9,7 +9,9 @@ __all__ = ['PRECISIONS', 'native_precision', 'create_fabric', 'precision_of', 'S
 # %% ../nbs/06a_devices.ipynb #68a4ddae
 import logging
 import os
+import sys
 import warnings
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -50,10 +52,7 @@ def create_fabric(device: str = "auto", precision: str = "auto", deterministic: 
     precision = native_precision(device) if precision == "auto" else precision
     if device == "cuda":
         _choose_kernels(deterministic, precision)
-    with warnings.catch_warnings(action="ignore"):  # of tqdm, about widgets that are not needed
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy
-
+    Fabric, DDPStrategy = _lightning()
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces the precision, which a record states
     processes, here = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if processes == 1:
@@ -63,6 +62,21 @@ def create_fabric(device: str = "auto", precision: str = "auto", deterministic: 
                     precision=PRECISIONS[precision])
     fabric.launch()
     return fabric
+
+
+def _lightning() -> tuple[type, type]:
+    "Fabric and its strategy for several processes."
+    # Fabric loads torchmetrics for its version alone, and that loads scipy, torchvision and transformers: seconds. Of a module
+    # without anything, it takes the version of the installed package.
+    placed = sys.modules.setdefault("torchmetrics", empty := ModuleType("torchmetrics")) is empty
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of tqdm, about widgets that are not needed
+            from lightning_fabric import Fabric
+            from lightning_fabric.strategies import DDPStrategy
+    finally:
+        if placed:
+            del sys.modules["torchmetrics"]
+    return Fabric, DDPStrategy
 
 
 def _choose_kernels(deterministic: bool, precision: str) -> None:

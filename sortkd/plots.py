@@ -88,7 +88,6 @@ def conclude(records: Sequence[dict]) -> str:
     import math
 
     import pandas as pd
-    from scipy import stats
 
     rows = [{"method": each["method"]["name"], "seed": each["seed"], "top1": each["result"]["last_top1"]} for each in records]
     top1 = pd.DataFrame(rows).groupby(["method", "seed"]).top1.first().unstack("method")
@@ -100,6 +99,8 @@ def conclude(records: Sequence[dict]) -> str:
         differences = (top1[name] - top1[plain]).dropna()
         n, line = len(differences), f"{name} minus {plain}: {differences.mean():+.2f} points of top-1"
         if n > 1:
+            from scipy import stats  # here, since it takes a second
+
             half = stats.t.ppf(0.975, n - 1) * differences.std() / n**0.5
             line += f", 95 % interval {differences.mean() - half:+.2f} to {differences.mean() + half:+.2f}"
         lines += [f"{line} (n = {n} seed{'s' * (n > 1)})."] if n else []

@@ -9,6 +9,7 @@ __all__ = ['RECORD_SCHEMA', 'RecordError', 'check_record']
 import math
 from collections.abc import Iterable
 
+from .checks import need_experiments
 from .pairs import PAIRS
 from .records import SCHEMA_VERSION
 from .methods import OBJECTIVES, method_name, plain_name
@@ -114,7 +115,8 @@ def _disagreements(record: dict) -> Iterable[tuple[str, object, object]]:
 
 def check_record(record: dict) -> dict:
     "Return `record` if it is complete and consistent, else raise `RecordError`."
-    from jsonschema import Draft202012Validator  # imported here, so that a machine without it can train
+    need_experiments("jsonschema")
+    from jsonschema import Draft202012Validator
 
     name = record.get("run_id", "without run_id") if isinstance(record, dict) else f"of type {type(record).__name__}"
 

@@ -60,12 +60,19 @@ def test_ways_take_turns_and_the_first_round_is_not_counted():
     assert "".join(calls) == "ababab" and {name: len(each) for name, each in times.items()} == {"a": 2, "b": 2}
 
 
+def test_students_of_one_seed_are_timed_in_three_ways(monkeypatch):
+    monkeypatch.setattr(speed, "has_cifar100", lambda: False)
+    row = speed.measure_students("resnet8:resnet8", 64, 2, 1, "cpu")
+    assert list(row["ms"]) == ["one after the other", "together", "steps and evaluation alone"]
+    assert all(len(times) == 1 and times[0] > 0 for times in row["ms"].values())
+
+
 @pytest.mark.slow
 def test_the_script_runs_and_records(tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, str(BENCHMARKS / "speed.py"), "--device", "cpu", "--results", str(tmp_path / "benchmarks.jsonl"), *arguments],
                               capture_output=True, text=True, timeout=500)
-    quick = run("--quick", "--only", "epoch")
+    quick = run("--quick", "--only", "epoch", "--pair", "resnet20:resnet8")
     assert quick.returncode == 0, quick.stderr
     assert "ours, float32, logits cached" in quick.stdout and not (tmp_path / "benchmarks.jsonl").exists()
     sorting = run("--only", "sorting", "--repetitions", "2")

@@ -81,6 +81,7 @@ def test_the_package_is_the_modules_and_their_types(package):
 
 
 OPTIONAL = {"tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
+LATER = {"jsonschema", "papermill"}  # asked for where records are read and notebooks executed; training needs neither
 
 
 def imports_of(path):
@@ -98,7 +99,7 @@ def test_what_is_imported_is_required(settings):
     "Though other requirements may bring it along."
     required = {Requirement(each).name for each in settings["experiments_requirements"].split()}
     foreign = set().union(*map(imports_of, (ROOT / "sortkd").glob("*.py"))) - {"torch"}
-    assert foreign == set(EXPERIMENT_PACKAGES), "list what modules import in sortkd.checks"
+    assert foreign == set(EXPERIMENT_PACKAGES) | LATER, "list what modules import in sortkd.checks"
     providers = packages_distributions()
     assert not {name for name in foreign if not {each.lower() for each in providers[name]} & required}
 
@@ -107,7 +108,7 @@ BASE = ["", ".sorting", ".topk", ".losses", ".methods", ".integrations", ".check
 # A package that is not installed: neither found nor imported.
 BLOCKED = f"""
 import importlib, sys
-for name in {EXPERIMENT_PACKAGES + tuple(OPTIONAL)!r}:
+for name in {(*EXPERIMENT_PACKAGES, *OPTIONAL, *LATER)!r}:
     if name not in ("numpy", "filelock"):  # torch looks for the first, and brings the second
         sys.modules[name] = None
 """
