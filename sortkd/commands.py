@@ -7,9 +7,10 @@ __all__ = ['ends_cleanly', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'e
 
 # %% ../nbs/09_commands.ipynb #8b4d5e09
 import argparse
-import logging
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -122,22 +123,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _execute_notebook(path: Path, parameters: dict) -> int:
     "Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed."
     need_experiments("papermill")
-    import papermill
-
     source = Path(__file__).resolve().parents[1] / "nbs" / "run_experiment.ipynb"
     if not source.is_file():
         raise FileNotFoundError(f"--notebook needs a copy of the project: there is no {source}.")
     if path.suffix != ".ipynb" or not path.absolute().parent.is_dir():
         raise ValueError(f"notebook is {str(path)!r:.200}; give the path of an .ipynb file in a folder that exists.")
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that have no default, such as lists
-    try:
-        papermill.execute_notebook(
-            source, path, parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3"
-        )
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "KeyboardInterrupt":
-            raise KeyboardInterrupt from error
-        raise RuntimeError(f"{error.ename}: {error.evalue}") from error
+    options = ["--no-progress-bar", "--stdout-file", "-", "--kernel", "python3", "--parameters_yaml", json.dumps(parameters)]
+    command = [sys.executable, "-m", "papermill", str(source), str(path), *options]
+    # In a session of its own, so that Ctrl-C reaches this process alone: papermill's messages about it are many.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as papermill:
+        try:
+            _, said = papermill.communicate()
+        except KeyboardInterrupt:
+            papermill.send_signal(signal.SIGINT)
+            papermill.communicate()
+            raise
+    if papermill.returncode:
+        raise RuntimeError((said.strip().splitlines() or ["papermill ended without a message"])[-1])
     print(f"The executed notebook is {path}.")
     return 0
 

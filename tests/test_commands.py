@@ -1,6 +1,8 @@
 "The commands do what the notebook does, and say what is wrong in one line."
 import ast
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -142,6 +144,18 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr("sortkd.runs.run_experiment", interrupt)
     assert run([*SMALL, "--results-dir", str(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_interrupted_notebook_ends_in_one_line(tmp_path):
+    "Ctrl-C at a terminal, which reaches all processes of the command."
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("teachers", "results")]
+    command = [sys.executable, "-c", "from sortkd.commands import run; raise SystemExit(run())", "--notebook", str(tmp_path / "out.ipynb"), "--pair=r56_r20", "--dataset=digits", *folders]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert "teacher resnet56, seed 0: epoch 1/4" in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and said.strip() == "stopped. To continue from what was saved, give the same command again."
 
 
 def test_from_record(tmp_path, capsys):
