@@ -242,7 +242,7 @@ class Method:
         entry, (ramp, settings) = OBJECTIVES[self.objective], self.schedule(epoch)
         assert entry.term is not None  # this method uses its teacher
         if self.repair == "skip":
-            views = [leave_out_rows(*view, target, view[1].amax(-1) == -torch.inf) for view in views]
+            views = [leave_out_rows(student, repaired, target, repaired.amax(-1) == -torch.inf) for student, repaired in views]
         if self.standardize:
             views = [(standardize(student), standardize(repaired)) for student, repaired in views]  # S
         if entry.learns_temperature:
