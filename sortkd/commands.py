@@ -7,9 +7,10 @@ __all__ = ['ends_cleanly', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'e
 
 # %% ../nbs/09_commands.ipynb #8b4d5e09
 import argparse
-import logging
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -122,22 +123,23 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def _execute_notebook(path: Path, parameters: dict) -> int:
     "Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed."
     need_experiments("papermill")
-    import papermill
-
     source = Path(__file__).resolve().parents[1] / "nbs" / "run_experiment.ipynb"
     if not source.is_file():
         raise FileNotFoundError(f"--notebook needs a copy of the project: there is no {source}.")
     if path.suffix != ".ipynb" or not path.absolute().parent.is_dir():
         raise ValueError(f"notebook is {str(path)!r:.200}; give the path of an .ipynb file in a folder that exists.")
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that have no default, such as lists
-    try:
-        papermill.execute_notebook(
-            source, path, parameters, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3"
-        )
-    except papermill.PapermillExecutionError as error:
-        if error.ename == "KeyboardInterrupt":
-            raise KeyboardInterrupt from error
-        raise RuntimeError(f"{error.ename}: {error.evalue}") from error
+    options = ["--no-progress-bar", "--stdout-file", "-", "--kernel", "python3", "--parameters_yaml", json.dumps(parameters)]
+    command = [sys.executable, "-m", "papermill", str(source), str(path), *options]
+    # In a session of its own, so that Ctrl-C reaches this process alone: papermill's messages about it are many.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as papermill:
+        try:
+            _, said = papermill.communicate()
+        except KeyboardInterrupt:
+            papermill.send_signal(signal.SIGINT)
+            papermill.communicate()
+            raise
+    if papermill.returncode:
+        raise RuntimeError((said.strip().splitlines() or ["papermill ended without a message"])[-1])
     print(f"The executed notebook is {path}.")
     return 0
 
@@ -187,12 +189,12 @@ class CheckpointQuality:
 
 def evaluate_checkpoint(
     path: str | Path, architecture: str = "auto", dataset: str = "auto", device: str = "auto",
-    precision: str = "float32", progress: bool = False,
+    precision: str = "float32", progress: bool = False, plugin: str = "",
 ) -> CheckpointQuality:
     """Measure the network of a checkpoint on the test images of `dataset`, without augmentation.
 
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file that names its own.
-    `progress`: print a line every five seconds.
+    `progress`: print a line every five seconds. `plugin`: files that register the network or the data, as for `plan_experiment`.
     Raises `ValueError` for an architecture that is missing or does not fit, and what `read_checkpoint` raises.
     """
     from sortkd.teachers import load_weights, read_checkpoint
@@ -204,6 +206,7 @@ def evaluate_checkpoint(
     from sortkd.data import load_data
     from sortkd.models import create_model
     from sortkd.devices import create_fabric
+    from sortkd.plugins import load_plugins
     from sortkd.progress import Progress
 
     if architecture == "auto":
@@ -214,6 +217,7 @@ def evaluate_checkpoint(
         dataset = str(training.get("dataset", "auto"))
         if dataset.startswith("folder:"):
             raise ValueError(f"{path} was trained on {dataset:.80}; say where these images are: --dataset folder:PATH.")
+    load_plugins(plugin)
     data = load_data(dataset)
     fabric = create_fabric(device, precision)
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
@@ -248,6 +252,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
         "--dataset": ("auto", "as for sortkd-run, or imagenet; auto: the one that the file names, else cifar100 if it is on disk"),
         "--device": ("auto", Parameters.__dataclass_fields__["device"].metadata["help"]),
         "--precision": ("float32", "float32 or bfloat16"),
+        "--plugin": ("", "Python files that register the network or the data"),
     }
     parser.add_argument("checkpoints", nargs="+", help=".safetensors or PyTorch files")
     for name, (default, text) in options.items():

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, NoReturn
 
@@ -22,19 +23,23 @@ from torch import Tensor, nn
 
 from .checks import shown
 from sortkd.losses import (
-    check_logits, dist_loss, dkd_loss, kd_loss, keep_logits, leave_out_rows, mlkd_loss, nkd_loss, normkd_loss, revise_logits, rld_loss,
-    skip_logits, sld_loss, standardize, ttm_loss, wsld_loss,
+    check_logits, dist_loss, dkd_loss, kd_loss, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss, standardize, ttm_loss, wsld_loss,
 )
+from .repairs import keep_logits, leave_out_rows, revise_logits, skip_logits, smooth_logits
 from .sorting import check_arguments, check_floating, check_range, sort_logits, swap_logits
 
 # %% ../nbs/01a_methods.ipynb #6b5e9d77
-REPAIRS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+REPAIRS: dict[str, Callable[..., Tensor]] = {
     "none": keep_logits,
     "skip": skip_logits,
     "swap": swap_logits,
+    "smooth": smooth_logits,
     "revise": revise_logits,
+    "loca": partial(revise_logits, eta=0.95),
+    "mft": partial(revise_logits, right_rows=True),
     "sort": sort_logits,
 }
+_AT_THE_OBJECTIVES_TEMPERATURE = ("smooth", "loca", "mft")
 
 # %% ../nbs/01a_methods.ipynb #3486cb63
 class LearnedTemperature(nn.Module):
@@ -184,7 +189,15 @@ class Method:
 
     def repair_logits(self, teacher_logits: Tensor, target: Tensor) -> Tensor:
         "The teacher's logits `(..., C)` as the objective will see them; `target` `(...)`."
-        return REPAIRS[self.repair](teacher_logits, target, **self.repair_settings)
+        settings = dict(self.repair_settings)
+        if self.repair in _AT_THE_OBJECTIVES_TEMPERATURE:
+            settings.setdefault("temperature", self.teacher_temperature)
+        return REPAIRS[self.repair](teacher_logits, target, **settings)
+
+    @property
+    def teacher_temperature(self) -> float:
+        "The temperature at which the objective reads the teacher; 1 where it has none, or several, or learns it."
+        return self.settings.get("temperature", 1 / self.settings.get("exponent", 1.0))
 
     def ramp(self, epoch: int) -> float:
         "The share of the distillation term's weight that it has in `epoch`, counted from 1; 1 after the warm-up."
@@ -229,7 +242,7 @@ class Method:
         entry, (ramp, settings) = OBJECTIVES[self.objective], self.schedule(epoch)
         assert entry.term is not None  # this method uses its teacher
         if self.repair == "skip":
-            views = [leave_out_rows(*view, target, view[1].amax(-1) == -torch.inf) for view in views]
+            views = [leave_out_rows(student, repaired, target, repaired.amax(-1) == -torch.inf) for student, repaired in views]
         if self.standardize:
             views = [(standardize(student), standardize(repaired)) for student, repaired in views]  # S
         if entry.learns_temperature:
@@ -343,6 +356,11 @@ def create_method(name: str, **changes: float) -> Method:
     own = _numbers_in(first, {**numbers, **entry.settings})
     repair = repair or entry.repair
     own_of_repair = _numbers_in(second or repair, repair_defaults(repair))
+    if own_of_repair and repair in ("revise", *_AT_THE_OBJECTIVES_TEMPERATURE):  # refused here rather than in training
+        try:
+            REPAIRS[repair](torch.zeros(1, 100), torch.zeros(1, dtype=torch.int64), **own_of_repair)
+        except ValueError as error:
+            raise ValueError(f"methods is {shown(name)}: {error}") from error
     changes = changes | own
     for key, value in changes.items():
         if not isinstance(value, Real) or not math.isfinite(value):

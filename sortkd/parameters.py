@@ -45,7 +45,7 @@ class Parameters:
         "ce,kd,kd+sort",
         "objectives, alone or with a repair, separated by commas",
         "Objectives: ce, kd, dkd, rld, nkd, ttm, wttm, normkd, wsld, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
-        "Repairs: +skip, +swap, +revise, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
+        "Repairs: +skip, +swap, +smooth, +revise, +loca, +mft, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
     )
     plugin: str = _run(
         "", "Python files that register own methods, networks or data", "Such as mine.py, or the entry point of a package; see chapter 11b."

@@ -259,7 +259,9 @@ def mark_measured(grid: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
 def measured_rates(frame: pd.DataFrame) -> pd.DataFrame:
     "Seconds for a million training rows, evaluation included, by machine, precision and pair, from all runs in "
     "`frame`."
-    rows = frame.assign(rate=frame["seconds"] / (frame["train_images"] * frame["epochs"]) * 1e6)
+    # The median epoch, because the first ones may also compute the teacher's logits for all runs that follow.
+    epoch = [np.median(curve["seconds"]) if "seconds" in curve else seconds / epochs for curve, seconds, epochs in zip(frame["curve"], frame["seconds"], frame["epochs"])]
+    rows = frame.assign(rate=np.array(epoch) / frame["train_images"] * 1e6)
     groups = rows.groupby(["machine", "device", "precision", "pair"])["rate"]
     return groups.agg(runs="size", seconds_per_million="mean").reset_index()
 

@@ -24,8 +24,8 @@ from sortkd.commands import evaluate_command, evaluate_checkpoint, run
 from sortkd.data import Batches, load_cifar100
 from sortkd.experiments import Experiment, plan_experiment
 from sortkd.runs import run_experiment
-from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, revise_logits, skip_logits, sld_loss, standardize
-from sortkd.methods import OBJECTIVES, create_method
+from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, revise_logits, skip_logits, sld_loss, smooth_logits, standardize
+from sortkd.methods import OBJECTIVES, REPAIRS, create_method
 from sortkd.models import create_model
 from sortkd.sorting import sort_logits, swap_logits
 from sortkd.teachers import load_teacher, read_checkpoint, save_teacher
@@ -513,7 +513,7 @@ def test_losses_of_odd_shapes_and_dtypes(name):
     assert followed.grad.isfinite().all() and torch.equal(loss.detach(), expected)
 
 
-@pytest.mark.parametrize("repair", [sort_logits, swap_logits, revise_logits, skip_logits])
+@pytest.mark.parametrize("repair", [sort_logits, swap_logits, revise_logits, REPAIRS["mft"], smooth_logits, skip_logits])
 def test_repairs_of_odd_logits(repair):
     "What chapters 00 and 01 promise of rows that hold NaN or an infinity; other shapes and dtypes for the repairs that tests/test_sorting.py leaves out."
     inf, nan = torch.inf, torch.nan

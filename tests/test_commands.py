@@ -1,6 +1,8 @@
 "The commands do what the notebook does, and say what is wrong in one line."
 import ast
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,7 +17,7 @@ from papermill import inspect_notebook
 from sortkd.commands import evaluate_command, evaluate_checkpoint, run
 from sortkd.data import load_digits
 from sortkd.experiments import plan_experiment
-from sortkd.methods import OBJECTIVES
+from sortkd.methods import OBJECTIVES, REPAIRS
 from sortkd.pairs import IMAGENET_PAIRS, PAIRS
 from sortkd.parameters import Parameters, parameter_cell, parameter_groups
 from sortkd.records import append_record, read_records
@@ -54,7 +56,7 @@ def test_the_help_names_every_pair_objective_and_repair():
     pair, methods = (Parameters.__dataclass_fields__[name].metadata["more"] for name in ("pair", "methods"))
     assert set(re.findall(r"\w+_\w+", pair)) == {*PAIRS, *IMAGENET_PAIRS}
     assert set(re.findall(r"[a-z_]+", methods.split("Objectives:")[1].split("Repairs")[0])) == set(OBJECTIVES)
-    assert set(re.findall(r"\+([a-z]+)", methods)) == {"skip", "swap", "revise", "sort"}
+    assert set(re.findall(r"\+([a-z]+)", methods)) == set(REPAIRS) - {"none"}
 
 
 def test_help_needs_no_experiment():
@@ -142,6 +144,18 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr("sortkd.runs.run_experiment", interrupt)
     assert run([*SMALL, "--results-dir", str(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_interrupted_notebook_ends_in_one_line(tmp_path):
+    "Ctrl-C at a terminal, which reaches all processes of the command."
+    folders = [f"--{name}-dir={tmp_path / name}" for name in ("teachers", "results")]
+    command = [sys.executable, "-c", "from sortkd.commands import run; raise SystemExit(run())", "--notebook", str(tmp_path / "out.ipynb"), "--pair=r56_r20", "--dataset=digits", *folders]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert "teacher resnet56, seed 0: epoch 1/4" in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and said.strip() == "stopped. To continue from what was saved, give the same command again."
 
 
 def test_from_record(tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from conftest import EVERY_METHOD
 from sortkd.experiments import plan_experiment
-from sortkd.losses import dkd_loss, kd_loss, revise_logits, skip_logits
+from sortkd.losses import dkd_loss, kd_loss, revise_logits, skip_logits, smooth_logits
 from sortkd.methods import OBJECTIVES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, list_methods
 from sortkd.pairs import IMAGENET_PAIRS, PAIRS, method_for
 from sortkd.sorting import swap_logits
@@ -242,6 +242,37 @@ def test_numbers_of_one_s_own(written, name, settings, of_repair):
     assert ("repair_settings" in method.as_record()) == bool(of_repair)
 
 
+@pytest.mark.parametrize(("objective", "temperature"), [
+    ("kd", 4.0), ("kd(temperature=2)", 2.0), ("rld", 4.0), ("nkd", 3.0), ("ttm", 10.0), ("wttm(exponent=0.25)", 4.0), ("lskd", 2.0), ("mlkd", 4.0),
+    ("ctkd", 1.0), ("sld", 1.0), ("normkd", 1.0),
+])
+def test_repairs_mix_at_the_objectives_temperature(objective, temperature):
+    "LoCa, MFT and smoothing do; label revision mixes at 1, as before there were others; a number of one's own counts more."
+    def repaired(repair):
+        return create_method(f"{objective}+{repair}").repair_logits(TEACHER, TARGET)
+
+    assert torch.equal(repaired("loca"), revise_logits(TEACHER, TARGET, 0.95, temperature))
+    assert torch.equal(repaired("mft"), revise_logits(TEACHER, TARGET, 0.8, temperature, right_rows=True))
+    assert torch.equal(repaired("smooth"), smooth_logits(TEACHER, TARGET, 0.9, temperature))
+    assert torch.equal(repaired("revise"), revise_logits(TEACHER, TARGET, 0.8, 1.0))
+    assert torch.equal(repaired("loca(temperature=3,eta=0.9)"), revise_logits(TEACHER, TARGET, 0.9, 3.0))
+    assert torch.equal(repaired("mft(right_rows=0)"), revise_logits(TEACHER, TARGET, 0.8, temperature))
+
+
+def test_records_of_label_revision_are_those_of_before():
+    "Neither its settings nor its numbers changed when it learned other temperatures."
+    method = create_method("kd+revise")
+    assert method.as_record() == {"name": "kd+revise", "repair": "revise", "objective": "kd", "ce_weight": 0.1, "kd_weight": 0.9,
+                                  "warmup_epochs": 0, "standardize": False, "settings": {"temperature": 4.0}}
+    p = torch.softmax(TEACHER, 1)
+    own, top = p.gather(1, TARGET[:, None]), p.amax(1, keepdim=True)
+    value = TEACHER.logsumexp(1, keepdim=True) + ((1 + top - own) / 0.8 - (1 - own)).log()
+    expected = torch.where(top > own, value, TEACHER.gather(1, TARGET[:, None]))
+    torch.testing.assert_close(method.repair_logits(TEACHER, TARGET), TEACHER.scatter(1, TARGET[:, None], expected))
+    other = create_method("kd+revise(temperature=4)").as_record()
+    assert other["repair_settings"] == {"temperature": 4.0} and other["name"] != method.name
+
+
 def test_own_numbers_reach_the_loss_and_the_repair():
     logits, teacher = torch.randn(6, 5), torch.randn(6, 5)
     target = (teacher.argmax(1) + 1) % 5
@@ -257,6 +288,8 @@ def test_own_numbers_reach_the_loss_and_the_repair():
     ("kd(temp=2)", "kd has no setting 'temp'; it has ce_weight, kd_weight, warmup_epochs, temperature"),
     ("kd(temperature=warm)", "temperature of kd is 'warm'; give a finite number"),
     ("kd+revise(eta=inf)", "eta of revise is 'inf'; give a finite number"),
+    ("kd+loca(eta=1.5)", "methods is 'kd+loca(eta=1.5)': eta must lie between 0 and 1, but it is 1.5"),
+    ("kd+smooth(confidence=0)", "confidence must lie between"),
     ("dkd(warmup_epochs=2.5)", "warmup_epochs of dkd is '2.5'; give a whole number"),
     ("kd+sort(eta=1)", "sort has no setting 'eta'; it has none"),
     ("kd(temperature=2", "give objectives (ce, kd"),

@@ -1,13 +1,16 @@
 "Plans are read, matched with their runs, and were committed before these."
 
+import math
 import os
 import subprocess
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import yaml
 
-from sortkd.plans import committed, describe_plans, first_start, mark_planned, planned_cells, read_plan, read_plans
+from sortkd.plans import committed, describe_plans, first_start, mark_planned, planned_cells, planned_effects, read_plan, read_plans
 from sortkd.results import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +53,24 @@ def runs_of(plan, **changes):
                         started="2026-11-26T01-02-03.000004Z", **changes)
 
 
+def measured(runs):
+    "Runs with the columns that a table needs; sorting gains a point."
+    noise = np.random.default_rng(0).normal(0, 0.3, len(runs))
+    return runs.assign(last_top1=60 + noise + (runs.method == "kd+sort"), repair=runs.method.str.contains("sort").map({True: "sort", False: "none"}),
+                       **dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "train_images", "test_images", "precision", "device", "synthetic",
+                                        "teacher_sha256", "method_settings", "lr"], "same"))
+
+
+def test_a_comparison_with_the_runs_of_another_plan():
+    sorting, baseline = (next(each for each in PLANS if each.name == name) for name in ("sorting", "baseline"))
+    runs = measured(pd.concat([runs_of(sorting), runs_of(baseline).assign(run_id=[f"ce{n}" for n in range(6)])], ignore_index=True))
+    runs.loc[runs.method == "ce", "last_top1"] -= 5
+    effects = planned_effects(sorting, PLANS, runs).set_index("comparison")
+    assert effects.seeds.tolist() == [15, 6] and effects.verdict.tolist() == ["gain", "gain"]
+    assert effects.unmatched["kd minus ce"] == 9 and effects.p_holm.notna().tolist() == [False, True]
+    assert planned_effects(baseline, PLANS, runs).empty
+
+
 def test_runs_are_matched_with_the_cells_that_planned_them():
     plan = next(each for each in PLANS if each.name == "sorting")
     runs = runs_of(plan)
@@ -57,13 +78,16 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     assert first_start(plan, runs).microsecond == 4
     for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}):
         assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
+    effects = planned_effects(plan, PLANS, measured(runs))
+    assert effects.comparison.tolist() == ["kd+sort minus kd"] and effects.seeds[0] == effects.planned[0] == 15 and math.isnan(effects.p_holm[0])
     table = describe_plans([plan], runs[runs.seed < 3]).set_index("method")
     assert table.planned.tolist() == [15, 15, 0] and table.exist.tolist() == [3, 3, 0]
 
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"plan": None}, "the section plan"), ({"plan": {"question": "?"}}, "the section plan"),
-    ({"primary": "kd+sort minus dkd"}, "primary is 'dkd'"), ({"outcome": "top1"}, "outcome is 'top1'"),
+    ({"primary": "kd+sort minus dkd", "beside": []}, "a method in 'kd\\+sort minus dkd' is 'dkd'"), ({"comparisons": ["kd"]}, "a comparison is 'kd'"),
+    ({"beside": "baseline"}, "beside of .* is 'baseline'"), ({"outcome": "top1"}, "outcome is 'top1'"),
     ({"smallest_effect": "large"}, "smallest_effect"), ({"looks": [{"after": 1, "at": "all"}]}, "after is 1"),
     ({"looks": [{"when": 5}]}, "a look of"), ({"options": {}}, "does not name its teacher"), ({"methods": ["kdd"]}, "kdd"),
 ])

@@ -5,6 +5,7 @@ import json
 import math
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,10 @@ from sortkd.results import (
     select_paper,
 )
 from sortkd.schema import RECORD_SCHEMA, RecordError, check_record
-from sortkd.statistics import paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number, t_test_power
+from sortkd.statistics import (
+    confidence_sequence, crossed_bootstrap, paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number,
+    t_test_power, verdict_probabilities, verdicts,
+)
 from sortkd.tables import comparison_table, read_reported, write_table
 from synthetic import synthetic_record, synthetic_records
 
@@ -333,7 +337,7 @@ def test_an_empty_folder_gives_empty_frames_and_tables(tmp_path):
     frame, left_out = load_results(tmp_path)
     assert frame.empty and left_out.empty and select_paper(frame).empty and select(frame, preset="short").empty
     effects = paired_effects(select_paper(frame))
-    assert effects.empty and pool_effects(effects).empty and seeds_needed(effects).seeds.isna().all()
+    assert effects.empty and pool_effects(effects).empty and seeds_needed(effects).empty
     table = comparison_table(select_paper(frame), REPORTED, [("resnet56", "resnet20")])
     assert set(table.index.get_level_values(1)) == {"reported, best"}, "what is not measured has no row"
     with pytest.raises(FileNotFoundError):
@@ -383,7 +387,7 @@ def outcomes(effect, sets, seeds, deviation, seed):
         pd.DataFrame(
             {
                 "pair": np.repeat(np.arange(sets), seeds),
-                "objective": "kd",
+                "teacher": "resnet56", "student": "resnet20", "objective": "kd",
                 "repair": repair,
                 "seed": np.tile(np.arange(seeds), sets),
                 "last_top1": (70 + gain + generator.normal(0, deviation, (sets, seeds))).ravel(),
@@ -417,30 +421,23 @@ def test_intervals_cover_through_files(tmp_path):
     assert within_binomial_error(((effects.low <= 0.3) & (0.3 <= effects.high)).mean(), 0.95, 150)
 
 
-@pytest.mark.parametrize("spread", [0.0, 0.3])
-@pytest.mark.parametrize("counts", [[2, 3, 5, 5, 5, 8], [5] * 12], ids=["unequal", "equal"])
-def test_pooled_intervals_cover(spread, counts):
+@pytest.mark.parametrize("case", ["equal", "unequal", "noisy", "shared"])
+def test_pooled_intervals_cover(case):
+    teachers, error, of_teacher = {
+        "equal": (range(6), [0.16] * 6, 0.0), "unequal": (range(6), [0.09, 0.4] * 3, 0.2), "noisy": (range(6), [0.2, 0.18] * 3, 0.0),
+        "shared": ([0, 0, 0, 0, 1, 1, 1, 2, 2, 3, 4, 5], [0.16] * 12, 0.3),
+    }[case]
     generator, hits, repetitions = np.random.default_rng(11), 0, 500
     for _ in range(repetitions):
-        samples = [generator.normal(0.25 + spread * generator.normal(), 0.35, count) for count in counts]
-        effects = pd.DataFrame(
-            {
-                "objective": "kd",
-                "seeds": counts,
-                "mean": [each.mean() for each in samples],
-                "std": [each.std(ddof=1) for each in samples],
-            }
-        )
-        row = pool_effects(effects).iloc[0]
+        means = 0.25 + generator.normal(0, of_teacher, 6)[list(teachers)] + generator.normal(0, error)
+        row = pool_effects(pd.DataFrame({"objective": "kd", "teacher": list(teachers), "mean": means})).iloc[0]
         hits += row.low <= 0.25 <= row.high
-    assert within_binomial_error(hits / repetitions, 0.95, repetitions)
+    assert within_binomial_error(hits / repetitions, 0.95, repetitions) and row.teachers == 6
 
 
-def test_pairs_share_one_variance_by_degrees_of_freedom():
-    effects = pd.DataFrame({"objective": "kd", "seeds": [2, 11], "mean": [0.1, 0.4], "std": [1.0, 0.1]})
-    shared = effects.assign(std=math.sqrt((1 * 1.0**2 + 10 * 0.1**2) / 11))
-    pd.testing.assert_frame_equal(pool_effects(effects), pool_effects(shared, shared_variance=False))
-    assert abs(pool_effects(effects)["mean"][0] - pool_effects(effects, shared_variance=False)["mean"][0]) > 0.001
+def test_two_teachers_are_uninformative():
+    row = pool_effects(pd.DataFrame({"objective": "kd", "teacher": ["a", "a", "b"], "mean": [0.0, 0.2, 0.3]})).iloc[0]
+    assert (row.pairs, row["mean"], row.note) == (3, pytest.approx(0.2), "uninformative: 2 teachers") and math.isnan(row.low)
 
 
 def test_only_shared_seeds_are_compared():
@@ -448,16 +445,16 @@ def test_only_shared_seeds_are_compared():
     frame = frame[~((frame.repair == "sort") & (frame.seed == 1)) & ~((frame.repair == "none") & (frame.seed == 3))]
     (row,) = paired_effects(frame).itertuples()
     values = frame.set_index(["repair", "seed"]).last_top1
-    assert row.seeds == 2 and row.differences == (
+    assert row.seeds == row.unmatched == 2 and row.differences == (
         values["sort", 0] - values["none", 0],
         values["sort", 2] - values["none", 2],
     )
 
 
 def test_one_seed_has_a_mean_and_no_interval():
-    (row,) = paired_effects(outcomes(0.3, 1, 1, 0.2, seed=0)).to_dict("records")
-    assert row["p"] == row["smallest_p"] == 1 and math.isnan(row["low"]) and math.isfinite(row["mean"])
-    assert pool_effects(pd.DataFrame([row]))["note"][0] == "nothing to pool: 0 pairs with two or more seeds"
+    (row,) = verdicts(paired_effects(outcomes(0.3, 1, 1, 0.2, seed=0))).to_dict("records")
+    assert row["p_exact"] == 1 and math.isnan(row["p"]) and math.isnan(row["low"]) and math.isfinite(row["mean"])
+    assert row["verdict"] == "inconclusive"
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5, 6, 9])
@@ -467,8 +464,7 @@ def test_the_sign_flip_test_is_the_full_enumeration(seeds):
         flipped = [
             abs(np.mean(np.multiply(row.differences, signs))) for signs in itertools.product((1, -1), repeat=seeds)
         ]
-        assert row.p == pytest.approx(np.mean([value >= abs(row.mean) - 1e-12 for value in flipped]))
-        assert row.p >= row.smallest_p == 2 / 2**seeds
+        assert row.p_exact == pytest.approx(np.mean([value >= abs(row.mean) - 1e-12 for value in flipped])) and row.p_exact >= 2 / 2**seeds
 
 
 def test_the_sign_flip_test_stays_exact_for_many_seeds():
@@ -490,10 +486,10 @@ def test_the_power_is_that_of_a_simulation(ratio, number):
 
 def test_every_number_of_seeds_reaches_the_power_and_one_less_does_not():
     for ratio in np.arange(0.1, 12, 0.03):
-        number = smallest_number(ratio, 1.0)
+        number = smallest_number(partial(t_test_power, ratio))
         assert t_test_power(ratio, number) >= 0.8 and (number == 2 or t_test_power(ratio, number - 1) < 0.8)
-    assert smallest_number(1.0, 0.16) == 3 and smallest_number(0.0, 1.0) == math.inf
-    assert smallest_number(1e6, 1.0) == 2 and math.isnan(smallest_number(1.0, math.nan))
+    assert smallest_number(partial(t_test_power, 1 / 0.16)) == 3 and smallest_number(partial(t_test_power, 0.0)) == math.inf
+    assert smallest_number(partial(t_test_power, 1e6)) == 2
 
 
 def test_numbers_of_seeds_agree_with_statsmodels():
@@ -504,9 +500,62 @@ def test_numbers_of_seeds_agree_with_statsmodels():
     assert deviation["degrees_of_freedom"] == 32 and deviation["low"] < deviation["std"] < deviation["high"]
     squares = np.concatenate([np.subtract(each, np.mean(each)) ** 2 for each in effects.differences])
     assert deviation["std"] == pytest.approx(math.sqrt(squares.sum() / 32))
-    for row in seeds_needed(effects, gains=(0.1, 0.2, 0.4)).itertuples():
-        solved = TTestPower().solve_power(row.gain / deviation["std"], power=0.8, alpha=0.05, alternative="two-sided")
-        assert row.seeds == math.ceil(solved) and row.seeds_low <= row.seeds <= row.seeds_high
+    for gain, row in zip((0.1, 0.2, 0.4), seeds_needed(effects, gains=(0.1, 0.2, 0.4)).itertuples()):
+        solved = TTestPower().solve_power(gain / deviation["std"], power=0.8, alpha=0.05, alternative="two-sided")
+        assert row.seeds == math.ceil(solved) and row.seeds_low <= row.seeds <= row.seeds_high and f"{gain:g}" in row.to_find
+
+
+def test_each_objective_needs_its_own_number_of_seeds():
+    effects = pd.concat([paired_effects(outcomes(0.3, 8, 5, deviation, seed=3)).assign(objective=name) for name, deviation in (("kd", 0.2), ("dkd", 0.4))])
+    kd, dkd = (group.set_index("to_find").seeds for _, group in seeds_needed(effects).groupby("objective", sort=False))
+    assert (kd["a gain of 0.5"] < dkd["a gain of 0.5"]) and kd["equivalence within ±0.5"] < dkd["equivalence within ±0.5"]
+
+
+@pytest.mark.parametrize("effect, std, seeds", [(0.0, 0.45, 15), (0.5, 0.45, 15), (0.4, 0.2, 6), (1.0, 0.5, 5), (-0.8, 0.45, 15), (0.0, 1.5, 3)])
+def test_the_probabilities_of_verdicts_are_those_of_a_simulation(effect, std, seeds):
+    values = np.random.default_rng(9).normal(effect, std, (4000, seeds))
+    mean, deviation = values.mean(1), values.std(1, ddof=1)
+    p = 2 * stats.t.sf(abs(mean) * math.sqrt(seeds) / deviation, seeds - 1)
+    found = verdicts(pd.DataFrame({"seeds": seeds, "mean": mean, "std": deviation, "p": p})).verdict
+    expected = verdict_probabilities(effect, std, seeds)
+    assert sum(expected.values()) == pytest.approx(1)
+    for name, probability in expected.items():
+        assert abs((found == name).mean() - probability) < 4 * math.sqrt(max(probability * (1 - probability), 1e-4) / 4000)
+
+
+def test_wrong_verdicts_are_as_rare_as_the_level_says():
+    for std in (0.1, 0.45, 2.0):
+        for seeds in (2, 5, 15):
+            nothing, edge = verdict_probabilities(0.0, std, seeds), verdict_probabilities(0.5, std, seeds)
+            assert nothing["gain"] <= 0.025 + 1e-6 and nothing["loss"] <= 0.025 + 1e-6 and edge["equivalent"] <= 0.05 + 1e-6
+
+
+def test_verdicts_are_those_of_two_one_sided_tests_and_corrected_by_holm():
+    from statsmodels.stats.weightstats import DescrStatsW
+
+    effects = verdicts(paired_effects(outcomes(0.3, 12, 6, 0.3, seed=2)))
+    for row in effects.itertuples():
+        p, _, _ = DescrStatsW(np.array(row.differences)).ttost_mean(-0.5, 0.5)
+        assert row.p_equivalent == pytest.approx(p) and (row.verdict == "equivalent") == (p <= 0.05)
+        assert row.p <= row.p_holm <= min(1, 12 * row.p)
+
+
+def test_a_confidence_sequence_inverts_its_bayes_factor():
+    values = np.random.default_rng(3).normal(0.3, 0.4, 12)
+    row = confidence_sequence(values).iloc[-1]
+    statistic = (values.mean() - row.low) / (values.std(ddof=1) / math.sqrt(12))  # at an end the Bayes factor is 20
+    factor = ((1 + statistic**2 / 11) / (1 + statistic**2 / (11 * 13))) ** 6 / math.sqrt(13)
+    assert factor == pytest.approx(20)
+
+
+def test_the_bootstrap_agrees_with_the_t_interval_where_images_do_not_differ():
+    generator = np.random.default_rng(4)
+    plain = generator.random((40, 500)) < generator.normal(0.6, 0.05, (40, 1))
+    repaired = generator.random((40, 500)) < generator.normal(0.65, 0.05, (40, 1))
+    low, high = crossed_bootstrap(plain, repaired)
+    expected = stats.ttest_1samp(100 * (repaired.mean(1) - plain.mean(1)), 0).confidence_interval()
+    assert low == pytest.approx(expected.low, abs=0.8) and high == pytest.approx(expected.high, abs=0.8)
+    assert crossed_bootstrap(plain, repaired) == (low, high) and crossed_bootstrap(plain, plain) == (0, 0)
 
 
 def test_the_deviation_interval_covers():
@@ -565,7 +614,7 @@ def test_costs_are_predicted_only_where_runs_were_timed(tmp_path):
 
 
 def test_reported_numbers_have_sources_and_the_slip_is_corrected():
-    assert len(REPORTED) == 84 and REPORTED[["source", "paper"]].notna().all().all()
+    assert len(REPORTED) == 114 and REPORTED[["source", "paper"]].notna().all().all()
     assert not REPORTED.duplicated(["dataset", "method", "teacher", "student"]).any()
     row = REPORTED.set_index(["dataset", "method", "teacher", "student"]).top1
     assert (
@@ -573,6 +622,11 @@ def test_reported_numbers_have_sources_and_the_slip_is_corrected():
         and row["cifar100", "dkd", "resnet32x4", "ShuffleV2"] == 77.07
     )
     assert ("cifar100", "kd", "resnet32x4", "MobileNetV2") not in row.index
+    assert row["cifar100", "wttm", "resnet56", "resnet20"] == 71.92 and row["cifar100", "wttm", "resnet32x4", "resnet8x4"] == 76.06
+    for method, numbers in {"dist": (72.07, 73.24), "wttm": (72.19, 73.09), "kd": (71.03, 70.5)}.items():
+        assert numbers == (row["imagenet", method, "ResNet34", "ResNet18"], row["imagenet", method, "ResNet50", "MobileNetV1"])
+    of_mdistiller = REPORTED[REPORTED.method.isin(["kd", "dkd"])]
+    assert set(of_mdistiller.arxiv) == {"2203.08679"} and of_mdistiller.source.str.contains("mdistiller").all()
     logs = REPORTED.dropna(subset="top1_last")
     assert (logs.top1 >= logs.top1_last).all() and set(logs.arxiv) == {"2403.01427"}
     known = Counter(
@@ -634,6 +688,9 @@ def test_tables_regenerate_to_the_byte(synthetic_folder):
         and "-p pair r56_r20 -p methods kd,kd+sort,dkd,dkd+sort -p seeds 3" in text
     )
     assert {Path(name).stem for name in first} == {
+        "answer",
+        "plans",
+        "dose",
         "same_architecture",
         "different_architecture",
         "imagenet",
