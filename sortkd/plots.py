@@ -180,5 +180,5 @@ def plot_mistakes(results, count: int = 4):
                 label.set(rotation=30, ha="right", rotation_mode="anchor")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylabel("confidence")
-    axes[0, 1].legend(frameon=False)
+    axes[0, 1].legend(frameon=False, loc="upper center", ncols=2)
     return figure
