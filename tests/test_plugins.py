@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from sortkd import plugins
-from sortkd.commands import run
+from sortkd.commands import evaluate_command, run
 from sortkd.data import ImageData, load_digits
 from sortkd.experiments import plan_experiment
 from sortkd.grids import read_grid, read_state
@@ -88,6 +88,10 @@ def test_in_records_and_repeated(mine, tmp_path, capsys):
     assert "The same: curve and weights agree to the bit." in capsys.readouterr().out
     assert run(["--from-record", source, *places]) == 1  # a record never loads a plugin
     assert "used mine.py with SHA-256" in capsys.readouterr().err
+    teacher, = (tmp_path / "t").rglob("*.safetensors")
+    forget_plugins()
+    assert evaluate_command([str(teacher), "--dataset", "digits"]) == 1 and evaluate_command([str(teacher), "--plugin", str(mine)]) == 0
+    capsys.readouterr()
     mine.write_text(SOURCE + "\n# another content\n")
     assert run(["--from-record", source, "--plugin", str(mine), *places]) == 1
     assert f"but mine.py is {load_plugin(mine).sha256[:16]}" in capsys.readouterr().err
