@@ -78,7 +78,7 @@ def train_teacher(
     checkpoint, batches = Path(runs_dir) / name, data.batches(fabric.device)
     outcome = train(
         _initial_model(architecture, data.num_classes, seed), batches, create_method("ce"), recipe, fabric,
-        seed=seed, checkpoint=checkpoint, callbacks=callbacks, stop=stop,
+        seed=seed, checkpoint=checkpoint, keep_best=False, callbacks=callbacks, stop=stop,
         progress=f"teacher {architecture}, seed {seed}" if progress else False,
     )
     values = {
@@ -280,6 +280,7 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
             "about_teacher": run.about_teacher,
             **processes,
             **together,
+            **({"captured": outcome.captured} if fabric.device.type == "cuda" else {}),
             **session.about,
             **session.earlier(),
             "curve": {key: [row[key] for row in outcome.curve] for key in outcome.last},
@@ -287,8 +288,6 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
         }
         if first:
             _keep_weights(run.folder / run.started, outcome)
-            if outcome.correct is not None:  # a checkpoint of an earlier version does not have it
-                record["result"]["correct_sha256"] = save_correct(experiment.records_file, outcome.correct)
             if outcome.correct is not None:  # a checkpoint of an earlier version does not have it
                 record["result"]["correct_sha256"] = save_correct(experiment.records_file, outcome.correct)
             append_record(experiment.records_file, record)
@@ -432,7 +431,8 @@ def run_experiment(
     taught = [run for run in runs if run.about_teacher]
     if teacher and about_teacher and fabric.broadcast(not runs or any(_recorded(before, experiment, run, False) is None for run in taught)):
         about_teacher["top1"] = evaluate(teacher.model, batches, fabric).top1  # which the runs see, too
-        if experiment.cache == "full" and isinstance(teacher_logits, CachedTeacherLogits):
+        at_first = experiment.cache == "full" or fabric.device.type == "cuda"  # which would wait for every view that is missing
+        if at_first and isinstance(teacher_logits, CachedTeacherLogits):
             teacher_logits.fill(progress)
     groups = _taught_together(experiment, runs, experiment.workers)
     if experiment.workers > 1 and runs:

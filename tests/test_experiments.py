@@ -606,7 +606,7 @@ def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
     assert "weights differ; last top-1 was" in compare_runs(record, other)[0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_deterministic_on_a_gpu(folder, tmp_path):
     experiment = small_experiment(folder, methods="kd,dkd+sort", device="cuda", deterministic=True, results_dir=str(tmp_path))
     one, two = (run_experiment(experiment, progress=False).records for _ in range(2))
