@@ -20,7 +20,8 @@ from sortkd.plots import conclude, plot_mistakes, summarize
 from sortkd.records import append_record, compare_runs, differences, read_records
 from sortkd.results import load_results
 from sortkd.pairs import method_for, published_recipe, recipe_for
-from sortkd.runs import plan_repetition, run_experiment
+from sortkd.repetition import plan_repetition
+from sortkd.runs import run_experiment
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teachers import read_checkpoint, save_atomically, weights_checksum
