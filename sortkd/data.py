@@ -337,10 +337,6 @@ def _kept_squares(root: Path, files: Sequence[str]) -> torch.Tensor | None:
     "As `_read_squares`, which takes half a minute for many files: the pixels are kept in `root`, for as long as no file changes."
     import numpy
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            numpy.save(file, images.numpy())
-
     if not all((root / file).is_file() for file in files):
         return _read_squares(root, files)  # which names the missing one
     about = [(file, (root / file).stat().st_size, (root / file).stat().st_mtime_ns) for file in files]
@@ -349,6 +345,12 @@ def _kept_squares(root: Path, files: Sequence[str]) -> torch.Tensor | None:
         return torch.from_numpy(numpy.load(kept))
     images = _read_squares(root, files)
     if images is not None:
+        pixels = images.numpy()
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                numpy.save(file, pixels)
+
         with suppress(OSError):  # a folder that can only be read, or a full disk
             save_atomically(kept, write)
     return images
