@@ -27,6 +27,10 @@ class CapturedStep:
         self._inputs: tuple | None = None
         self._constants: tuple | None = None
 
+    @property
+    def ready(self) -> bool:
+        return self._graph is not None
+
     def __call__(self, lesson, constants: tuple) -> None:
         "One step. `constants`: every number in it that is not in a tensor; other ones are captured anew."
         if self.enabled and constants != self._constants:

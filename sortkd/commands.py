@@ -190,12 +190,12 @@ class CheckpointQuality:
 
 def evaluate_checkpoint(
     path: str | Path, architecture: str = "auto", dataset: str = "auto", device: str = "auto",
-    precision: str = "float32", progress: bool = False,
+    precision: str = "float32", progress: bool = False, plugin: str = "",
 ) -> CheckpointQuality:
     """Measure the network of a checkpoint on the test images of `dataset`, without augmentation.
 
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file that names its own.
-    `progress`: print a line every five seconds.
+    `progress`: print a line every five seconds. `plugin`: files that register the network or the data, as for `plan_experiment`.
     Raises `ValueError` for an architecture that is missing or does not fit, and what `read_checkpoint` raises.
     """
     from sortkd.teachers import load_weights, read_checkpoint
@@ -207,6 +207,7 @@ def evaluate_checkpoint(
     from sortkd.data import load_data
     from sortkd.models import create_model
     from sortkd.devices import create_fabric
+    from sortkd.plugins import load_plugins
     from sortkd.progress import Progress
 
     if architecture == "auto":
@@ -217,6 +218,7 @@ def evaluate_checkpoint(
         dataset = str(training.get("dataset", "auto"))
         if dataset.startswith("folder:"):
             raise ValueError(f"{path} was trained on {dataset:.80}; say where these images are: --dataset folder:PATH.")
+    load_plugins(plugin)
     data = load_data(dataset)
     fabric = create_fabric(device, precision)
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
@@ -251,6 +253,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
         "--dataset": ("auto", "as for sortkd-run, or imagenet; auto: the one that the file names, else cifar100 if it is on disk"),
         "--device": ("auto", Parameters.__dataclass_fields__["device"].metadata["help"]),
         "--precision": ("float32", "float32 or bfloat16"),
+        "--plugin": ("", "Python files that register the network or the data"),
     }
     parser.add_argument("checkpoints", nargs="+", help=".safetensors or PyTorch files")
     for name, (default, text) in options.items():

@@ -242,7 +242,7 @@ class Method:
         entry, (ramp, settings) = OBJECTIVES[self.objective], self.schedule(epoch)
         assert entry.term is not None  # this method uses its teacher
         if self.repair == "skip":
-            views = [leave_out_rows(*view, target, view[1].amax(-1) == -torch.inf) for view in views]
+            views = [leave_out_rows(student, repaired, target, repaired.amax(-1) == -torch.inf) for student, repaired in views]
         if self.standardize:
             views = [(standardize(student), standardize(repaired)) for student, repaired in views]  # S
         if entry.learns_temperature:
@@ -333,9 +333,10 @@ def create_method(name: str, **changes: float) -> Method:
     `dkd+sort`. Either may have numbers of its own: `kd(temperature=2)+sort`, `dkd(beta=2)+revise(eta=0.9)`.
 
     `changes`, where the name has no such number, replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
-    `alpha`, `beta`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`, `student_teaches_after`).
-    Raises `ValueError` for a name or a change that does not exist, a change that is not a finite number, and a repair that
-    makes no sense for the objective.
+    `target_temperature`, `alpha`, `beta`, `gamma`, `exponent`, `scale`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`,
+    `student_teaches_after`).
+    Raises `ValueError` for a name or a change that does not exist, a number that is not finite or that the repair refuses,
+    and a repair that makes no sense for the objective.
     """
     objective, _, repair = plain_name("".join(str(name).split())).partition("+")
     if not isinstance(name, str) or "+".join(filter(None, (objective, repair))) not in list_methods():

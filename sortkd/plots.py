@@ -176,9 +176,9 @@ def plot_mistakes(results, count: int = 4):
         axis.set_xticks(range(len(shown)), [data.class_names[each].replace("_", " ") for each in shown])
         for label, each in zip(axis.get_xticklabels(), shown):
             label.set_fontweight("bold" if each == target[number] else "normal")
-            if data.num_classes > 10:
-                label.set(rotation=30, ha="right")
+            if max(map(len, data.class_names)) > 3:  # words would run into each other
+                label.set(rotation=30, ha="right", rotation_mode="anchor")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_ylabel("confidence")
-    axes[0, 1].legend(frameon=False)
+    axes[0, 1].legend(frameon=False, loc="upper center", ncols=2)
     return figure

@@ -73,7 +73,7 @@ def train_teacher(
     checkpoint, batches = Path(runs_dir) / name, data.batches(fabric.device)
     outcome = train(
         _initial_model(architecture, data.num_classes, seed), batches, create_method("ce"), recipe, fabric,
-        seed=seed, checkpoint=checkpoint, callbacks=callbacks, stop=stop,
+        seed=seed, checkpoint=checkpoint, keep_best=False, callbacks=callbacks, stop=stop,
         progress=f"teacher {architecture}, seed {seed}" if progress else False,
     )
     values = {
@@ -283,6 +283,7 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
         if isinstance(outcome, Diverged):
             record |= {"diverged": {"epoch": outcome.epoch, "message": str(outcome)}, "result": {"last_top1": outcome.top1}}
         else:
+            record |= {"captured": outcome.captured} if fabric.device.type == "cuda" else {}
             record["result"] = _result(outcome, len(data.train_targets) * experiment.recipe_for(run.method).epochs)
             if first and outcome.correct is not None:  # a checkpoint of an earlier version does not have it
                 record["result"]["correct_sha256"] = save_correct(experiment.records_file, outcome.correct)
@@ -427,7 +428,8 @@ def run_experiment(
     taught = [run for run in runs if run.about_teacher]
     if teacher and about_teacher and fabric.broadcast(not runs or any(_recorded(before, experiment, run, False) is None for run in taught)):
         about_teacher["top1"] = evaluate(teacher.model, batches, fabric).top1  # which the runs see, too
-        if experiment.cache == "full" and isinstance(teacher_logits, CachedTeacherLogits):
+        at_first = experiment.cache == "full" or fabric.device.type == "cuda"  # which would wait for every view that is missing
+        if at_first and isinstance(teacher_logits, CachedTeacherLogits):
             teacher_logits.fill(progress)
     groups = _taught_together(experiment, runs, experiment.workers)
     if experiment.workers > 1 and runs:

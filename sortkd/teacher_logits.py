@@ -228,15 +228,15 @@ class CachedTeacherLogits(TeacherLogits):
                 self._on_device[others.to(self.device)] = self._stored[others].to(self.device)
                 self._computed[others] = 1
         for start, stop, logits in self.compute(self._views(missing)):
-            part, half = missing[start:stop], logits.half().cpu()
+            part, half = missing[start:stop], logits.half()
             if not half.isfinite().all():
                 raise ValueError(
                     f"a teacher logit is {logits.abs().max().item():.4g}, which half precision cannot hold; "
                     "run without the cache (cache='off')."
                 )
-            self._stored[part] = half
+            self._stored[part] = half.cpu()
             if self._on_device is not self._stored:
-                self._on_device[part.to(self.device)] = half.to(self.device)
+                self._on_device[part.to(self.device)] = half
             self._computed[part] = 1
             self._unmarked.append(part)
         if self._unmarked and time.monotonic() - self._last_marks > self.seconds_between_marks:

@@ -98,6 +98,7 @@ class Student:
 
     `checkpoint`: a file to continue from if it exists, and to write at most every `checkpoint_seconds` and at the end.
     `context`: what the checkpoint must also agree in, such as the checksum of the teacher's weights.
+    `keep_best`: keep the weights of the best test epoch, too; without them a checkpoint is a third smaller.
     `callbacks`: each is called with the row of every epoch: epoch, lr, train_loss, train_top1, test_loss, test_top1
     (percent), seconds; with a teacher also teacher_wrong_rows and changed_rows, and temperature where it is learned.
     """
@@ -108,6 +109,7 @@ class Student:
     checkpoint: str | Path | None = None
     checkpoint_seconds: float = 30.0
     context: str = ""
+    keep_best: bool = True
     callbacks: Sequence[Callable[[dict], None]] = ()
 
 
@@ -123,6 +125,7 @@ class Outcome:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     correct: Tensor | None = None
     seconds: float = 0.0
+    captured: bool = False  # whether the last steps were replayed from a CUDA graph
 
     @property
     def last(self) -> dict[str, float]:
@@ -163,6 +166,7 @@ class Learner:
         self.model, self.optimizer = fabric.setup(model, optimizer)
         self.totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
         self.repairs = torch.zeros(2, dtype=torch.int64, device=fabric.device)
+        self.keep_best = student.keep_best
         self._captured = None
         if fabric.device.type == "cuda" and self.ranks.count == 1:
             self._captured = CapturedStep(self._step, self.optimizer)
@@ -171,6 +175,11 @@ class Learner:
         self._checkpoint_seconds, self._last_save = student.checkpoint_seconds, time.monotonic()
         self._checkpoint = None if student.checkpoint is None else Checkpoint(student.checkpoint, identity)
         self._restore()
+
+    @property
+    def captured(self) -> bool:
+        "Whether steps are replayed from a CUDA graph."
+        return self._captured is not None and self._captured.ready
 
     @property
     def next_epoch(self) -> int:
@@ -257,7 +266,7 @@ class Learner:
                 raise error
         self.outcome.curve.append(row)
         self.outcome.correct = test.correct
-        if self.outcome.best is row:
+        if self.keep_best and self.outcome.best is row:
             self.outcome.best_weights = weights_on_cpu(self.model)
         return row
 
@@ -351,7 +360,7 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
             if stops:
                 raise Stopped(f"{names} was asked to stop after epoch {epoch} of {last}.")
     for learner in learners:
-        learner.outcome.last_weights = weights_on_cpu(learner.model)
+        learner.outcome.last_weights, learner.outcome.captured = weights_on_cpu(learner.model), learner.captured
     return [failed.get(number, learner.outcome) for number, learner in enumerate(learners)]
 
 
@@ -398,7 +407,7 @@ def train(model: nn.Module, batches: ImageBatches, method: Method, recipe: Recip
     `seed`: of order, views and dropout. The initial weights are those that `model` has.
     `stop`: asked after every epoch but the last; when it is true, the checkpoint is written and `Stopped` raised.
     `progress`: print a line after each epoch, with loss, top-1 and the time left; a string names the run.
-    `options`: checkpoint, checkpoint_seconds, context and callbacks, as in `Student`.
+    `options`: checkpoint, checkpoint_seconds, context, keep_best and callbacks, as in `Student`.
     Of several processes the first alone writes the checkpoint, calls the callbacks, and asks `stop`.
 
     Raises `ValueError` for a missing teacher or another run's checkpoint, `Diverged` when the loss is no

@@ -394,6 +394,8 @@ class Batches(ImageBatches):
         super().__init__(data, device, dtype)
         self.padded = pad_images(data.train_images.to(device), data.pad)
         self.test_images = data.test_images.to(device)
+        # On a GPU the few launches count; on a CPU the images of a step are used while they are in its cache.
+        self.block_at_once = self.device.type == "cuda"
 
     def gather(self, views: Views) -> tuple[Tensor, Tensor]:
         "Training images (B, 3, H, W) and targets (B,) of `views`."
@@ -425,8 +427,13 @@ class Batches(ImageBatches):
             batches = bounds[number:number + steps]
             begin, end = batches[0][0], batches[-1][1]
 
-            def images(step, batches=batches):
-                return self.gather(on_device.part(*rank_bounds(*batches[step], rank, ranks)))[0]
+            ready = self.gather(on_device.part(begin, end))[0] if self.block_at_once else None
+
+            def images(step, batches=batches, begin=begin, ready=ready):
+                first, last = rank_bounds(*batches[step], rank, ranks)
+                if ready is None:
+                    return self.gather(on_device.part(first, last))[0]
+                return ready[first - begin:last - begin]
 
             target = self.train_targets[on_device.index[begin:end]]
             yield Block(begin, target, [(start - begin, stop - begin) for start, stop in batches],

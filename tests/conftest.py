@@ -13,6 +13,14 @@ torch.set_num_threads(1)
 if "SORTKD_DATA" in os.environ:
     os.environ["SORTKD_DATA"] = os.path.abspath(os.environ["SORTKD_DATA"])
 
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not under SORTKD_DATA")
 
 # Every objective by itself and every repair with kd, in every run; all other combinations are slow tests.

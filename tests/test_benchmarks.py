@@ -15,6 +15,7 @@ from sortkd.training import Recipe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+import gpu_first  # noqa: E402
 import speed  # noqa: E402
 import tokens  # noqa: E402
 import usual_way  # noqa: E402
@@ -96,3 +97,23 @@ def test_tokens_are_compared_with_the_loss_and_two_full_sorts(capsys):
     tokens.print_ratios(rows)
     assert [list(row["ms"]) for row in rows] == [["sort_logits", "KD loss, forward and backward", "two full sorts"]] * 3
     assert capsys.readouterr().out.count("the KD loss") == 3
+
+
+def test_what_runs_first_on_a_gpu_is_rehearsed(monkeypatch, tmp_path):
+    "A part that fails is named, and the next one runs."
+    def breaks(size): raise RuntimeError("no such kernel")
+    monkeypatch.setitem(gpu_first.PARTS, "steps", breaks)
+    monkeypatch.setattr(sys, "argv", ["gpu_first.py", "--cpu", "--parts", "sorting", "steps", "same_bits", "--output", str(tmp_path / "found.json")])
+    assert gpu_first.main() == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["sorting"] == {"wrong": []} and found["same_bits"] == {"captured equals eager": True, "twice": True}
+    assert found["steps"] == {"failed": "RuntimeError: no such kernel"} and found["machine"]["cores"]
+
+
+@pytest.mark.slow
+def test_all_of_what_runs_first_on_a_gpu_is_rehearsed(tmp_path):
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "gpu_first.py"), "--cpu", "--parts", "steps", "students_at_once", "epoch", "profile"],
+                          capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gpu_first.json").read_text())
+    assert found["epoch"]["kd, kd+sort"]["captured"] is False and found["profile"]["kernels"] > 0

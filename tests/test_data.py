@@ -32,8 +32,7 @@ from sortkd.views import rank_bounds, strong_views
 CIFAR_FILES = ("train", "test", "meta")
 DIGITS_CHECKSUM = "3834cdec9b345647258856fb597d86d80bbd6e4afaf705ce84b73050b6b6b772"
 CIFAR_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def random_images(count, size, key="images"):
@@ -592,12 +591,14 @@ def test_test_batches_of_several_ranks_are_the_batches_of_one(ranks):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("steps, ranks", [(1, 1), (3, 1), (32, 1), (3, 2), (2, 5)])
-def test_blocks_hold_the_batches(device, steps, ranks):
+def test_blocks_hold_the_batches(device, steps, ranks, at_once):
     "Rows, targets, views and images of each step, as an epoch drawn by hand has them."
     data = toy_data(train=41)
     batches, drawn, bounds = Batches(data, device), draw_views(41, data.pad, data.flip, 5, 2), iter(batch_bounds(41, 8))
-    by_rank = [list(data.batches(device).blocks(8, 5, 2, rank=rank, ranks=ranks, steps=steps)) for rank in range(ranks)]
+    batches.block_at_once = at_once
+    by_rank = [list(batches.blocks(8, 5, 2, rank=rank, ranks=ranks, steps=steps)) for rank in range(ranks)]
     for blocks in zip(*by_rank, strict=True):
         block = blocks[0]
         assert len(block.bounds) <= steps and len(block.target) == len(block.views.index) == block.bounds[-1][1]
@@ -711,7 +712,7 @@ def test_batches_of_a_wrong_dtype():
             Batches(toy_data(), dtype=wrong)
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_a_batch_does_not_make_the_host_wait():
     batches = Batches(toy_data(), "cuda")
     views = draw_views(40, 2, True, 0, 0).to("cuda")

@@ -310,7 +310,7 @@ def test_bad_speed_parameters_are_named(changes, words, tmp_path):
 
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_method(folder, tmp_path, which):
-    "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole, and the loss falls."
+    "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole."
     from sortkd.methods import OBJECTIVES, list_methods
     from sortkd.schema import check_record
     names = QUICK_METHODS if which == "some" else list_methods()
@@ -319,7 +319,7 @@ def test_every_method(folder, tmp_path, which):
     assert [check_record(record)["method"]["name"] for record in records] == names
     for record in records:
         losses, method = record["curve"]["train_loss"], record["method"]
-        if not method["warmup_epochs"] and method["objective"] != "sld":  # where the weight of a term grows, so does the loss
+        if method["objective"] in ("ce", "kd"):  # six steps; that every loss falls is tested with the methods
             assert min(losses[1:]) < losses[0], (method["name"], losses)
         objective = OBJECTIVES[method["objective"]]
         assert ("strong_views" in record) == objective.strong_views and record["recipe"]["lr"] == pytest.approx(min(0.05, objective.lr) * (0.01 if "mlkd" in method["name"] else 1))
@@ -607,7 +607,7 @@ def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
     assert "weights differ; last top-1 was" in compare_runs(record, other)[0]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_deterministic_on_a_gpu(folder, tmp_path):
     experiment = small_experiment(folder, methods="kd,dkd+sort", device="cuda", deterministic=True, results_dir=str(tmp_path))
     one, two = (run_experiment(experiment, progress=False).records for _ in range(2))

@@ -18,7 +18,6 @@ from sortkd.imagenet import (
 )
 from sortkd.training import Recipe
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +409,7 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]"
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_on_a_gpu(data):
     torch.cuda.manual_seed(1)
     before = torch.cuda.get_rng_state()

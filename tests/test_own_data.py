@@ -141,11 +141,16 @@ def tiny(tmp_path):
     return root
 
 
-def test_tiny_imagenet(tiny):
+def test_tiny_imagenet(tiny, monkeypatch):
     data = load_data("tiny-imagenet", tiny.parent)
     assert (data.name, data.class_names, data.pad, data.image_size) == ("tiny-imagenet", ("goldfish", "crane"), 8, 64)
     assert data.train_targets.tolist() == [0, 0, 0, 1, 1, 1] and data.test_targets.tolist() == [0, 1]
     assert numpy.array_equal(data.test_images[0], Image.open(tiny / "val" / "images" / "1.JPEG"))
+    with monkeypatch.context() as patch:  # the pixels are kept
+        patch.setattr("sortkd.data.read_image", None)
+        assert load_data("tiny-imagenet", tiny.parent).checksum == data.checksum
+    Image.fromarray(noise(3, 64)[2]).save(tiny / "val" / "images" / "1.JPEG")
+    assert load_data("tiny-imagenet", tiny.parent).checksum != data.checksum, "another image is read"
 
 
 @pytest.mark.parametrize("spoil, words", [

@@ -1,24 +1,28 @@
 "Own repairs, objectives, networks and data: in records, repetitions, workers and grids, and what is refused."
 
+import hashlib
 import json
 import pickle
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from sortkd import plugins
-from sortkd.commands import run
+from sortkd.commands import evaluate_command, run
 from sortkd.data import ImageData, load_digits
 from sortkd.experiments import plan_experiment
-from sortkd.grids import read_grid, read_state
+from sortkd.grids import main, read_grid, read_state
 from sortkd.methods import OBJECTIVES, REPAIRS, create_method
 from sortkd.models import NETWORKS, create_model
 from sortkd.plugins import load_plugin, register_data, register_objective, register_repair
 from sortkd.repetition import plan_repetition
 from sortkd.runs import run_experiment
+from sortkd.schema import check_record
 
 SOURCE = '''
 import torch
@@ -89,6 +93,10 @@ def test_in_records_and_repeated(mine, tmp_path, capsys):
     assert "The same: curve and weights agree to the bit." in capsys.readouterr().out
     assert run(["--from-record", source, *places]) == 1  # a record never loads a plugin
     assert "used mine.py with SHA-256" in capsys.readouterr().err
+    teacher, = (tmp_path / "t").rglob("*.safetensors")
+    forget_plugins()
+    assert evaluate_command([str(teacher), "--dataset", "digits"]) == 1 and evaluate_command([str(teacher), "--plugin", str(mine)]) == 0
+    capsys.readouterr()
     mine.write_text(SOURCE + "\n# another content\n")
     assert run(["--from-record", source, "--plugin", str(mine), *places]) == 1
     assert f"but mine.py is {load_plugin(mine).sha256[:16]}" in capsys.readouterr().err
@@ -131,6 +139,37 @@ def test_in_grids(mine, tmp_path):
     state = read_state(read_grid(tmp_path / "grid.yaml"))
     assert {job.method for job in state.missing} == {"", "kd+boost", "mse"}
     assert [each.file for each in state.planned.plugins] == ["mine.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["command", "papermill", "grid"])
+def test_own_pair_numbers_and_methods(mine, tmp_path, through, capsys):
+    "Whole records of three methods, whichever way they are run, each repeated from its record."
+    methods = ["kd(temperature=2)+sort", "kd+boost", "mse+sort"]
+    folders = {"teachers_dir": str(tmp_path / "t"), "results_dir": str(tmp_path / "r")}
+    settings = {"dataset": "digits", "epochs": 1, "train_size": 200, "test_size": 100, "plugin": str(mine)}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (settings | folders).items()]
+    if through == "command":
+        assert run(["--pair", "resnet20:resnet8", "--methods", ",".join(methods), *flags]) == 0
+    elif through == "papermill":
+        parameters = {"pair": "resnet20:resnet8", "methods": ",".join(methods), **settings, **folders}
+        given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
+        notebook = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
+        subprocess.run([sys.executable, "-m", "papermill", notebook, tmp_path / "out.ipynb", *given], check=True)
+    else:
+        grid = {"pairs": ["resnet20:resnet8"], "methods": methods, "seeds": 1, "preset": "quick", "cell": "command", "threads": 1,
+                "cells_dir": str(tmp_path / "cells"), "options": settings, **folders}
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+        assert main([str(tmp_path / "grid.yaml"), "--quiet"]) == 0
+    records = records_of(tmp_path)
+    assert {each["method"]["name"] for each in records} == set(methods) and len(records) == 3
+    for record in records:
+        check_record(record)
+        assert record["plugins"] == [{"file": "mine.py", "sha256": hashlib.sha256(mine.read_bytes()).hexdigest()}]
+        assert record["method"]["settings"].get("temperature") == {"kd(temperature=2)+sort": 2.0, "kd+boost": 4.0}.get(record["method"]["name"])
+        source = f"{tmp_path / 'r' / 'quick.jsonl'}:{record['run_id']}"
+        assert run(["--from-record", source, "--plugin", str(mine), "--teachers-dir", str(tmp_path / "t"), "--results-dir", str(tmp_path / "again")]) == 0
+    assert capsys.readouterr().out.count("The same: curve and weights agree to the bit.") == 3
 
 
 def test_in_a_session(tmp_path):

@@ -629,7 +629,7 @@ def test_costs_are_predicted_only_where_runs_were_timed(tmp_path):
 
 
 def test_reported_numbers_have_sources_and_the_slip_is_corrected():
-    assert len(REPORTED) == 84 and REPORTED[["source", "paper"]].notna().all().all()
+    assert len(REPORTED) == 114 and REPORTED[["source", "paper"]].notna().all().all()
     assert not REPORTED.duplicated(["dataset", "method", "teacher", "student"]).any()
     row = REPORTED.set_index(["dataset", "method", "teacher", "student"]).top1
     assert (
@@ -637,6 +637,11 @@ def test_reported_numbers_have_sources_and_the_slip_is_corrected():
         and row["cifar100", "dkd", "resnet32x4", "ShuffleV2"] == 77.07
     )
     assert ("cifar100", "kd", "resnet32x4", "MobileNetV2") not in row.index
+    assert row["cifar100", "wttm", "resnet56", "resnet20"] == 71.92 and row["cifar100", "wttm", "resnet32x4", "resnet8x4"] == 76.06
+    for method, numbers in {"dist": (72.07, 73.24), "wttm": (72.19, 73.09), "kd": (71.03, 70.5)}.items():
+        assert numbers == (row["imagenet", method, "ResNet34", "ResNet18"], row["imagenet", method, "ResNet50", "MobileNetV1"])
+    of_mdistiller = REPORTED[REPORTED.method.isin(["kd", "dkd"])]
+    assert set(of_mdistiller.arxiv) == {"2203.08679"} and of_mdistiller.source.str.contains("mdistiller").all()
     logs = REPORTED.dropna(subset="top1_last")
     assert (logs.top1 >= logs.top1_last).all() and set(logs.arxiv) == {"2403.01427"}
     known = Counter(

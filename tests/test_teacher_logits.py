@@ -187,7 +187,7 @@ def test_expected_views_are_those_that_are_met():
         expected_views(0, 3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_on_a_gpu(tmp_path):
     batches = Batches(load_digits().subset(train_size=120), "cuda")
     network = seeded_network()

@@ -13,7 +13,7 @@ from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.checkpoints import Stopped, fingerprint
 from sortkd.devices import Ranks, create_fabric
 from sortkd.lessons import Lessons
-from sortkd.training import Outcome, Recipe, Student, evaluate, train, train_together
+from sortkd.training import Learner, Outcome, Recipe, Student, evaluate, train, train_together
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
@@ -227,6 +227,29 @@ def test_students_taught_together_learn_what_each_learns_alone(batches, fabric, 
     with pytest.raises(ValueError, match=r"one batch size, but they have \[32, 64\]"):
         one, other = students()[::3]
         train_together([one, replace(other, recipe=replace(RECIPE, batch_size=32))], batches, fabric, teacher=teacher)
+
+
+def test_weights_of_the_best_epoch_are_kept_if_asked(batches, fabric, tmp_path):
+    "A checkpoint without them is smaller; the run is the same."
+    kept, plain = (train(network(8), batches, create_method("ce"), RECIPE, fabric, checkpoint=tmp_path / str(keep), keep_best=keep)
+                   for keep in (True, False))
+    assert without_time(kept.curve) == without_time(plain.curve) and not plain.best_weights and not plain.captured
+    assert_same_weights(kept.last_weights, plain.last_weights)
+    assert (tmp_path / "False").stat().st_size < 0.75 * (tmp_path / "True").stat().st_size
+
+
+@pytest.mark.cuda
+def test_captured_steps_on_a_gpu(monkeypatch, batches):
+    "The graph is there, for one student and for two, and changes no bit."
+    fabric, on_gpu = create_fabric("cuda", deterministic=True), batches.data.batches("cuda")
+    def students(): return [Student(network(8), create_method(name), replace(RECIPE, batch_size=25)) for name in ("ce", "kd+sort")]
+    def outcomes(): return train_together(students(), on_gpu, fabric, teacher=network(7).eval())
+    captured = outcomes()
+    monkeypatch.setattr(Learner, "steps_before_capture", 10**9)
+    eager = outcomes()
+    assert all(each.captured for each in captured) and not any(each.captured for each in eager)
+    for one, other in zip(captured, eager):
+        assert_same_weights(one.last_weights, other.last_weights)
 
 
 def test_strong_views_are_those_of_the_epoch(batches, fabric, teacher):
