@@ -173,6 +173,35 @@ def measure_students(pair: str, images: int, count: int, repetitions: int, devic
     return {"what": f"{count} students, {precision}", "setting": setting_of(names, images), "ms": times}
 
 
+PROFILE = {  # operations of PyTorch, by what a network needs them for
+    "convolutions, backward": ("aten::convolution_backward",),
+    "convolutions, forward": ("aten::mkldnn_convolution", "aten::cudnn_convolution"),
+    "batch normalisation": ("aten::native_batch_norm", "aten::native_batch_norm_backward", "aten::cudnn_batch_norm", "aten::cudnn_batch_norm_backward"),
+    "ReLU and additions": ("aten::clamp_min", "aten::threshold_backward", "aten::add", "aten::add_"),
+}
+
+
+def measure_profile(pair: str, images: int, repetitions: int, device: str) -> dict:
+    """Where the time of an epoch of one student goes, teacher's logits cached. The profiler makes small operations, which
+    are most of the rest, look longer than they are.
+    """
+    data, names, precision = cifar_like(images, images // 8), pair_for(pair), native_precision(device)
+    recipe, fabric, batches = Recipe(lr=names.lr).shortened(1), create_fabric(device, precision), Batches(data, device)
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
+    times: dict[str, list[float]] = {part: [] for part in (*PROFILE, "the rest")}
+    with tempfile.TemporaryDirectory() as folder:
+        logits = CachedTeacherLogits(random_teacher(names.teacher).to(device), batches, folder, precision)
+        for turn in range(repetitions + 1):
+            with torch.profiler.profile(activities=activities) as profiler:
+                train(create_model(names.student, 100), batches, create_method("kd+sort"), recipe, fabric, teacher=logits)
+            spent = {each.key: each.self_device_time_total if device == "cuda" else each.self_cpu_time_total for each in profiler.key_averages()}
+            sums = {part: sum(spent.pop(key, 0.0) for key in keys) for part, keys in PROFILE.items()}
+            for part, us in (*sums.items(), ("the rest", sum(spent.values()))):
+                if turn:  # the first fills the cache
+                    times[part].append(us / 1e3)
+    return {"what": f"profile, {precision}", "setting": setting_of(names, images), "ms": times}
+
+
 def print_table(rows: list[dict]) -> None:
     print(f"{'milliseconds':36} {'median':>10} {'fastest':>10} {'slowest':>10}")
     for row in rows:
@@ -187,7 +216,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of the epoch; by default 512, and 12,800 on a GPU, where a run's start would count")
     parser.add_argument("--students", type=int, default=2, choices=range(2, len(METHODS) + 1), help="of one seed")
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--only", choices=["sorting", "epoch", "students"], help="measure one part")
+    parser.add_argument("--only", choices=["sorting", "epoch", "students", "profile"], help="measure one part")
     parser.add_argument("--quick", action="store_true", help="small things, for seconds; no record")
     parser.add_argument("--results", default="results/benchmarks.jsonl")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -206,6 +235,8 @@ def main() -> None:
         rows.append(measure_epoch(arguments.pair, images, repetitions, device))
     if arguments.only in (None, "students"):
         rows.append(measure_students(arguments.pair, images, arguments.students, repetitions, device))
+    if arguments.only in (None, "profile"):
+        rows.append(measure_profile(arguments.pair, images, min(3, repetitions), device))
     print_table(rows)
     if not arguments.quick:
         record = {

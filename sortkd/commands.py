@@ -146,7 +146,8 @@ def _execute_notebook(path: Path, parameters: dict) -> int:
 
 def _repeat(source: str, given: dict, progress: bool) -> int:
     from sortkd.records import compare_runs
-    from sortkd.runs import plan_repetition, run_experiment
+    from sortkd.repetition import plan_repetition
+    from sortkd.runs import run_experiment
 
     others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir", "dataset", "plugin"}
     if others:

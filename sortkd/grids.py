@@ -95,7 +95,7 @@ def make_grid(settings: Mapping) -> Grid:
         choice("a key of the grid", key, [*needed, *_GRID_DEFAULTS, "plan"])
     if missing := [key for key in needed if key not in settings]:
         raise ValueError(f"the grid does not say {', '.join(missing)}; workflow/config.yaml explains each.")
-    settings = _GRID_DEFAULTS | settings
+    settings = {**_GRID_DEFAULTS, **settings}
     options = settings["options"] or {}
     if not isinstance(options, Mapping):
         raise ValueError(f"options is {shown(options)}; give names with values, such as {{epochs: 1}}.")

@@ -97,16 +97,16 @@ def _row(record: dict) -> dict:
     return {
         **{key: record[key] for key in ("run_id", "pair", "teacher", "student")}, "method": record["method"]["name"],
         "objective": record["method"]["objective"], "repair": record["method"]["repair"], "seed": record["seed"],
-        "last_top1": result["last_top1"], "best_top1": result["best_top1"], "best_epoch": result["best_epoch"],
-        "seconds": result["seconds"], "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
+        "last_top1": result["last_top1"], "best_top1": result.get("best_top1", result["last_top1"]),
+        "best_epoch": result.get("best_epoch", 0), "seconds": result.get("seconds", math.nan), "diverged": "diverged" in record, "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
         "changed_share": result.get("changed_rows", math.nan) / rows, "preset": record["preset"],
         "epochs": record["recipe"]["epochs"], "lr": record["recipe"]["lr"],
         "recipe": text(_base_recipe(record), without=("lr",)),
         "method_settings": text(record["method"], without=("name", "repair")), "data": data["name"],
         "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
-        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about["file"], "device": record["device"],
+        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about.get("file", ""), "device": record["device"],
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
-        "precision": record["precision"], "started": record["started"], "finished": record["finished"],
+        "precision": record["precision"], "commit": record.get("commit") or "", "started": record["started"], "finished": record["finished"],
         "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
         "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
     }
@@ -114,9 +114,9 @@ def _row(record: dict) -> dict:
 
 _COLUMNS = [
     "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "best_epoch",
-    "seconds", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "method_settings", "data",
+    "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "method_settings", "data",
     "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision",
-    "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
+    "commit", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
     "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",
@@ -203,7 +203,7 @@ def load_curves(source, synthetic: bool = False) -> pd.DataFrame:
 
 # %% ../nbs/08_results.ipynb #6011b200
 _SAME_IN_A_TABLE = {
-    (): ["preset", "recipe", "data_checksum", "train_images", "test_images", "precision", "synthetic"],
+    (): ["preset", "recipe", "data_checksum", "train_images", "test_images", "precision", "device", "synthetic"],
     ("pair",): ["teacher", "student", "teacher_sha256"], ("pair", "objective"): ["method_settings", "lr"],
     ("pair", "method", "seed"): ["run_id"],
 }
@@ -213,7 +213,7 @@ def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     """The runs that meet `conditions` (a column's value, or a list of values), which must belong into one table.
 
     `ValueError` for a column that does not exist, and if runs are left that differ in more than pair, method and
-    seed: by preset, recipe, data, precision, for one pair by teacher, or for one objective of it by learning rate.
+    seed: by preset, recipe, data, precision, device, for one pair by teacher, or for one objective of it by learning rate.
     The frame may be empty.
     """
     for name, value in conditions.items():

@@ -76,6 +76,11 @@ RECORD_SCHEMA["properties"]["data"]["properties"] |= dict.fromkeys(("mean", "std
     "type": "array", "items": _NUMBER, "minItems": 3, "maxItems": 3, "description": "three numbers, one for each channel",
 })
 RECORD_SCHEMA["properties"]["result"]["properties"]["correct_sha256"] = _CHECKSUM  # records from before it existed lack it
+# Of a run whose loss was no longer finite: it has no weights, and a curve up to the epoch before.
+_DIVERGED_SCHEMA = RECORD_SCHEMA | {"properties": RECORD_SCHEMA["properties"] | {
+    "diverged": _object(epoch=_COUNT, message=_TEXT), "result": _object(last_top1=_PERCENT),
+    "curve": {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "number"}}, "description": "an object with a list for each epoch"},
+}}
 RECORD_SCHEMA = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A run of sortkd", **RECORD_SCHEMA}
 
 # %% ../nbs/08a_schema.ipynb #ab542c04
@@ -94,14 +99,16 @@ def _not_finite(value, path: tuple = ()) -> tuple | None:
 def _disagreements(record: dict) -> Iterable[tuple[str, object, object]]:
     "Field, value and expected value wherever parts of the record should agree."
     curve, result, method, epochs = record["curve"], record["result"], record["method"], record["recipe"]["epochs"]
+    diverged = record.get("diverged")
     for name, values in curve.items():
         if isinstance(values, list):
-            yield f"the number of epochs in curve.{name}", len(values), epochs
-    yield "curve.epoch", curve["epoch"], list(range(1, epochs + 1))
-    best = max(curve["test_top1"])
-    yield "result.last_top1", result["last_top1"], curve["test_top1"][-1]
-    yield "result.best_top1", result["best_top1"], best
-    yield "result.best_epoch", result["best_epoch"], curve["test_top1"].index(best) + 1
+            yield f"the number of epochs in curve.{name}", len(values), diverged["epoch"] - 1 if diverged else epochs
+    if not diverged:
+        yield "curve.epoch", curve["epoch"], list(range(1, epochs + 1))
+        best = max(curve["test_top1"])
+        yield "result.last_top1", result["last_top1"], curve["test_top1"][-1]
+        yield "result.best_top1", result["best_top1"], best
+        yield "result.best_epoch", result["best_epoch"], curve["test_top1"].index(best) + 1
     if method["objective"] in OBJECTIVES:
         yield "method.name", plain_name(method["name"]), method_name(method["objective"], method["repair"])
     if about := record["about_teacher"]:
@@ -126,7 +133,7 @@ def check_record(record: dict) -> dict:
     place = _not_finite(record)
     if place is not None:
         raise error(".".join(map(str, place)), "NaN or infinite", "a finite number")
-    validator = Draft202012Validator(RECORD_SCHEMA)
+    validator = Draft202012Validator(_DIVERGED_SCHEMA if "diverged" in record else RECORD_SCHEMA)
     problem = min(validator.iter_errors(record), key=lambda each: list(map(str, each.absolute_path)), default=None)
     if problem is not None:
         path, schema, value = list(map(str, problem.absolute_path)), problem.schema, problem.instance

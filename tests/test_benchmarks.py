@@ -66,6 +66,8 @@ def test_students_of_one_seed_are_timed_in_three_ways(monkeypatch):
     row = speed.measure_students("resnet8:resnet8", 64, 2, 1, "cpu")
     assert list(row["ms"]) == ["one after the other", "together", "steps and evaluation alone"]
     assert all(len(times) == 1 and times[0] > 0 for times in row["ms"].values())
+    profile = speed.measure_profile("resnet8:resnet8", 64, 1, "cpu")["ms"]
+    assert list(profile) == [*speed.PROFILE, "the rest"] and all(times[0] > 0 for times in profile.values())
 
 
 @pytest.mark.slow

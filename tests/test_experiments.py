@@ -20,7 +20,8 @@ from sortkd.plots import conclude, plot_mistakes, summarize
 from sortkd.records import append_record, compare_runs, differences, read_records
 from sortkd.results import load_results
 from sortkd.pairs import method_for, published_recipe, recipe_for
-from sortkd.runs import plan_repetition, run_experiment
+from sortkd.repetition import plan_repetition
+from sortkd.runs import run_experiment
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teachers import read_checkpoint, save_atomically, weights_checksum
@@ -309,7 +310,7 @@ def test_bad_speed_parameters_are_named(changes, words, tmp_path):
 
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_method(folder, tmp_path, which):
-    "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole, and the loss falls."
+    "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole."
     from sortkd.methods import OBJECTIVES, list_methods
     from sortkd.schema import check_record
     names = QUICK_METHODS if which == "some" else list_methods()
@@ -318,7 +319,7 @@ def test_every_method(folder, tmp_path, which):
     assert [check_record(record)["method"]["name"] for record in records] == names
     for record in records:
         losses, method = record["curve"]["train_loss"], record["method"]
-        if not method["warmup_epochs"] and method["objective"] != "sld":  # where the weight of a term grows, so does the loss
+        if method["objective"] in ("ce", "kd"):  # six steps; that every loss falls is tested with the methods
             assert min(losses[1:]) < losses[0], (method["name"], losses)
         objective = OBJECTIVES[method["objective"]]
         assert ("strong_views" in record) == objective.strong_views and record["recipe"]["lr"] == pytest.approx(min(0.05, objective.lr) * (0.01 if "mlkd" in method["name"] else 1))

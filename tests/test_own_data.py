@@ -21,7 +21,8 @@ from sortkd.imagenet import ImageFolderData
 from sortkd.models import create_model
 from sortkd.pairs import check_takes
 from sortkd.records import compare_runs, read_records
-from sortkd.runs import plan_repetition, plan_run, run_experiment
+from sortkd.repetition import plan_repetition
+from sortkd.runs import plan_run, run_experiment
 from sortkd.schema import RecordError, check_record
 from sortkd.teachers import find_teacher, save_teacher
 

@@ -20,7 +20,8 @@ from sortkd.grids import main, read_grid, read_state
 from sortkd.methods import OBJECTIVES, REPAIRS, create_method
 from sortkd.models import NETWORKS, create_model
 from sortkd.plugins import load_plugin, register_data, register_objective, register_repair
-from sortkd.runs import plan_repetition, run_experiment
+from sortkd.repetition import plan_repetition
+from sortkd.runs import run_experiment
 from sortkd.schema import check_record
 
 SOURCE = '''

@@ -17,7 +17,7 @@ from scipy import stats
 from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
 from sortkd.plots import summarize
-from sortkd.records import append_record, save_correct
+from sortkd.records import append_record, read_records, save_correct
 from sortkd.runs import run_experiment
 from sortkd.results import (
     load_curves,
@@ -182,6 +182,21 @@ def test_what_an_experiment_writes_is_valid(tmp_path):
     assert frame.method.tolist() == ["kd+sort"] and "does not hold the 50 bits" in left_out.reason[0]
     file.unlink()
     assert load_results(experiment.records_file)[0].correct.map(type).tolist() == [type(None), np.ndarray]
+
+
+def test_a_run_that_diverges_is_recorded_and_counts(tmp_path):
+    parameters = dict(pair="resnet20:resnet8", methods="ce,kd", preset="quick", dataset="digits", epochs=3, train_size=100, test_size=50,
+                      set="lr=1e30", teachers_dir=f"{tmp_path}/teachers", results_dir=f"{tmp_path}/results")
+    with pytest.raises(FloatingPointError, match="loss of (ce|kd) is (nan|inf) in epoch 1.*It is recorded"):
+        run_experiment(plan_experiment(**parameters), progress=False)
+    frame, left_out = load_results(tmp_path / "results" / "quick.jsonl")
+    assert frame.diverged.tolist() == [True, True] and frame.last_top1.between(0, 40).all() and left_out.empty
+    with pytest.raises(FloatingPointError, match="It is recorded"):  # not trained again
+        run_experiment(plan_experiment(**parameters), progress=False)
+    assert len(load_results(tmp_path / "results" / "quick.jsonl")[0]) == 2
+    record = read_records(tmp_path / "results" / "quick.jsonl")[0]
+    with pytest.raises(RecordError, match="the number of epochs in curve"):
+        check_record(record | {"diverged": {"epoch": 3, "message": "?"}, "curve": {"epoch": [1]}})
 
 
 def test_an_accuracy_that_its_images_contradict_is_refused(tmp_path):
