@@ -18,13 +18,14 @@ from .checks import need_experiments
 
 need_experiments()
 
+import numpy as np
 import pandas as pd
 
 from .checks import choice, finite_number, shown, whole_number
 from .grids import Grid, make_grid, read_yaml
 from .methods import create_method
 from .results import select
-from .statistics import compare_methods, verdicts
+from .statistics import compare_methods, crossed_bootstrap, verdicts
 
 # %% ../nbs/12a_plans.ipynb #5e0cd6a8
 OUTCOMES = ("last_top1", "best_top1")
@@ -136,8 +137,8 @@ def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/12a_plans.ipynb #9664ef68
 def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
-    """The effects that a plan asks for, with verdicts (`verdicts`), and the columns plan and planned (how many seeds it
-    planned). The primary comparison comes first, and has no p_holm. Empty if no seed has both methods yet.
+    """The effects that a plan asks for, with verdicts (`verdicts`), and the columns plan, planned (how many seeds it
+    planned), images_low and images_high (`crossed_bootstrap` over seeds and test images; NaN without the runs' bits). The primary comparison comes first, and has no p_holm. Empty if no seed has both methods yet.
     """
     known = {each.name: each for each in plans}
     groups = [plan, *(known[choice("beside", name, list(known))] for name in plan.beside)]
@@ -152,7 +153,17 @@ def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd
         return verdicts(compare_methods(found, "", "")).assign(plan=[], planned=[])
     table = pd.concat(parts, ignore_index=True)
     table.loc[table["comparison"] == plan.primary, "p_holm"] = math.nan
+    intervals = [_over_images(found, *split_comparison(each), 1 - plan.level) for each in table["comparison"]]
+    table[["images_low", "images_high"]] = pd.DataFrame(intervals, table.index)
     return table.assign(plan=plan.name, planned=plan.grid.cells["seed"].nunique())
+
+
+def _over_images(runs: pd.DataFrame, method: str, against: str, level: float) -> tuple[float, float]:
+    first, second = (runs[runs["method"] == name].set_index("seed")["correct"].dropna() for name in (method, against))
+    seeds = first.index.intersection(second.index)
+    if len(seeds) < 2:
+        return math.nan, math.nan
+    return crossed_bootstrap(np.stack(list(second[seeds])), np.stack(list(first[seeds])), level)
 
 # %% ../nbs/12a_plans.ipynb #67795536
 def committed(path: str | Path) -> datetime | None:

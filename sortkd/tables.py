@@ -100,6 +100,7 @@ def effect_table(effects: pd.DataFrame, pooled: pd.DataFrame | None = None) -> p
         planned = f" of {row['planned']}" if "planned" in row else ""
         rows[f"{row['teacher']} → {row['student']}", f"{method_title(first)} − {method_title(second)}"] = {
             "seeds": f"{row['seeds']}{planned}", "effect": signed(row["mean"]), "95 % interval": _interval(row), "verdict": row["verdict"],
+            **({"over seeds and images": _interval(row, "images_")} if "images_low" in row else {}),
             "better": f"{row['better']:.0%} ({row['better_low']:.0%} to {row['better_high']:.0%})",
             "differences": ", ".join(map(signed, row["differences"])),
         }
@@ -109,12 +110,14 @@ def effect_table(effects: pd.DataFrame, pooled: pd.DataFrame | None = None) -> p
             "differences": f"{row['pairs']} pairs of {row['teachers']} teachers",
         }
     index = pd.MultiIndex.from_tuples(rows, names=["pair", "methods"]) if rows else pd.MultiIndex.from_arrays([[], []], names=["pair", "methods"])
-    columns = ["seeds", "effect", "95 % interval", "verdict", "better", "differences"]
+    columns = ["seeds", "effect", "95 % interval", "over seeds and images", "verdict", "better", "differences"]
+    columns = [name for name in columns if name != "over seeds and images" or "images_low" in effects]
     return pd.DataFrame(list(rows.values()), index, columns)
 
 
-def _interval(row) -> str:
-    return NOT_MEASURED if pd.isna(row["low"]) else f"{signed(row['low'])} to {signed(row['high'])}"
+def _interval(row, prefix: str = "") -> str:
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    return NOT_MEASURED if pd.isna(low) else f"{signed(low)} to {signed(high)}"
 
 # %% ../nbs/08c_tables.ipynb #30c9bcb0
 _LATEX = {

@@ -57,6 +57,7 @@ def measured(runs):
     "Runs with the columns that a table needs; sorting gains a point."
     noise = np.random.default_rng(0).normal(0, 0.3, len(runs))
     return runs.assign(last_top1=60 + noise + (runs.method == "kd+sort"), repair=runs.method.str.contains("sort").map({True: "sort", False: "none"}),
+                       correct=[np.arange(500) < 5 * top1 for top1 in 60 + noise + (runs.method == "kd+sort")],
                        **dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "train_images", "test_images", "precision", "device", "synthetic",
                                         "teacher_sha256", "method_settings", "lr"], "same"))
 
@@ -80,6 +81,8 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
         assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
     effects = planned_effects(plan, PLANS, measured(runs))
     assert effects.comparison.tolist() == ["kd+sort minus kd"] and effects.seeds[0] == effects.planned[0] == 15 and math.isnan(effects.p_holm[0])
+    assert 0 < effects.images_low[0] < effects["mean"][0] < effects.images_high[0]
+    assert planned_effects(plan, PLANS, measured(runs).assign(correct=None)).images_low.isna().all()
     table = describe_plans([plan], runs[runs.seed < 3]).set_index("method")
     assert table.planned.tolist() == [15, 15, 0] and table.exist.tolist() == [3, 3, 0]
 
