@@ -181,9 +181,12 @@ def test_the_stored_outputs_are_the_networks():
     stored = {name: torch.from_numpy(value) for name, value in np.load(ROOT / "nbs" / "assets" / "teacher_logits.npz").items()}
     cifar, count = load_cifar100(download=False), 100
     assert torch.equal(cifar.train_targets[: len(stored["target"])], stored["target"].long())
-    files = {"resnet56": "teachers/resnet56-cifar100-10epochs", "resnet20": "results/students/r56_r20-kd-seed0", "student": "results/students/r56_r20-kd+sort-seed0"}
+    files = {
+        "ResNet-56, 10 epochs": "teachers/resnet56-cifar100-10epochs", "ResNet-20, 30 epochs": "teachers/resnet20-cifar100-30epochs",
+        "student": "results/students/r56_r20-kd+sort-seed0",
+    }
     for name, file in files.items():
-        network = load_teacher(ROOT / f"{file}.safetensors", "resnet56" if name == "resnet56" else "resnet20", 100).model
+        network = load_teacher(ROOT / f"{file}.safetensors", "resnet56" if "56" in name else "resnet20", 100).model
         with torch.inference_mode():
             ours = network(normalize(cifar.train_images[:count], cifar.mean, cifar.std))
         assert (ours - stored[name][:count]).abs().max() < 0.02

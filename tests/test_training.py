@@ -5,7 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from conftest import QUICK_METHODS
 from sortkd.data import Batches, draw_views, load_digits
 from sortkd.methods import create_method
 from sortkd.models import create_model
@@ -236,6 +238,23 @@ def test_weights_of_the_best_epoch_are_kept_if_asked(batches, fabric, tmp_path):
     assert without_time(kept.curve) == without_time(plain.curve) and not plain.best_weights and not plain.captured
     assert_same_weights(kept.last_weights, plain.last_weights)
     assert (tmp_path / "False").stat().st_size < 0.75 * (tmp_path / "True").stat().st_size
+
+
+def test_no_step_on_a_gpu_asks_for_a_value():
+    "Which could not be captured: on a device of which PyTorch knows shapes alone, such a question is an error."
+    def loss_of(name):
+        method, (student, teacher, strong, strong_teacher) = create_method(name), torch.empty(4, 64, 100)
+        repaired = method.repair_logits(teacher, target) if method.uses_teacher else None
+        both = (strong, method.repair_logits(strong_teacher, target)) if method.strong_views else None
+        return method.loss(student, repaired, target, 100, both, method.create_temperature())
+
+    with FakeTensorMode(), torch.device("cuda"):
+        target = torch.empty(64, dtype=torch.int64)
+        with pytest.raises(DataDependentOutputException):
+            target.sum().item()
+        assert {loss_of(name).device.type for name in QUICK_METHODS} == {"cuda"}
+        for name in ("resnet8x4", "wrn_16_2", "vgg8", "ShuffleV1", "ShuffleV2", "MobileNetV2"):
+            assert create_model(name, 100)(torch.empty(64, 3, 32, 32)).shape == (64, 100)
 
 
 @pytest.mark.cuda
