@@ -155,7 +155,8 @@ def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd
     table.loc[table["comparison"] == plan.primary, "p_holm"] = math.nan
     intervals = [_over_images(found, *split_comparison(each), 1 - plan.level) for each in table["comparison"]]
     table[["images_low", "images_high"]] = pd.DataFrame(intervals, table.index)
-    return table.assign(plan=plan.name, planned=plan.grid.cells["seed"].nunique())
+    seeds = pd.concat([each.grid.cells for each in groups]).groupby("method")["seed"].nunique()
+    return table.assign(plan=plan.name, planned=[int(seeds[list(split_comparison(each))].min()) for each in table["comparison"]])
 
 
 def _over_images(runs: pd.DataFrame, method: str, against: str, level: float) -> tuple[float, float]:

@@ -97,7 +97,7 @@ def effect_table(effects: pd.DataFrame, pooled: pd.DataFrame | None = None) -> p
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for row in effects.to_dict("records"):
         first, _, second = row["comparison"].partition(" minus ")
-        planned = f" of {row['planned']}" if "planned" in row else ""
+        planned = f" of {row['planned']:.0f}" if "planned" in row else ""
         rows[f"{row['teacher']} → {row['student']}", f"{method_title(first)} − {method_title(second)}"] = {
             "seeds": f"{row['seeds']}{planned}", "effect": signed(row["mean"]), "95 % interval": _interval(row), "verdict": row["verdict"],
             **({"over seeds and images": _interval(row, "images_")} if "images_low" in row else {}),

@@ -68,7 +68,7 @@ def test_a_comparison_with_the_runs_of_another_plan():
     runs.loc[runs.method == "ce", "last_top1"] -= 5
     effects = planned_effects(sorting, PLANS, runs).set_index("comparison")
     assert effects.seeds.tolist() == [15, 6] and effects.verdict.tolist() == ["gain", "gain"]
-    assert effects.unmatched["kd minus ce"] == 9 and effects.p_holm.notna().tolist() == [False, True]
+    assert effects.planned.tolist() == [15, 6] and effects.unmatched["kd minus ce"] == 9 and effects.p_holm.notna().tolist() == [False, True]
     assert planned_effects(baseline, PLANS, runs).empty
 
 
