@@ -81,7 +81,7 @@ def test_the_package_is_the_modules_and_their_types(package):
 
 
 OPTIONAL = {"tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
-LATER = {"jsonschema", "papermill"}  # asked for where records are read and notebooks executed; training needs neither
+LATER = {"jsonschema"}  # asked for where records are read; training does not need it
 
 
 def imports_of(path):
