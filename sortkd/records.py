@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import refuse_links, save_atomically
+from .files import refuse_links, remove_leftovers, save_atomically
 
 # %% ../nbs/07b_records.ipynb #2d182feb
 SCHEMA_VERSION = 1
@@ -82,7 +82,9 @@ def save_correct(records_file: str | Path, correct: Tensor) -> str:
     """
     bits = np.packbits(correct.numpy()).tobytes()
     checksum = hashlib.sha256(bits).hexdigest()
-    save_atomically(_correct_file(records_file, checksum), partial(Path.write_bytes, data=zlib.compress(bits, 9)))
+    file = _correct_file(records_file, checksum)
+    save_atomically(file, partial(Path.write_bytes, data=zlib.compress(bits, 9)))
+    remove_leftovers(file.parent, file.name)
     return checksum
 
 

@@ -133,7 +133,7 @@ def check_record(record: dict) -> dict:
     place = _not_finite(record)
     if place is not None:
         raise error(".".join(map(str, place)), "NaN or infinite", "a finite number")
-    validator = Draft202012Validator(_DIVERGED_SCHEMA if "diverged" in record else RECORD_SCHEMA)
+    validator = Draft202012Validator(_DIVERGED_SCHEMA if isinstance(record, dict) and "diverged" in record else RECORD_SCHEMA)
     problem = min(validator.iter_errors(record), key=lambda each: list(map(str, each.absolute_path)), default=None)
     if problem is not None:
         path, schema, value = list(map(str, problem.absolute_path)), problem.schema, problem.instance

@@ -50,7 +50,7 @@ def test_values_of_a_grid(said, name):
             assert answer != "fine" and (name.rstrip("s") in answer or "grid.yaml is not a YAML file" in answer or "there is no method" in answer), (value[:40], answer[:200])
 
 
-@pytest.mark.parametrize("name", ["epochs", "deterministic", "teacher", "5", "[a]", "null"])
+@pytest.mark.parametrize("name", ["epochs", "deterministic", "teachers_dir", "5", "[a]", "null"])
 def test_options_of_a_grid(said, name):
     for value in VALUES:
         if not (name == "deterministic" and value == "true" or name == "epochs" and value in ("0", "2000000000")):
@@ -67,7 +67,7 @@ def test_files_that_are_no_grids(said, content):
     *((["absent.yaml"], "there is no grid 'absent.yaml'"), (["."], "there is no grid '.'"), (["\0"], "there is no grid"), (["x" * 5000], "there is no grid"), ([""], "there is no grid")),
     *((["grid.yaml", f"--budget={text}"], "the budget is") for text in ("", "0s", "-1s", "nan", "soon", "9" * 400 + "s", "9" * 5000 + "h", "1s1h", " 5m", "1.5h")),
     *((["grid.yaml", f"--at-once={text}"], "at_once is") for text in ("", "0", "-1", "²", "1.5", "9" * 5000, "many")),
-    *((["grid.yaml", f"--option={text}"], "option") for text in ("", "x", "=x", "epochs=", "epochs=-1", "epochs=" + "9" * 5000, "epochs=²", "teacher=x", "deterministic=")),
+    *((["grid.yaml", f"--option={text}"], "option") for text in ("", "x", "=x", "epochs=", "epochs=-1", "epochs=" + "9" * 5000, "epochs=²", "teachers_dir=x", "deterministic=")),
 ], ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "")
 def test_arguments(said, arguments, words):
     import re

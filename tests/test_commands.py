@@ -115,6 +115,7 @@ def test_mistakes_are_one_line(arguments, words, capsys, tmp_path):
     assert re.search(words, error) and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_notebook_of_a_command(tmp_path, capfd):
     "The same executed notebook as papermill's, with lines of progress; a mistake is one line."
     small = [argument for argument in SMALL if argument != "--quiet"] + ["--methods", "kd", "--teachers-dir", str(tmp_path / "teachers"), "--results-dir", str(tmp_path / "results")]

@@ -492,6 +492,7 @@ def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
     assert len(read_records(tmp_path / "broken" / "quick.jsonl")) == 8
 
 
+@pytest.mark.slow
 def test_stopped_while_the_teacher_is_trained(tmp_path):
     whole = run_experiment(small_experiment(tmp_path / "whole"), progress=False)
     experiment = small_experiment(tmp_path)
@@ -507,6 +508,7 @@ class StopNow:
         return True
 
 
+@pytest.mark.slow
 def test_workers_stop_too(folder, tmp_path):
     run_experiment(small_experiment(folder, methods="kd", epochs=1, results_dir=str(tmp_path / "teacher_first")), progress=False)
     experiment = small_experiment(folder, methods="kd,kd+sort", workers=2, results_dir=str(tmp_path))
@@ -517,6 +519,7 @@ def test_workers_stop_too(folder, tmp_path):
     assert len(run_experiment(experiment, progress=False).records) == len(read_records(tmp_path / "quick.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_the_same_command_twice_at_once(folder, tmp_path):
     code = ("import sys, torch; torch.set_num_threads(1); from sortkd.commands import run\n"
             f"sys.exit(run('--pair r56_r20 --dataset digits --preset quick --methods kd,kd+sort --epochs 2 --train-size 100 --test-size 60 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")

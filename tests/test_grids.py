@@ -299,6 +299,7 @@ def test_cut_after_every_epoch_and_moved_the_numbers_are_those_of_an_uncut_run(u
     assert "nothing is missing" in describe_plan(read_state(grid_in(folder, seeds=1)))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_nothing_is_lost(uncut, tmp_path):
     runs, grid = tmp_path / "results" / "runs", grid_in(tmp_path, seeds=1)
     about = {**SETTINGS, "seeds": 1, "results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path / "teachers")}

@@ -108,6 +108,7 @@ def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
     assert torch.equal(cache(views(2)), TeacherLogits(network, batches)(views(2)).half().float())
 
 
+@pytest.mark.slow
 def test_several_processes_fill_one_cache(batches, tmp_path):
     code = ("import sys, torch\nfrom sortkd.data import Batches, load_digits\nfrom sortkd.models import create_model\nfrom sortkd.teacher_logits import CachedTeacherLogits\n"
             "torch.set_num_threads(1); torch.manual_seed(0)\n"
