@@ -140,7 +140,7 @@ def read_grid(path: str | Path, **changes) -> Grid:
 
 
 def read_yaml(path: Path) -> dict:
-    "The names and values in a YAML file; `ValueError` if it is none."
+    "The names and values in a YAML file; `ValueError` for anything else."
     try:
         content = yaml.safe_load(path.read_text())
     except Exception as error:  # YAML's tags fail in many ways

@@ -179,7 +179,7 @@ def committed(path: str | Path) -> datetime | None:
 
 
 def first_start(plan: Plan, runs: pd.DataFrame) -> datetime | None:
-    "When the first run of a plan was started, or None if there is none."
+    "When the first run of a plan was started, or None before that."
     ids = planned_cells(plan, runs)["run_id"].dropna()
     started = runs.loc[runs["run_id"].isin(ids), "started"]
     return datetime.strptime(started.min(), "%Y-%m-%dT%H-%M-%S.%f%z") if len(started) else None
