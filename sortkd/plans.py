@@ -26,6 +26,7 @@ from .grids import Grid, make_grid, read_yaml
 from .methods import create_method
 from .results import select
 from .statistics import compare_methods, crossed_bootstrap, verdicts
+from .training import Recipe
 
 # %% ../nbs/12a_plans.ipynb #5e0cd6a8
 OUTCOMES = ("last_top1", "best_top1")
@@ -111,7 +112,7 @@ def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     (`load_results`) that fills it, or NaN.
     """
     options = plan.grid.options
-    epochs = options.get("epochs") or 240
+    epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
     runs = runs[(runs["teacher_file"] == teacher) | (runs["objective"] == "ce")]
@@ -138,7 +139,8 @@ def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/12a_plans.ipynb #9664ef68
 def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
     """The effects that a plan asks for, with verdicts (`verdicts`), and the columns plan, planned (how many seeds it
-    planned), images_low and images_high (`crossed_bootstrap` over seeds and test images; NaN without the runs' bits). The primary comparison comes first, and has no p_holm. Empty if no seed has both methods yet.
+    planned), images_low and images_high (`crossed_bootstrap` over seeds and test images; NaN without the runs' bits).
+    The primary comparison comes first, and has no p_holm. Empty if no seed has both methods yet.
     """
     known = {each.name: each for each in plans}
     groups = [plan, *(known[choice("beside", name, list(known))] for name in plan.beside)]

@@ -68,15 +68,21 @@ def _paired_effect(repaired_runs: pd.DataFrame, plain_runs: pd.DataFrame, outcom
         return {"seeds": 0}
     mean, std, p, half = differences.mean(), differences.std(), math.nan, math.nan
     if count > 1:
-        half = stats.t.ppf((1 + level) / 2, count - 1) * std / math.sqrt(count)
+        half = _half_width(std, count, level)
         p = 2 * stats.t.sf(abs(mean) * math.sqrt(count) / std, count - 1) if std > 0 else float(mean == 0)
     better = (differences > 0).sum() + 0.5 * (differences == 0).sum()
     low, high = proportion_confint(better, count, 1 - level, method="wilson")
     return {
-        **{name: repaired_runs[name].iloc[0] for name in ("pair", "teacher", "student")}, "seeds": count, "unmatched": len(plain.index.union(repaired.index)) - count, "mean": mean, "std": std,
+        **{name: repaired_runs[name].iloc[0] for name in ("pair", "teacher", "student")},
+        "seeds": count, "unmatched": len(plain.index.union(repaired.index)) - count, "mean": mean, "std": std,
         "low": mean - half, "high": mean + half, "p": p, "p_exact": sign_flip_test(differences.to_numpy()),
         "better": better / count, "better_low": low, "better_high": high, "differences": tuple(differences),
     }
+
+
+def _half_width(std: float, count: int, level: float) -> float:
+    "Half the t interval of the mean of `count` values."
+    return stats.t.ppf((1 + level) / 2, count - 1) * std / math.sqrt(count)
 
 # %% ../nbs/08b_statistics.ipynb #27c55b50
 def sign_flip_test(differences: Sequence[float]) -> float:
@@ -218,7 +224,7 @@ def pool_effects(effects: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
         row = {"objective": objective, "teachers": count, "pairs": len(group), "mean": means.mean(), "low": math.nan, "high": math.nan,
                "std": std, "note": f"uninformative: {count} teacher{'s' * (count != 1)}"}
         if count > 2:
-            half = stats.t.ppf((1 + level) / 2, count - 1) * std / math.sqrt(count)
+            half = _half_width(std, count, level)
             row |= {"low": row["mean"] - half, "high": row["mean"] + half, "note": ""}
         rows.append(row)
     return pd.DataFrame(rows, columns=["objective", "teachers", "pairs", "mean", "low", "high", "std", "note"])
