@@ -52,7 +52,7 @@ pygments_dark_style = "monokai"
 def separate_statements(app, what, name, thing, options, lines):
     "Give what a docstring says of a parameter, the result, errors and the source a paragraph each; add the help of dataclass fields."
     for place in reversed(range(1, len(lines))):
-        if re.match(r"(`[\w, `*]+`: |Returns? |Raises |`?\w+Error|Sources?: )", lines[place]) and lines[place - 1]:
+        if lines[place - 1].endswith(".") and re.match(r"(`[\w, `*]+`: |Returns? |Raises |`?\w+Error|Sources?: )", lines[place]):
             lines.insert(place, "")
     if what == "class" and dataclasses.is_dataclass(thing):
         for field in dataclasses.fields(thing):

@@ -53,10 +53,11 @@ def cell_label(source: str) -> str:
         statements = ast.parse(source).body
     except SyntaxError:  # a magic
         return "Code"
-    if all(isinstance(each, (ast.Import, ast.ImportFrom)) for each in statements):
-        return "Imports"
+    imports = [each for each in statements if isinstance(each, (ast.Import, ast.ImportFrom))]
     names = [each.name for each in statements if isinstance(each, (ast.FunctionDef, ast.ClassDef))]
-    return "Code" if not names else "Code of " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    if not names:
+        return "Imports" if imports else "Code"
+    return f"Code: {'imports, ' if imports else ''}{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def prepare_cell(cell: dict, page: str, files: set[str]) -> tuple[dict | None, list[str]]:
@@ -75,7 +76,8 @@ def prepare_cell(cell: dict, page: str, files: set[str]) -> tuple[dict | None, l
         tags.append("remove-input")
     elif metadata.get("jupyter", {}).get("source_hidden") or ("export" not in directives and source.count("\n") >= LONG):
         tags.append("hide-input")
-        metadata["mystnb"] = {"code_prompt_show": cell_label(source), "code_prompt_hide": cell_label(source)}
+        label = "Parameters" if "parameters" in tags else cell_label(source)
+        metadata["mystnb"] = {"code_prompt_show": label, "code_prompt_hide": label}
     return cell | {"source": source, "metadata": metadata | {"tags": tags}}, []
 
 
