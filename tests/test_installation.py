@@ -45,7 +45,7 @@ def test_the_promise_is_what_was_tried(settings):
         bound, = requirement.specifier  # one bound each, below
         assert bound.operator == ">=", requirement
         bounds[requirement.name] = Version(bound.version)
-    records = list(map(json.loads, (ROOT / "results" / "installations.jsonl").read_text().splitlines()))
+    records = list(map(json.loads, (ROOT / "results" / "measurements" / "installations.jsonl").read_text().splitlines()))
     for python in settings["tested_pythons"].split():
         tried = {each["versions"]: {name: Version(version) for name, version in each["installed"].items()}
                  for each in records if each["python"].startswith(f"{python}.")}
