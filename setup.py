@@ -7,9 +7,9 @@ from setuptools import setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("experiments", "tensorboard", "wandb", "workflow", "dev")}
-extras["all"] = sum((extras[name] for name in ("tensorboard", "wandb", "workflow")), [])
-for name in ("tensorboard", "wandb", "workflow", "all"):
+extras = {name: settings[f"{name}_requirements"].split() for name in ("experiments", "tensorboard", "wandb", "hub", "workflow", "dev")}
+extras["all"] = sum((extras[name] for name in ("tensorboard", "wandb", "hub", "workflow")), [])
+for name in ("tensorboard", "wandb", "hub", "workflow", "all"):
     extras[name] = extras["experiments"] + extras[name]
 extras["dev"] = extras["all"] + extras["dev"]
 

@@ -124,7 +124,7 @@ _SAME_RUN = [
 ]
 
 
-_NOT_EVIDENCE = ("benchmarks.jsonl", "faults.jsonl", "installations.jsonl", "quick.jsonl")  # no runs; and a demonstration
+_DEMONSTRATION = "quick.jsonl"  # one run of a small task is no evidence
 
 
 def _lines(source) -> Iterable[tuple[Path, int, bytes]]:
@@ -132,7 +132,7 @@ def _lines(source) -> Iterable[tuple[Path, int, bytes]]:
     for path in map(Path, paths):
         files = [path] if not path.is_dir() else sorted(path.glob("*.jsonl"))
         for file in files:
-            if path.is_dir() and file.name in _NOT_EVIDENCE:
+            if path.is_dir() and file.name == _DEMONSTRATION:
                 continue
             for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
                 if line.strip():

@@ -283,7 +283,6 @@ def test_nothing_planted_reaches_a_table(tmp_path):
     )
     write_lines(tmp_path / "dirty" / "paper.jsonl", clean, cut)
     write_lines(tmp_path / "dirty" / "quick.jsonl", [first | {"seed": 300}])
-    write_lines(tmp_path / "dirty" / "benchmarks.jsonl", [{"rows": []}])
 
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -642,7 +641,7 @@ def synthetic_folder(tmp_path_factory):
     ]
     machines = [{"processor": "a processor"}, {"processor": "a processor", "gpu": "a GPU"}]
     write_lines(
-        folder / "results" / "benchmarks.jsonl",
+        folder / "results" / "measurements" / "benchmarks.jsonl",
         [{"benchmark": "speed", "protocol": 2, "machine": machine, "rows": rows} for machine in machines]
         + [{"benchmark": "accuracy"}],
     )
