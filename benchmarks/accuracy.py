@@ -4,7 +4,7 @@
 
 trains resnet20 with sorted logits of a ResNet-56 from `teachers/`, once the usual way (`usual_way.py`: float32, the teacher
 in every step, its own order and views) and once ours (native precision, kept logits), prints the difference of the mean
-last-epoch top-1 with Welch's 95 % interval, and appends a record to results/benchmarks.jsonl.
+last-epoch top-1 with Welch's 95 % interval, and appends a record to results/measurements/benchmarks.jsonl.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--results", default="results/benchmarks.jsonl")
+    parser.add_argument("--results", default="results/measurements/benchmarks.jsonl")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error(f"--seeds is {arguments.seeds}; an interval needs at least 2.")

@@ -3,7 +3,7 @@ are taught together beside the same students one after the other, on this machin
 
     python benchmarks/speed.py --pair resnet20:resnet8 --students 2
 
-prints milliseconds, median and range, and appends a record with every repetition to results/benchmarks.jsonl. `--quick`
+prints milliseconds, median and range, and appends a record with every repetition to results/measurements/benchmarks.jsonl. `--quick`
 measures small things for seconds, to see that all of it works; it keeps no record.
 
 The ways take turns, so that a change of the machine's speed meets all of them, and the first round is not counted. Images
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--only", choices=["sorting", "epoch", "students", "profile"], help="measure one part")
     parser.add_argument("--quick", action="store_true", help="small things, for seconds; no record")
-    parser.add_argument("--results", default="results/benchmarks.jsonl")
+    parser.add_argument("--results", default="results/measurements/benchmarks.jsonl")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     arguments = parser.parse_args()
     device = create_fabric(arguments.device).device.type

@@ -3,7 +3,7 @@
     python benchmarks/tokens.py
 
 prints milliseconds, median and range, and the ratio of `sort_logits` to the others, and appends a record with every
-repetition to results/benchmarks.jsonl. `--quick` measures small logits for seconds and keeps no record.
+repetition to results/measurements/benchmarks.jsonl. `--quick` measures small logits for seconds and keeps no record.
 
 The ways take turns, as in speed.py. Half of the tokens are wrong. "near the top" draws the target's rank in them between 2
 and 100, evenly on a logarithmic scale; "one deep" is the same with one token whose target lies in the middle of the ranking;
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="small logits, for seconds; no record")
-    parser.add_argument("--results", default="results/benchmarks.jsonl")
+    parser.add_argument("--results", default="results/measurements/benchmarks.jsonl")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     arguments = parser.parse_args()
     device, load = create_fabric(arguments.device).device.type, os.getloadavg()[0]

@@ -13,7 +13,7 @@ Then the same command is given once more, and must end as the experiment that no
 curve and its weights the same to the bit, no half line, and nothing left lying around. Where a process can still speak it must
 have said what happened and how to go on. A kill takes the process, not the machine: power cuts are not imitated.
 
-    python tests/faults.py --kills 500 --results results/faults.jsonl
+    python tests/faults.py --kills 500 --results results/measurements/faults.jsonl
 
 prints what was broken and what was lost, and appends it to a file. tests/test_faults.py does the same, smaller.
 """

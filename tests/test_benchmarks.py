@@ -50,7 +50,7 @@ def test_a_fifth_of_the_rows_is_wrong(shape):
 
 
 def test_sorting_is_faster_than_two_full_sorts():
-    "Generous, for busy machines; results/benchmarks.jsonl has the measured times."
+    "Generous, for busy machines; results/measurements/benchmarks.jsonl has the measured times."
     (large,) = speed.measure_sorting([(512, 1000)], 5, "cpu")
     assert min(large["ms"]["two full sorts"]) > 8 * min(large["ms"]["sort_logits"])
 

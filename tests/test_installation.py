@@ -45,7 +45,7 @@ def test_the_promise_is_what_was_tried(settings):
         bound, = requirement.specifier  # one bound each, below
         assert bound.operator == ">=", requirement
         bounds[requirement.name] = Version(bound.version)
-    records = list(map(json.loads, (ROOT / "results" / "installations.jsonl").read_text().splitlines()))
+    records = list(map(json.loads, (ROOT / "results" / "measurements" / "installations.jsonl").read_text().splitlines()))
     for python in settings["tested_pythons"].split():
         tried = {each["versions"]: {name: Version(version) for name, version in each["installed"].items()}
                  for each in records if each["python"].startswith(f"{python}.")}
@@ -68,9 +68,9 @@ def test_everyone_promises_the_same(settings, package):
 def test_every_extra_runs_experiments_and_the_base_is_torch(settings, package):
     needed, extras = settings["experiments_requirements"].split(), package["extras_require"]
     assert [Requirement(each).name for each in package["install_requires"]] == ["torch"]
-    assert extras.keys() == {"experiments", "tensorboard", "wandb", "workflow", "all", "dev"} and extras["experiments"] == needed
-    assert all(set(needed) < set(extras[name]) < set(extras["dev"]) for name in ("tensorboard", "wandb", "workflow", "all"))
-    assert set(extras["all"]) == set(extras["tensorboard"] + extras["wandb"] + extras["workflow"])
+    assert extras.keys() == {"experiments", "tensorboard", "wandb", "hub", "workflow", "all", "docs", "dev"} and extras["experiments"] == needed
+    assert all(set(needed) < set(extras[name]) < set(extras["dev"]) for name in ("tensorboard", "wandb", "hub", "workflow", "all", "docs"))
+    assert set(extras["all"]) == set(extras["tensorboard"] + extras["wandb"] + extras["hub"] + extras["workflow"])
     assert all(len(set(each)) == len(each) for each in extras.values())
 
 
@@ -80,7 +80,7 @@ def test_the_package_is_the_modules_and_their_types(package):
     assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
-OPTIONAL = {"tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
+OPTIONAL = {"huggingface_hub", "tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
 LATER = {"jsonschema"}  # asked for where records are read; training does not need it
 
 
