@@ -96,7 +96,7 @@ def hover(browser, epoch: int, top1: float) -> None:
              "return [xaxis._offset + xaxis.d2p(arguments[1]), yaxis._offset + yaxis.d2p(arguments[2])]")
     x, y = browser.execute_script(place, curves, epoch, top1)
     x, y = x - curves.size["width"] / 2, y - curves.size["height"] / 2  # from its middle
-    ActionChains(browser).move_to_element_with_offset(curves, int(x) - 6, int(y)).move_by_offset(5, 0).pause(0.2).perform()
+    ActionChains(browser).move_to_element_with_offset(curves, int(x) - 6, int(y)).move_by_offset(5, 0).perform()
 
 
 def check_distributions(browser, which: int) -> None:
@@ -130,8 +130,8 @@ def planned_results(folder: Path) -> Path:
 
 
 def test_the_page_says_what_python_says(browser, tmp_path):
-    pytest.importorskip("plotly")
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.wait import WebDriverWait
 
     build = load_build()
     build(tmp_path / "page")
@@ -159,7 +159,8 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     run = runs[(runs.method == "kd+sort") & (runs.seed == 3) & (runs.preset == "short")].iloc[0]
     assert [number(cell) for cell in rows(browser, "runs")[1][3:5]] == pytest.approx([run.last_top1, run.best_top1], abs=0.0051)
     hover(browser, int(run.epochs), float(run.last_top1))
-    assert f"epoch {run.epochs}: {run.last_top1:.2f} %" in browser.find_element("css selector", "#curves .hoverlayer").text
+    said = f"epoch {run.epochs}: {run.last_top1:.2f} %"
+    WebDriverWait(browser, 10).until(lambda _: said in browser.find_element("css selector", "#curves .hoverlayer").text)
     choose(browser, "seed", "14")
     choose(browser, "method", "dkd")
     assert count.text == f"0 of {len(runs)} runs" and "No run fits" in browser.find_element("id", "curves").text
@@ -176,8 +177,8 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     choose(browser, "first", "kd+sort")
     assert browser.find_element("id", "no-effect").text == "Choose two different methods."
 
-    build(tmp_path / "page", planned_results(tmp_path))
-    browser.refresh()
+    build(tmp_path / "planned", planned_results(tmp_path / "results"))
+    browser.get((tmp_path / "planned" / "index.html").as_uri())
     difference, _, seeds, verdict, plan, *_ = rows(browser, "effect-table")[1]
     assert [difference, seeds, verdict, plan] == ["+0.00", "5 of 15", "not yet", "planned: sorting"]
     assert ["KD", "15", "5"] in [row[2:] for row in rows(browser, "plans")]

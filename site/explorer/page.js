@@ -26,7 +26,7 @@ function addThumbnails() {
   const groups = Map.groupBy(DATA.examples, (example) => example.group);
   for (const [group, members] of groups) {
     const thumbs = members.map((example) => {
-      const input = element("input", { type: "radio", name: "image", value: DATA.examples.indexOf(example) });
+      const input = element("input", { type: "radio", name: "image", autocomplete: "off", value: DATA.examples.indexOf(example) });
       const name = DATA.classes[example.target];
       return element("label", { class: "thumb", title: name }, input,
         element("img", { src: `data:image/png;base64,${example.png}`, alt: `${name}, image ${example.index}` }));
