@@ -8,11 +8,12 @@ from setuptools import setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("experiments", "tensorboard", "wandb", "hub", "workflow", "dev")}
+names = ("experiments", "tensorboard", "wandb", "hub", "workflow", "docs", "dev")
+extras = {name: settings[f"{name}_requirements"].split() for name in names}
 extras["all"] = sum((extras[name] for name in ("tensorboard", "wandb", "hub", "workflow")), [])
-for name in ("tensorboard", "wandb", "hub", "workflow", "all"):
+extras["dev"] = extras["all"] + extras["docs"] + extras["dev"]
+for name in extras.keys() - {"experiments"}:
     extras[name] = extras["experiments"] + extras[name]
-extras["dev"] = extras["all"] + extras["dev"]
 
 repository = f"https://github.com/{settings['user']}/{settings['repo']}"
 

@@ -115,12 +115,6 @@ class ImageData(ImageSet):
     @property
     def views_per_image(self) -> int:
         return number_of_views(self.pad, self.flip)
-
-    def to(self, device) -> "ImageData":
-        "The same data on `device`."
-        names = ("train_images", "train_targets", "test_images", "test_targets")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
-
     def _images_of(self, split: str, index: torch.Tensor) -> dict[str, Any]:
         images = getattr(self, f"{split}_images")
         return {f"{split}_images": images[index.to(images.device)]}
@@ -139,11 +133,7 @@ _IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")  # what mappings ca
 
 def _image_and_label(split: str, number: int, example) -> tuple[Any, int]:
     if isinstance(example, Mapping):
-        keys = [next((key for key in names if key in example), None) for names in (_IMAGES, _LABELS)]
-        if None in keys:
-            raise ValueError(f"example {number} of {split} has {', '.join(map(str, example))}; "
-                             f"expected are {' or '.join(_IMAGES)}, and {' or '.join(_LABELS)}.")
-        example = tuple(example[key] for key in keys)
+        example = tuple(next((example[key] for key in names if key in example), None) for names in (_IMAGES, _LABELS))
     if not isinstance(example, tuple | list) or len(example) != 2:
         raise ValueError(f"example {number} of {split} is of type {type(example).__name__}; give pairs of image and label.")
     return example[0], whole_number(f"the label of example {number} of {split}", example[1])
@@ -232,10 +222,6 @@ def _check_cifar(title: str, folder: Path) -> None:
 
 def _load_cifar(title: str, root: str | Path | None, download: bool, **statistics) -> ImageData:
     folder = _cifar_folder(title, root)
-    for path in (folder.parent, folder):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"{path} is a file, but must be a folder: SORTKD_DATA or root names the folder "
-                                     f"that holds {folder.name}")
     if not folder.exists():
         if not download:
             raise FileNotFoundError(f"{title} is not at {folder}. Set SORTKD_DATA to the folder that holds "
@@ -257,7 +243,7 @@ def load_cifar100(root: str | Path | None = None, download: bool = True) -> Imag
     """CIFAR-100 (Krizhevsky, 2009), from `root`/cifar-100-python, downloaded there by torchvision if it is absent.
 
     `root` is by default the environment variable SORTKD_DATA, else `data`. FileNotFoundError if the files are neither
-    there nor can be downloaded, NotADirectoryError if a file is in the way, ValueError if a file is damaged or missing.
+    there nor can be downloaded, ValueError if a file is damaged or missing.
     Mean and std are those of the published recipe and teachers.
     """
     return _load_cifar("CIFAR-100", root, download, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
@@ -337,19 +323,15 @@ def _kept_squares(root: Path, files: Sequence[str]) -> torch.Tensor | None:
     "As `_read_squares`, which takes half a minute for many files: the pixels are kept in `root`, for as long as no file changes."
     import numpy
 
-    if not all((root / file).is_file() for file in files):
-        return _read_squares(root, files)  # which names the missing one
-    about = [(file, (root / file).stat().st_size, (root / file).stat().st_mtime_ns) for file in files]
+    about = [(file, (found := os.stat(root / file)).st_size, found.st_mtime_ns) for file in files]
     kept = root / f"decoded-{hashlib.sha256(repr(about).encode()).hexdigest()[:16]}.npy"
     if kept.is_file():
         return torch.from_numpy(numpy.load(kept))
     images = _read_squares(root, files)
     if images is not None:
-        pixels = images.numpy()
-
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                numpy.save(file, pixels)
+                numpy.save(file, images.numpy())
 
         with suppress(OSError):  # a folder that can only be read, or a full disk
             save_atomically(kept, write)

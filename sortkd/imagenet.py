@@ -34,18 +34,15 @@ def save_sample_folder(root: str | Path, train: int = 12, test: int = 4) -> Path
     """Write pieces of scikit-learn's two sample photographs under `root`, laid out like ImageNet, and return `root`.
 
     A stand-in that shows the path: four classes, `train` and `test` images of each, of varied sizes; the same pieces
-    every time. FileExistsError if `root` already has a `train` or `val` folder.
+    every time.
     """
     from PIL import Image
     from sklearn.datasets import load_sample_image
 
-    root, counts = Path(root), {"train": whole_number("train", train, 1), "val": whole_number("test", test, 1)}
-    for split in counts:
-        if (root / split).exists():
-            raise FileExistsError(f"{root / split} exists; choose another folder for the sample images.")
+    root = Path(root)
     for class_name, (photograph, (left, top, right, bottom)) in SAMPLE_REGIONS.items():
         region = Image.fromarray(load_sample_image(photograph)).crop((left, top, right, bottom))
-        for split, count in counts.items():
+        for split, count in (("train", train), ("val", test)):
             folder = root / split / class_name
             folder.mkdir(parents=True)
             generator = seeded_generator("sample folder", class_name, split)
@@ -90,14 +87,8 @@ class ImageFolderData(ImageSet):
         for split in ("train", "test"):
             files, targets = getattr(self, f"{split}_files"), getattr(self, f"{split}_targets")
             for file, target in sorted(zip(files, targets.tolist())):
-                digest.update(os.fsencode(f"{split} {file} {self._length(file)} {target}\n"))
+                digest.update(os.fsencode(f"{split} {file} {os.stat(os.path.join(self.root, file)).st_size} {target}\n"))
         object.__setattr__(self, "checksum", digest.hexdigest())  # the way to set a field of a frozen dataclass
-
-    def _length(self, file) -> int:
-        length = os.stat(os.path.join(self.root, file)).st_size
-        if length == 0:
-            raise ValueError(f"{os.path.join(self.root, file)} is empty; replace it or remove it.")
-        return length
 
     def _images_of(self, split: str, index: Tensor) -> dict[str, Any]:
         files = getattr(self, f"{split}_files")
@@ -116,44 +107,25 @@ class ImageFolderData(ImageSet):
 _LAYOUT = "ImageNet is expected as train/CLASS/*.JPEG and val/CLASS/*.JPEG under SORTKD_DATA/imagenet or `root`"
 
 
-def _class_folders(folder: Path, layout: str) -> list[str]:
-    "The names of the class folders in `folder`; an error says what is there instead."
-    from torchvision.datasets.folder import find_classes
-
-    for path in (folder.parent, folder):
-        if not path.exists():
-            raise FileNotFoundError(f"there is no folder {path}: {layout}.")
-        if not path.is_dir():
-            raise NotADirectoryError(f"{path} is a file, but must be a folder: {layout}.")
-    try:
-        return find_classes(folder)[0]
-    except FileNotFoundError as error:
-        found = sum(1 for _ in folder.iterdir())
-        hint = f"; its files ({found}) must be sorted into one folder for each class" if found else ""
-        raise ValueError(f"{folder} holds no class folders{hint}: {layout}.") from error
-
-
 def list_image_files(root: Path, test: str = "val", layout: str = _LAYOUT) -> dict[str, Any]:
     """The files and targets in `root`/train/CLASS/ and `root`/`test`/CLASS/, as fields of `ImageFolderData`; no image is
     opened.
 
-    `layout` is what an error says of the folders that are expected. FileNotFoundError or NotADirectoryError if a folder is
-    not there, ValueError for folders without classes, classes without images, or two splits with different classes.
+    `layout` is what an error says of the folders that are expected. FileNotFoundError or NotADirectoryError if a folder, its
+    classes or the images of a class are not there, ValueError for two splits with different classes.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-    classes, test_classes = (_class_folders(root / split, layout) for split in ("train", test))
-    if classes != test_classes:
-        only = {"train": sorted(set(classes) - set(test_classes)), test: sorted(set(test_classes) - set(classes))}
-        differences = [f"{len(names)} only in {split}, such as {names[0]!r}" for split, names in only.items() if names]
-        raise ValueError(f"{root / test} must have the same class folders as {root / 'train'}: "
-                         f"{'; '.join(differences)}.")
-    found: dict[str, Any] = {"class_names": tuple(classes)}
+    found: dict[str, Any] = {}
     for split, folder in (("train", root / "train"), ("test", root / test)):
         try:
-            samples = make_dataset(str(folder), {name: number for number, name in enumerate(classes)}, IMG_EXTENSIONS)
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} has classes without images. {error}") from error
+            classes, numbers = find_classes(folder)
+            samples = make_dataset(str(folder), numbers, IMG_EXTENSIONS)
+        except OSError as error:
+            raise type(error)(f"{folder}: {error}; {layout}.") from error
+        if found and (alone := set(classes) ^ set(found["class_names"])):
+            raise ValueError(f"{folder} must have the same class folders as {root / 'train'}; {min(alone)!r} is in one of them alone.")
+        found["class_names"] = tuple(classes)
         found[f"{split}_files"] = tuple(os.path.relpath(file, root) for file, _ in samples)
         found[f"{split}_targets"] = torch.tensor([target for _, target in samples])
     return found
@@ -225,15 +197,12 @@ def read_images(root: Path, files: Sequence[str], image_size: int, resize: int) 
 
 # %% ../nbs/10_imagenet.ipynb #a67484f7
 class ImageFolderBatches(ImageBatches):
-    """The images of `data`, an `ImageFolderData`, in batches on `device`, decoded by `workers` processes and normalised
-    to `dtype`.
-
-    With 0 workers the calling process decodes. `TypeError` for a `dtype` that is not floating point.
+    """The images of `data`, an `ImageFolderData`, in batches on `device`, decoded by `workers` processes and normalised.
+    With 0 workers the calling process decodes.
     """
 
-    def __init__(self, data: ImageFolderData, device: str | torch.device = "cpu", workers: int = 2,
-                 dtype: torch.dtype = torch.float32):
-        super().__init__(data, device, dtype)
+    def __init__(self, data: ImageFolderData, device: str | torch.device = "cpu", workers: int = 2):
+        super().__init__(data, device)
         self.folder, self.workers = data, whole_number("workers", workers)
 
     def _order(self, seed: int, epoch: int) -> Tensor:

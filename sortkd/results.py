@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIFAR100_CHECKSUM', 'PAPER_METHODS', 'load_results', 'load_curves', 'select', 'select_paper', 'paper_grid',
-           'mark_measured', 'measured_rates', 'missing_cost', 'next_command']
+           'mark_measured']
 
 # %% ../nbs/08_results.ipynb #e9a52d58
 import json
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .pairs import PAIRS, has_published_length, method_for, recipe_for
-from .methods import OBJECTIVES, plain_name
+from .methods import plain_name
 from .records import read_correct
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
@@ -254,39 +254,3 @@ def mark_measured(grid: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
     "`grid` with the run_id of each cell among the selected runs of `frame`, and whether it is `measured`."
     marked = grid.merge(frame[["pair", "seed", "method", "run_id"]], on=["pair", "seed", "method"], how="left")
     return marked.assign(measured=marked["run_id"].notna())
-
-
-def measured_rates(frame: pd.DataFrame) -> pd.DataFrame:
-    "Seconds for a million training rows, evaluation included, by machine, precision and pair, from all runs in "
-    "`frame`."
-    # The median epoch, because the first ones may also compute the teacher's logits for all runs that follow.
-    epoch = [np.median(curve["seconds"]) if "seconds" in curve else seconds / epochs for curve, seconds, epochs in zip(frame["curve"], frame["seconds"], frame["epochs"])]
-    rows = frame.assign(rate=np.array(epoch) / frame["train_images"] * 1e6)
-    groups = rows.groupby(["machine", "device", "precision", "pair"])["rate"]
-    return groups.agg(runs="size", seconds_per_million="mean").reset_index()
-
-
-def missing_cost(marked: pd.DataFrame, rates: pd.DataFrame, rows_per_run: int = 50_000 * 240) -> pd.DataFrame:
-    """Hours that the missing runs of `mark_measured` take, for each machine and pair in `rates` (`measured_rates`, or
-    a frame with machine, pair and seconds_per_million). A pair without a rate has none.
-    """
-    missing = marked[~marked["measured"]].groupby("pair", sort=False).size().rename("missing").reset_index()
-    parts = [
-        missing.assign(machine=machine).merge(group[["pair", "seconds_per_million"]], on="pair", how="left")
-        for machine, group in rates.groupby("machine")
-    ]
-    cost = pd.concat(parts) if parts else missing.assign(machine="", seconds_per_million=math.nan)
-    cost["hours_per_run"] = cost["seconds_per_million"] * rows_per_run / 1e6 / 3600
-    cost["hours"] = cost["hours_per_run"] * cost["missing"]
-    return cost[["machine", "pair", "missing", "hours_per_run", "hours"]].reset_index(drop=True)
-
-
-def next_command(marked: pd.DataFrame, preset: str = "paper") -> str | None:
-    "The shell command that runs the first missing cells of the grid, or None if nothing is missing."
-    missing = marked[~marked["measured"]]
-    if missing.empty:
-        return None
-    pair, seed = missing.iloc[0][["pair", "seed"]]
-    methods = ",".join(missing[(missing["pair"] == pair) & (missing["seed"] == seed)]["method"])
-    parameters = f"-p preset {preset} -p pair {pair} -p methods {methods} -p seeds {seed}"
-    return f"papermill nbs/run_experiment.ipynb next.ipynb {parameters}"

@@ -52,14 +52,8 @@ def view_id(views: Views, pad: int, flip: bool) -> Tensor:
 
 
 def views_of(index: Tensor, ids: Tensor | int, pad: int, flip: bool) -> Views:
-    """The views of the images `index` that have the numbers `ids`, one each or one for all: the inverse of `view_id`.
-
-    `ValueError` for a number that no view has.
-    """
+    "The views of the images `index` that have the numbers `ids`, one each or one for all: the inverse of `view_id`."
     ids = torch.as_tensor(ids, device=index.device).expand_as(index)
-    if ids.numel() and not 0 <= ids.min() <= ids.max() < number_of_views(pad, flip):
-        raise ValueError(f"view ids reach from {ids.min().item()} to {ids.max().item()}; "
-                         f"give numbers from 0 to {number_of_views(pad, flip) - 1}.")
     crop_id = ids // 2 if flip else ids
     mirrored = ids % 2 == 1 if flip else torch.zeros_like(ids, dtype=torch.bool)
     return Views(index, crop_id // (2 * pad + 1), crop_id % (2 * pad + 1), mirrored)
@@ -111,13 +105,13 @@ def _scale_and_shift(mean, std, height, width, device):
                  for constant in (1 / (255 * std), -mean / std))
 
 
-def normalize(images: Tensor, mean, std, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(images / 255 - mean) / std of uint8 (N, H, W, 3), as (N, 3, H, W) in channels-last memory.
+def normalize(images: Tensor, mean, std) -> Tensor:
+    """(images / 255 - mean) / std of uint8 (N, H, W, 3), as float32 (N, 3, H, W) in channels-last memory.
 
     `mean` and `std` hold one number for each channel, of pixels in [0, 1].
     """
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), *images.shape[1:3], images.device)
-    return torch.addcmul(shift, images.float(), scale).to(dtype).permute(0, 3, 1, 2)
+    return torch.addcmul(shift, images.float(), scale).permute(0, 3, 1, 2)
 
 # %% ../nbs/03_views.ipynb #29ed3994
 STRONG_VIEWS = "per image, own crop, grey cutout"  # what a run's settings record
@@ -320,8 +314,6 @@ def batch_bounds(num_images: int, batch_size: int) -> list[tuple[int, int]]:
 
 def rank_bounds(start: int, stop: int, rank: int, ranks: int) -> tuple[int, int]:
     "(start, stop) of the part of the rows `start` to `stop` - 1 that belongs to process `rank` of `ranks`."
-    if whole_number("rank", rank) >= whole_number("ranks", ranks, 1):
-        raise ValueError(f"rank is {rank}; give a number from 0 to {ranks - 1}.")
     size, surplus = divmod(stop - start, ranks)
     first = start + rank * size + min(rank, surplus)
     return first, first + size + (rank < surplus)
@@ -341,14 +333,11 @@ class ImageBatches(ABC):
     "What batches of images in memory (`Batches`) and in files (`ImageFolderBatches`) have in common."
 
     data: ImageSet
-    dtype: torch.dtype
     train_targets: Tensor  # int64 (N,), on the device
     test_targets: Tensor
 
-    def __init__(self, data: ImageSet, device: str | torch.device, dtype: torch.dtype):
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype is {dtype!r:.200}; give a torch.dtype of floating point.")
-        self.data, self.dtype = data, dtype
+    def __init__(self, data: ImageSet, device: str | torch.device):
+        self.data = data
         self.train_targets, self.test_targets = data.train_targets.to(device), data.test_targets.to(device)
 
     @property
@@ -356,8 +345,8 @@ class ImageBatches(ABC):
         return self.train_targets.device
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        "uint8 (N, H, W, 3) as a network's input (N, 3, H, W) of this dtype."
-        return normalize(pixels, self.data.mean, self.data.std, self.dtype)
+        "uint8 (N, H, W, 3) as a network's input (N, 3, H, W)."
+        return normalize(pixels, self.data.mean, self.data.std)
 
     def gather(self, views: Views) -> tuple[Tensor, Tensor]:
         "Training images (B, 3, H, W) and targets (B,) of `views`. `ValueError` where views have no numbers."
@@ -382,16 +371,12 @@ class ImageBatches(ABC):
 
 # %% ../nbs/03_views.ipynb #80417d6c
 class Batches(ImageBatches):
-    """`data` (an `ImageData`) on `device`, in batches: the training images padded once, each batch gathered and
-    normalised to `dtype`.
-
-    `TypeError` for a `dtype` that is not floating point.
-    """
+    "`data` (an `ImageData`) on `device`, in batches: the training images padded once, each batch gathered and normalised."
 
     data: Any  # an ImageData, whose module uses this one
 
-    def __init__(self, data, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
-        super().__init__(data, device, dtype)
+    def __init__(self, data, device: str | torch.device = "cpu"):
+        super().__init__(data, device)
         self.padded = pad_images(data.train_images.to(device), data.pad)
         self.test_images = data.test_images.to(device)
         # On a GPU the few launches count; on a CPU the images of a step are used while they are in its cache.

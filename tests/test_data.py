@@ -27,7 +27,7 @@ from sortkd.data import (
     Batches, ImageData, Views, batch_bounds, crop, draw_views, has_cifar100, load_cifar100, load_data, load_digits,
     normalize, number_of_views, pad_images, seeded_generator, view_id, views_of,
 )
-from sortkd.views import rank_bounds, strong_views
+from sortkd.views import strong_views
 
 CIFAR_FILES = ("train", "test", "meta")
 DIGITS_CHECKSUM = "3834cdec9b345647258856fb597d86d80bbd6e4afaf705ce84b73050b6b6b772"
@@ -176,8 +176,8 @@ def test_absent_without_network(tmp_path, offline):
 def test_root_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "cifar-100-python").write_text("")
-    for root in (tmp_path / "file", tmp_path):
-        with pytest.raises(NotADirectoryError, match="is a file, but must be a folder"):
+    for root, words in ((tmp_path / "file", "File exists.*Set SORTKD_DATA"), (tmp_path, "train is missing")):
+        with pytest.raises((FileNotFoundError, ValueError), match=words):
             load_cifar100(root)
         assert not has_cifar100(root)
 
@@ -348,14 +348,6 @@ def test_checksum_names_the_data():
     assert "train_images" not in repr(data) and data.checksum[:12] in repr(data)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_to_device(device):
-    data = toy_data().to(device)
-    assert data.train_images.device.type == data.test_targets.device.type == device
-    assert data.checksum == toy_data().checksum
-    assert data.subset(train_size=9, seed=1).checksum == toy_data().subset(train_size=9, seed=1).checksum
-
-
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 20, 40])
 def test_subset_is_balanced_deterministic_and_nested(size):
     data = toy_data()
@@ -407,12 +399,6 @@ def test_view_ids_are_reversible(pad, flip, count):
     assert (views.index == 7).all() and views.top.max() == views.left.max() == 2 * pad
     one_for_all = views_of(torch.arange(3), count - 1, pad, flip)
     assert view_id(one_for_all, pad, flip).tolist() == [count - 1] * 3
-
-
-def test_view_ids_out_of_range():
-    for wrong in (-1, 162):
-        with pytest.raises(ValueError, match=f"view ids reach from .*{wrong}.*from 0 to 161"):
-            views_of(torch.arange(2), torch.tensor([5, wrong]), 4, True)
 
 
 def test_draws_depend_on_seed_and_epoch_alone():
@@ -510,9 +496,6 @@ def test_normalize(device):
     assert (normalized.cpu().double() - expected).abs().max() < 1e-6
     assert normalized.dtype == torch.float32 and normalized.shape == (256, 3, 2, 2)
     assert normalized.is_contiguous(memory_format=torch.channels_last)
-    half = normalize(images.to(device), mean, std, torch.bfloat16)
-    assert torch.equal(half, normalized.to(torch.bfloat16)), "computed in float32, rounded once"
-    assert half.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_constants_made_in_inference_mode_serve_training():
@@ -571,12 +554,12 @@ def test_epochs_can_be_started_anywhere():
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_test_batches_are_plain(device, digits):
-    batches = Batches(digits, device, torch.float64)
+    batches = Batches(digits, device)
     images, targets = (torch.cat(parts).cpu() for parts in zip(*batches.test(batch_size=100)))
     expected = vision.normalize(
         digits.test_images.permute(0, 3, 1, 2).double() / 255, digits.mean, digits.std)
-    torch.testing.assert_close(images, expected, atol=1e-6, rtol=0)
-    assert images.dtype == torch.float64 and torch.equal(targets, digits.test_targets)
+    torch.testing.assert_close(images.double(), expected, atol=1e-6, rtol=0)
+    assert torch.equal(targets, digits.test_targets)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
@@ -622,8 +605,6 @@ def test_the_face_of_data_in_memory():
     assert torch.equal(inputs, normalize(pixels, data.mean, data.std))
     assert data.views_per_image == 50 and toy_data(flip=False).views_per_image == 25
     assert isinstance(data.batches("cpu"), Batches) and data.batches("cpu").data is data
-    with pytest.raises(ValueError, match="rank is 2; give a number from 0 to 1"):
-        rank_bounds(0, 4, 2, 2)
 
 
 # Strong views
@@ -704,12 +685,6 @@ def test_strong_images_have_a_crop_and_flip_of_their_own():
     found = {number for number, view in enumerate(views) if (images.flatten(1) == view).float().mean(1).max() > 0.9}
     assert len(found) > 50, "many of the 98 crops, plain and mirrored, come through nearly unchanged"
     assert {number % 2 for number in found} == {0, 1}
-
-
-def test_batches_of_a_wrong_dtype():
-    for wrong in (torch.uint8, "float32"):
-        with pytest.raises(TypeError, match="give a torch.dtype of floating point"):
-            Batches(toy_data(), dtype=wrong)
 
 
 @pytest.mark.cuda

@@ -68,8 +68,8 @@ def test_everyone_promises_the_same(settings, package):
 def test_every_extra_runs_experiments_and_the_base_is_torch(settings, package):
     needed, extras = settings["experiments_requirements"].split(), package["extras_require"]
     assert [Requirement(each).name for each in package["install_requires"]] == ["torch"]
-    assert extras.keys() == {"experiments", "tensorboard", "wandb", "hub", "workflow", "all", "dev"} and extras["experiments"] == needed
-    assert all(set(needed) < set(extras[name]) < set(extras["dev"]) for name in ("tensorboard", "wandb", "hub", "workflow", "all"))
+    assert extras.keys() == {"experiments", "tensorboard", "wandb", "hub", "workflow", "all", "docs", "dev"} and extras["experiments"] == needed
+    assert all(set(needed) < set(extras[name]) < set(extras["dev"]) for name in ("tensorboard", "wandb", "hub", "workflow", "all", "docs"))
     assert set(extras["all"]) == set(extras["tensorboard"] + extras["wandb"] + extras["hub"] + extras["workflow"])
     assert all(len(set(each)) == len(each) for each in extras.values())
 

@@ -86,11 +86,11 @@ def half_an_image(folder):
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (shutil.rmtree, "there is no folder .*birds: expected are train/CLASS/"),
-    (lambda folder: shutil.rmtree(folder / "test"), "there is no folder .*val: .*test/CLASS/"),
-    (lambda folder: shutil.rmtree(folder / "test" / "owl"), "must have the same class folders.*only in train, such as 'owl'"),
-    (lambda folder: save_images(folder / "test" / "tit"), "only in test, such as 'tit'"),
-    (empty, "classes without images.*wren"), (no_image, "train/wren/2.png cannot be read as an image"), (half_an_image, "1.png cannot be read"),
+    (shutil.rmtree, "birds/train: .*expected are train/CLASS/"),
+    (lambda folder: shutil.rmtree(folder / "test"), "birds/val: .*test/CLASS/"),
+    (lambda folder: shutil.rmtree(folder / "test" / "owl"), "must have the same class folders.*'owl'"),
+    (lambda folder: save_images(folder / "test" / "tit"), "'tit' is in one of them alone"),
+    (empty, "train: .*classes wren"), (no_image, "train/wren/2.png cannot be read as an image"), (half_an_image, "1.png cannot be read"),
 ])
 def test_spoiled_folders_get_one_line(birds, spoil, words):
     spoil(birds)
@@ -157,7 +157,7 @@ def test_tiny_imagenet(tiny, monkeypatch):
     (lambda root: (root / "words.txt").unlink(), "there is no .*words.txt; unpack"),
     (lambda root: shutil.rmtree(root / "train" / "n01" / "images"), "there are no images"),
     (lambda root: (root / "val" / "val_annotations.txt").write_text("0.JPEG n01"), "says '0.JPEG n01'; expected"),
-    (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "0.JPEG cannot be read"),
+    (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "No such file.*0.JPEG"),
     (lambda root: Image.new("L", (64, 60)).save(root / "val" / "images" / "0.JPEG"), "not all squares"),
 ])
 def test_spoiled_tiny_imagenet(tiny, spoil, words):
@@ -185,7 +185,7 @@ def test_splits_of_hugging_face():
 
 
 @pytest.mark.parametrize("examples, words", [
-    ([], "train is empty"), ([5], "of type int; give pairs"), ([{"pixels": 1, "label": 0}], "has pixels, label; expected are image or img"),
+    ([], "train is empty"), ([5], "of type int; give pairs"), ([{"pixels": 1, "label": 0}], "image 0 of train is object of shape"),
     ([(noise(1)[0], 0.5)], "the label of example 0 of train is 0.5"), ([(torch.zeros(3, 32, 32), 0)], "image 0 of train is float32 of shape"),
     ([(noise(1)[0], 0), (noise(1, 30)[0], 1)], "image 1 of train is uint8 of shape \\(30, 30, 3\\)"),
 ])

@@ -23,11 +23,6 @@ from sortkd.results import (
     load_curves,
     CIFAR100_CHECKSUM,
     load_results,
-    mark_measured,
-    measured_rates,
-    missing_cost,
-    next_command,
-    paper_grid,
     select,
     select_paper,
 )
@@ -582,48 +577,6 @@ def test_the_deviation_interval_covers():
     assert within_binomial_error(np.mean(inside), 0.95, 600)
 
 
-# The grid
-
-
-def test_the_commands_complete_the_grid(tmp_path):
-    grid, records = (
-        paper_grid(["r56_r20", "vgg13_vgg8"], seeds=2),
-        [synthetic_record("r56_r20", "dkd", 1, preset="paper")],
-    )
-    path, commands = tmp_path / "paper.jsonl", []
-    while True:
-        frame = select_paper(load_results(write_lines(path, records), synthetic=True)[0])
-        command = next_command(mark_measured(grid, frame))
-        if command is None:
-            break
-        words = command.split()
-        given = {words[place + 1]: words[place + 2] for place, word in enumerate(words) if word == "-p"}
-        assert words[:2] == ["papermill", "nbs/run_experiment.ipynb"] and given["preset"] == "paper"
-        records += [
-            synthetic_record(given["pair"], method, int(given["seeds"]), preset="paper")
-            for method in given["methods"].split(",")
-        ]
-        commands.append(command)
-        assert len(commands) < 10
-    assert len(commands) == 4 and len(records) == len(grid) == 16
-
-
-def test_costs_are_predicted_only_where_runs_were_timed(tmp_path):
-    records = [
-        synthetic_record(seed=seed, epochs=10)
-        | {"result": synthetic_record(epochs=10)["result"] | {"seconds": 20.0 + seed}}
-        for seed in (0, 2)
-    ]
-    frame, _ = load_results(write_lines(tmp_path / "runs.jsonl", records), synthetic=True)
-    cost = missing_cost(mark_measured(paper_grid(), frame.iloc[:0]), measured_rates(frame)).set_index("pair")
-    assert (
-        cost.loc["r56_r20", "hours_per_run"] == pytest.approx(21 / (10 * 1000) * 50_000 * 240 / 3600)
-        and cost.hours.notna().sum() == 1
-    )
-    assert cost.missing.sum() == len(paper_grid()) == 240
-    assert missing_cost(mark_measured(paper_grid(), frame), measured_rates(frame.iloc[:0])).hours.isna().all()
-
-
 # What was reported
 
 
@@ -697,10 +650,7 @@ def synthetic_folder(tmp_path_factory):
 
 def test_tables_are_made_from_records(synthetic_folder):
     text, first = run_notebook("paper_tables", synthetic_folder)
-    assert (
-        "24 of the published recipe, 12 short ones, 0 others; 1 lines left out" in text
-        and "-p pair r56_r20 -p methods kd,kd+sort,dkd,dkd+sort -p seeds 3" in text
-    )
+    assert "24 of the published recipe, 12 short ones, 0 others; 1 lines left out" in text
     assert {Path(name).stem for name in first} == {
         "answer",
         "plans",
@@ -713,7 +663,6 @@ def test_tables_are_made_from_records(synthetic_folder):
         "short_effect",
         "power",
         "grid",
-        "cost",
         "left_out",
     }
     assert {Path(name).suffix for name in first} == {".md", ".tex"}
