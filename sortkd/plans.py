@@ -115,7 +115,9 @@ def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
-    runs = runs[(runs["teacher_file"] == teacher) | (runs["objective"] == "ce")]
+    asked = {"data": options.get("dataset", "cifar100"), "train_images": options.get("train_size") or 50_000,
+             "test_images": options.get("test_size") or 10_000}
+    runs = runs[(runs[list(asked)] == pd.Series(asked)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
     filled = cells.merge(runs[[*_CELL, "run_id"]].drop_duplicates(_CELL), on=_CELL, how="left")
     return filled[["plan", *_CELL, "run_id"]]
 

@@ -50,7 +50,7 @@ def runs_of(plan, **changes):
     cells = plan.grid.cells.assign(preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
     teacher = Path(plan.grid.options.get("teacher", "")).name
     return cells.assign(teacher_file=teacher, objective=cells.method.str.split("+").str[0], run_id=[str(n) for n in range(len(cells))],
-                        started="2026-11-26T01-02-03.000004Z", **changes)
+                        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000, test_images=10_000, **changes)
 
 
 def measured(runs):
@@ -58,7 +58,7 @@ def measured(runs):
     noise = np.random.default_rng(0).normal(0, 0.3, len(runs))
     return runs.assign(last_top1=60 + noise + (runs.method == "kd+sort"), repair=runs.method.str.contains("sort").map({True: "sort", False: "none"}),
                        correct=[np.arange(500) < 5 * top1 for top1 in 60 + noise + (runs.method == "kd+sort")],
-                       **dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "train_images", "test_images", "precision", "device", "synthetic",
+                       **dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "precision", "device", "synthetic",
                                         "teacher_sha256", "method_settings", "lr"], "same"))
 
 
@@ -77,7 +77,7 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     runs = runs_of(plan)
     assert (mark_planned(runs, PLANS)["plan"] == "sorting").all() and planned_cells(plan, runs).run_id.notna().all()
     assert first_start(plan, runs).microsecond == 4
-    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}):
+    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"}):
         assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
     effects = planned_effects(plan, PLANS, measured(runs))
     assert effects.comparison.tolist() == ["kd+sort minus kd"] and effects.seeds[0] == effects.planned[0] == 15 and math.isnan(effects.p_holm[0])
