@@ -80,6 +80,23 @@ def test_the_package_is_the_modules_and_their_types(package):
     assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
 
+def test_the_package_page_and_citations(package, settings):
+    "README's links lead somewhere from the package page, too, and files that name the version name this one."
+    links = re.findall(r"\]\(([^)]*)\)", package["long_description"])
+    assert len(links) > 10 and all(re.match("https?://|#", link) for link in links), links
+    local = [link.partition("/blob/main/")[2] or link.partition("/raw/main/")[2] for link in links if link.startswith(package["url"])]
+    assert len(local) > 10 and not [path for path in local if path and not (ROOT / path.partition("#")[0]).exists()]
+    assert "/raw/main/paper_figures/mechanism.png" in package["long_description"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == settings["version"] and citation["repository-code"] == package["url"]
+    assert f"version = {{{settings['version']}}}" in (ROOT / "CITATION.bib").read_text()
+    assert f"## {settings['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(path.read_text())
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == ["nbdev_clean", "nbdev_export"]
+
+
 OPTIONAL = {"huggingface_hub", "tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
 LATER = {"jsonschema"}  # asked for where records are read; training does not need it
 
