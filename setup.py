@@ -1,4 +1,5 @@
 "The package `sortkd`, described by settings.ini, which nbdev reads too."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -14,13 +15,30 @@ extras["dev"] = extras["all"] + extras["docs"] + extras["dev"]
 for name in extras.keys() - {"experiments"}:
     extras[name] = extras["experiments"] + extras[name]
 
+repository = f"https://github.com/{settings['user']}/{settings['repo']}"
+
+
+def for_package_page(text: str) -> str:
+    "README's links and figures, relative here, as addresses that work anywhere."
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/raw/{settings['branch']}/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/blob/{settings['branch']}/", text)
+
+
 setup(
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=for_package_page(Path("README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     author=settings["author"],
+    url=repository,
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2508.16544",
+        "Documentation": f"https://{settings['user']}.github.io/{settings['repo']}/",
+        "Results": f"{repository}/blob/{settings['branch']}/results/README.md",
+        "Changes": f"{repository}/blob/{settings['branch']}/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+    },
     license_expression="MIT",
     license_files=["LICENSE"],
     classifiers=[

@@ -28,6 +28,7 @@ default_role = "py:obj"
 autodoc_default_options = {"members": True, "member-order": "bysource", "ignore-module-all": True}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["huggingface_hub"]  # an extra of its own, which sortkd.hub alone needs
 autodoc_inherit_docstrings = False  # those of PyTorch are in another format
 autosummary_generate = False
 add_module_names = False

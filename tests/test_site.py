@@ -64,6 +64,10 @@ def test_links_are_rewritten(page, link, expected, reached):
     assert stage.rewrite_links(f"see [it]({link}).", page, FILES) == (f"see [it]({expected}).", reached)
 
 
+def test_badges_stay_on_the_package_page():
+    assert stage.rewrite_links("# a\n\n[![checks](https://a.org/b.svg)](https://a.org)\n\nText.\n", "README.md", FILES)[0] == "# a\n\n\nText.\n"
+
+
 def test_cells_are_folded_and_say_what_they_hold():
     def prepared(source, **metadata):
         cell, _ = stage.prepare_cell({"cell_type": "code", "source": [source], "metadata": metadata, "outputs": []}, "nbs/00.ipynb", FILES)

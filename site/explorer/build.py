@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from sortkd.plans import Plan, describe_plans, mark_planned, planned_cells, planned_effects, read_plans
+from sortkd.plans import Plan, describe_looks, describe_plans, mark_planned, planned_cells, planned_effects, read_plans
 from sortkd.results import load_results, select
 from sortkd.statistics import compare_methods, verdicts
 from sortkd.tables import method_title
@@ -40,44 +40,53 @@ def comparable(runs: pd.DataFrame) -> Iterator[pd.DataFrame]:
             yield group[group["teacher_file"].isin([teacher, ""])]
 
 
-def all_effects(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
-    """The effects that plans ask for, then those between any two methods that share a seed, as the repaired minus the plain one.
+def length(preset: str, epochs: int, images: int) -> str:
+    return f"{preset}: {epochs} epochs of {images:,} images"
 
-    A comparison that cannot be made has a `reason` instead of numbers.
-    """
+
+def planned_comparisons(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
+    "The effects that plans ask for; before its look is reached, one has a `reason` in place of numbers."
     parts = []
     for plan in plans:
-        effects, cells = planned_effects(plan, plans, runs), planned_cells(plan, runs)
-        teacher = Path(plan.grid.options.get("teacher", "")).name
-        found = runs[runs["run_id"].isin(cells["run_id"])]
-        parts.append(effects.assign(smallest_effect=plan.smallest_effect, level=1 - plan.level, teacher_file=teacher,
-                                    length=found["length"].iloc[0] if len(found) else ""))
+        cells, options = planned_cells(plan, runs), plan.grid.options
+        effects = planned_effects(plan, plans, runs)
+        comparisons = [*([plan.primary] if plan.primary else []), *plan.comparisons]
+        waiting = [{"pair": pair, "comparison": comparison, "reason": f"Planned ({plan.name}): {line}."}
+                   for comparison, line in zip(comparisons, describe_looks(plan, plans, runs)) if comparison not in set(effects["comparison"])
+                   for pair in cells["pair"].unique()]
+        known = {"length": length(plan.grid.preset, cells["epochs"].iloc[0], options.get("train_size") or 50_000), "plan": plan.name,
+                 "teacher_file": Path(options.get("teacher", "")).name, "smallest_effect": plan.smallest_effect, "level": 1 - plan.level}
+        parts += [part.assign(**known) for part in (effects, pd.DataFrame(waiting)) if len(part)]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=EFFECT)
+
+
+def other_comparisons(runs: pd.DataFrame) -> pd.DataFrame:
+    "The effects between any two methods that share a seed, as the repaired minus the plain one; a `reason` where they share no table."
+    parts = [compare_methods(runs, "", "")]
     for group in comparable(runs):
-        teacher = max(group["teacher_file"])
+        known = {"length": group["length"].iloc[0], "teacher_file": max(group["teacher_file"]), "smallest_effect": 0.5, "level": 0.95, "plan": ""}
         for plain, repaired in combinations(sorted(group["method"].unique(), key=lambda name: ("+" in name, name)), 2):
-            place = {"length": group["length"].iloc[0], "teacher_file": teacher, "smallest_effect": 0.5, "level": 0.95, "plan": ""}
             try:
-                effects = verdicts(compare_methods(select(group, method=[plain, repaired]), repaired, plain))
+                effects = compare_methods(select(group, method=[plain, repaired]), repaired, plain)
             except ValueError as error:
                 effects = pd.DataFrame([{"comparison": f"{repaired} minus {plain}", "pair": group["pair"].iloc[0], "reason": str(error)}])
-            parts.append(effects.assign(**place))
-    table = pd.concat([part for part in parts if len(part)], ignore_index=True) if any(map(len, parts)) else pd.DataFrame(columns=EFFECT)
-    table["methods"] = [sorted(each.split(" minus ")) for each in table["comparison"]]
-    again = table.assign(methods=table["methods"].map(str)).duplicated(["pair", "length", "teacher_file", "methods"])
-    return table[~again].reset_index(drop=True)
+            parts.append(effects.assign(**known))
+    return verdicts(pd.concat([part for part in parts if len(part)] or parts, ignore_index=True))
 
 
 def results_data(runs: pd.DataFrame, left_out: pd.DataFrame, plans: Sequence[Plan]) -> dict:
     "What the page shows of `load_results`."
-    lengths = [f"{run.preset}: {json.loads(run.recipe)['epochs']} epochs of {run.train_images:,} images" for run in runs.itertuples()]
+    lengths = [length(run.preset, json.loads(run.recipe)["epochs"], run.train_images) for run in runs.itertuples()]
     runs = mark_planned(runs, plans).assign(length=lengths, pair_title=runs["teacher"] + " → " + runs["student"])
-    effects = all_effects(runs, plans)
+    effects = pd.concat([planned_comparisons(runs, plans), other_comparisons(runs)], ignore_index=True)
     effects["pair_title"] = effects["pair"].map(dict(zip(runs["pair"], runs["pair_title"])))
+    effects["methods"] = [sorted(each.split(" minus ")) for each in effects["comparison"]]
+    again = effects.assign(methods=effects["methods"].map(str)).duplicated(["pair", "length", "teacher_file", "methods"])  # planned ones come first
     curves = [{name: run[name] for name in ("epoch", "test_top1")} for run in runs["curve"]]
     return {
         "runs": [run | {"curve": curve} for run, curve in zip(records_of(runs, RUN), curves)],
-        "effects": records_of(effects, EFFECT),
-        "titles": {name: method_title(name) for name in sorted(runs["method"].unique())},
+        "effects": records_of(effects[~again], EFFECT),
+        "titles": {name: method_title(name) for name in sorted({*runs["method"], *effects["methods"].explode().dropna()})},
         "plans": records_of(describe_plans(plans, runs), ["plan", "method", "planned", "exist"]) if plans else [],
         "questions": {plan.name: plan.question for plan in plans},
         "left_out": records_of(left_out, ["file", "line", "reason"]),

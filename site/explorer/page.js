@@ -103,7 +103,7 @@ function addFilters() {
   }
   const methods = Object.keys(DATA.titles);
   for (const id of ["first", "second"]) fillSelect($(id), methods, title, false);
-  const start = DATA.effects.find((effect) => effect.plan) ?? DATA.effects.find((effect) => effect.comparison === "kd+sort minus kd") ?? DATA.effects[0];
+  const start = DATA.effects.find((effect) => effect.comparison === "kd+sort minus kd") ?? DATA.effects[0];
   if (start) [$("first").value, $("second").value] = start.comparison.split(" minus ");
   $("filters").addEventListener("change", () => { showRuns(); showEffects(); });
   $("comparison").addEventListener("change", showEffects);
@@ -157,21 +157,19 @@ function showEffects() {
   const methods = [$("first").value, $("second").value].sort();
   const found = DATA.effects.filter((effect) => effect.methods.every((name, i) => name === methods[i]) && fits(effect, ["pair", "length"]));
   const effects = found.filter((effect) => effect.reason === null);
-  const why = methods[0] === methods[1] ? "Choose two different methods."
-    : found.length ? found[0].reason
-      : `No seed has both ${methods.map(title).join(" and ")} here yet. These can be compared: `
-        + [...new Set(DATA.effects.map((effect) => effect.methods.map(title).join(" with ")))].join("; ") + ".";
+  const known = [...new Set(DATA.effects.filter((effect) => effect.reason === null).map((effect) => effect.methods.map(title).join(" with ")))];
+  const why = methods[0] === methods[1] ? ["Choose two different methods."]
+    : found.length ? found.flatMap((effect) => effect.reason ?? [])
+      : [`No seed has both ${methods.map(title).join(" and ")} here yet. These can be compared: ${known.join("; ")}.`];
   for (const id of ["effects", "effect-table"]) $(id).hidden = !effects.length;
-  $("no-effect").hidden = effects.length > 0;
-  $("no-effect").className = "empty";
-  $("no-effect").textContent = why;
+  $("no-effect").hidden = !why.length;
+  $("no-effect").replaceChildren(...why.map((line) => element("div", {}, line)));
   if (!effects.length) return;
   const [first, second] = effects[0].comparison.split(" minus ").map(title);
   const interval = (effect) => effect.low === null ? "none from one seed" : `${signed(effect.low)}\u00a0to\u00a0${signed(effect.high)} (${Math.round(100 * effect.level)}\u00a0%)`;
   const seeds = (effect) => effect.plan ? `${effect.seeds} of ${effect.planned}` : String(effect.seeds);
-  const verdict = (effect) => effect.plan && effect.seeds < effect.planned ? "not yet" : effect.verdict;
   fillTable($("effect-table"), ["difference", "interval", "seeds", "verdict", "plan", "pair", "length", "teacher"], effects.map((effect) => [
-    element("b", {}, signed(effect.mean)), interval(effect), seeds(effect), verdict(effect), planned(effect.plan), effect.pair_title, effect.length, effect.teacher_file]));
+    element("b", {}, signed(effect.mean)), interval(effect), seeds(effect), effect.verdict, planned(effect.plan), effect.pair_title, effect.length, effect.teacher_file]));
   const rows = effects.map((effect, i) => i);
   const names = effects.map((effect, y) => ({ x: 0, xref: "paper", xanchor: "left", y: y - 0.35, showarrow: false, font: { size: 12 },
     text: `${effect.pair_title}, ${effect.length.split(":")[0]}, ${effect.plan ? "planned" : "not planned"}` }));
@@ -182,7 +180,7 @@ function showEffects() {
     { x: effects.map((effect) => effect.mean), y: rows, mode: "markers", marker: { color: colour("sort"), size: 11, symbol: "diamond" },
       error_x: { type: "data", symmetric: false, array: effects.map(({ high, mean }) => high === null ? 0 : high - mean),
         arrayminus: effects.map(({ low, mean }) => low === null ? 0 : mean - low), color: colour("sort"), thickness: 2 },
-      hovertemplate: effects.map((effect) => `<b>${signed(effect.mean)}</b>, ${interval(effect)}<br>${seeds(effect)} seeds, ${verdict(effect)}<extra></extra>`) },
+      hovertemplate: effects.map((effect) => `<b>${signed(effect.mean)}</b>, ${interval(effect)}<br>${seeds(effect)} seeds, ${effect.verdict}<extra></extra>`) },
   ], `${first} minus ${second} (points)`, "", {
     height: 80 + 90 * effects.length, showlegend: false, annotations: names, xaxis: { zeroline: true, zerolinecolor: colour("soft") },
     yaxis: { range: [effects.length - 0.5, -0.5], visible: false },
