@@ -58,7 +58,8 @@ def test_the_promise_is_what_was_tried(settings):
 def test_everyone_promises_the_same(settings, package):
     pythons = settings["tested_pythons"].split()
     assert settings["min_python"] == pythons[0] and package["python_requires"] == f">={pythons[0]}"
-    assert f"With Python {pythons[0]} or newer" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"With Python {pythons[0]} or newer" in readme and f"![Python {pythons[0]} to {pythons[-1]}]" in readme
     classifiers = [each.rpartition(" ")[2] for each in package["classifiers"] if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", each)]
     assert classifiers == pythons
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
