@@ -25,7 +25,6 @@ from sortkd.pairs import (
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
 from .records import read_records
-from .teacher_logits import expected_views
 from .teachers import load_teacher
 from .devices import create_fabric, precision_of
 from .training import Recipe
@@ -94,22 +93,13 @@ class Experiment:
         return read_records(self.records_file) if self.records_file.exists() else []
 
     def describe_teacher_logits(self) -> str:
-        "What caching the teacher's logits costs and saves in this experiment."
+        "What caching the teacher's logits costs in this experiment."
         if not self.uses_teacher:
             return "No method uses a teacher."
-        images, seeds = len(self.data.train_targets), len(self.seeds)
-        epochs = [self.recipe_for(method).epochs for method in self.methods if method.uses_teacher]
-        asked, longest = images * seeds * sum(epochs), max(epochs)
         if self.cache == "off" or not self.data.views_per_image:
-            return f"The teacher runs in every epoch, on {asked:,} images in all."
-        views = self.data.views_per_image
-        computed = images * (views if self.cache == "full" else expected_views(views, longest * seeds))
-        size = images * views * self.data.num_classes * 2
-        return (
-            f"Teacher logits are cached ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} views). "
-            f"Training needs {asked:,} rows; the teacher computes about {computed:,.0f}, fewer if the cache is warm."
-            + " It also computes those of every strong view." * any(method.strong_views for method in self.methods)
-        )
+            return "The teacher runs in every epoch."
+        views = len(self.data.train_targets) * self.data.views_per_image
+        return f"Teacher logits are cached ({views * self.data.num_classes * 2 / 1e6:,.2f} MB for {views:,} views)."
 
     def describe(self) -> str:
         "What this run is, and what its numbers are evidence of."
