@@ -64,7 +64,7 @@ def test_files_that_are_no_grids(said, content):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    *((["absent.yaml"], "there is no grid 'absent.yaml'"), (["."], "there is no grid '.'"), (["\0"], "there is no grid"), (["x" * 5000], "there is no grid"), ([""], "there is no grid")),
+    *((["absent.yaml"], "there is no grid 'absent.yaml'"), (["."], "there is no grid '.'"), (["\0"], "there is no grid"), ([""], "there is no grid")),
     *((["grid.yaml", f"--budget={text}"], "the budget is") for text in ("", "0s", "-1s", "nan", "soon", "9" * 400 + "s", "9" * 5000 + "h", "1s1h", " 5m", "1.5h")),
     *((["grid.yaml", f"--at-once={text}"], "at_once is") for text in ("", "0", "-1", "²", "1.5", "9" * 5000, "many")),
     *((["grid.yaml", f"--option={text}"], "option") for text in ("", "x", "=x", "epochs=", "epochs=-1", "epochs=" + "9" * 5000, "epochs=²", "teachers_dir=x", "deterministic=")),

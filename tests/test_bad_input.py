@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from test_data import fake_cifar100, toy_data
 import sortkd.data
 import sortkd.experiments
 import sortkd.runs
-from sortkd.commands import evaluate_command, evaluate_checkpoint, run
+from sortkd.commands import evaluate_command, run
 from sortkd.data import Batches, load_cifar100
 from sortkd.experiments import Experiment, plan_experiment
 from sortkd.runs import run_experiment
@@ -43,11 +42,6 @@ LONGEST_MESSAGE, LONGEST_ANSWER = 2000, 5.0  # characters, seconds
 load_digits_once = functools.lru_cache(sortkd.data.load_data)
 
 
-class Unwritable:
-    def __repr__(self):
-        raise RuntimeError("cannot be shown")
-
-
 def nested(depth):
     value = []
     for _ in range(depth):
@@ -59,8 +53,8 @@ ENDLESS = []
 ENDLESS.append(ENDLESS)
 LONG = "x" * 100_000
 NO_TEXT = [
-    None, float("nan"), float("inf"), float("-inf"), 10**30, -(10**30), 10**5000, -1, 1.5, -0.0, 1j, numpy.float32(2), numpy.array([1, 2]),
-    numpy.array(["kd"]), numpy.array([]), b"kd", b"", bytearray(b"x"), [], [[]], nested(50), nested(2000), ENDLESS, {}, {"a": 1}, {"kd"}, (), object(), Unwritable(),
+    None, float("nan"), float("inf"), float("-inf"), 10**30, -(10**30), -1, 1.5, -0.0, 1j, numpy.float32(2), numpy.array([1, 2]),
+    numpy.array(["kd"]), numpy.array([]), b"kd", b"", bytearray(b"x"), [], [[]], nested(50), ENDLESS, {}, {"a": 1}, {"kd"}, (), object(),
     type, print, range(3), iter([1]), torch.zeros(3), torch.tensor(float("nan")),
 ]
 TEXTS = ["", " ", "\t\n", "\0", "a\0b", "\ud800", "\u202ekd", "kd\nce", LONG, "kd," * 50_000, "٣", "1e3", "0x10", "9" * 5000, "AUTO", "auto ", "$(touch x)", "; touch x", "`touch x`", "../../x", "é" * 300]
@@ -100,13 +94,6 @@ def everything_in(folder):
     return sorted((str(path), path.lstat().st_mtime_ns if path.is_file() else 0) for path in folder.rglob("*"))
 
 
-def written(value):
-    try:
-        return repr(value)
-    except Exception:
-        return type(value).__name__
-
-
 def answer(place, **given):
     "What planning says: an experiment or a message. All that is promised of both is checked here."
     there, start = everything_in(place), time.monotonic()
@@ -116,7 +103,7 @@ def answer(place, **given):
         plan, said = None, str(error)
         assert len(said) <= LONGEST_MESSAGE, f"{len(said)} characters"
         assert "\n" not in said and said.isprintable(), f"not one line that can be shown: {said!r}"
-        assert any(name in said or written(value)[1:40].rstrip("'") in said for name, value in given.items()), f"nothing is named: {said}"
+        assert any(name in said or repr(value)[1:40].rstrip("'") in said for name, value in given.items()), f"nothing is named: {said}"
     else:
         assert isinstance(plan, Experiment)
         said = plan.describe() + plan.describe_teacher_logits()  # a plan can be talked about

@@ -24,7 +24,7 @@ from sortkd.records import append_record, read_records
 from sortkd.models import create_model
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
-SMALL = ["--pair", "r56_r20", "--dataset", "digits", "--preset", "quick", "--epochs", "1", "--train-size", "200", "--test-size", "100", "--device", "cpu", "--quiet"]
+SMALL = ["--pair", "resnet20:resnet8", "--dataset", "digits", "--preset", "quick", "--epochs", "1", "--train-size", "200", "--test-size", "100", "--device", "cpu", "--quiet"]
 
 
 def test_the_notebook_has_the_parameters_of_the_dataclass():
@@ -80,7 +80,7 @@ def test_run_and_eval(tmp_path, capsys):
     quality = evaluate_checkpoint(teacher, device="cpu")
     assert quality.images == 360 and quality.top1 <= quality.top5 <= 100
     student, = (tmp_path / "results").rglob("last.safetensors")
-    assert evaluate_command([str(student), "--architecture", "resnet20", "--dataset", "digits", "--device", "cpu"]) == 0
+    assert evaluate_command([str(student), "--architecture", "resnet8", "--dataset", "digits", "--device", "cpu"]) == 0
     assert "calibration error (%)" in capsys.readouterr().out
 
 

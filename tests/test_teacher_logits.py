@@ -1,5 +1,4 @@
 "The kept logits are the teacher's, whatever happens to them on the way."
-import json
 import os
 import resource
 import signal
@@ -138,22 +137,22 @@ def test_other_teachers_images_and_arithmetic_have_other_caches(batches, tmp_pat
 
 def test_a_renamed_cache_is_refused(batches, tmp_path):
     one, two = (CachedTeacherLogits(seeded_network(seed), batches, tmp_path / str(seed)) for seed in (0, 1))
+    one(views())
+    one.close()
     for path in one.folder.iterdir():
         path.rename(two.folder / path.name)
-    with pytest.raises(ValueError, match="teacher_sha256 differs.*another cache folder"):
+    with pytest.raises(ValueError, match="stored logits differ from the teacher's"):
         CachedTeacherLogits(seeded_network(1), batches, tmp_path / "1")
 
 
-@pytest.mark.parametrize("damage", ["zeros", "short", "no text", "not json", "missing"])
+@pytest.mark.parametrize("damage", ["zeros", "short", "missing"])
 def test_damage_is_found(batches, tmp_path, damage):
     cache = CachedTeacherLogits(seeded_network(), batches, tmp_path)
     cache(views())
     cache.close()
-    logits, about = cache.folder / "logits.bin", cache.folder / "about.json"
+    logits = cache.folder / "logits.bin"
     if damage == "zeros": logits.write_bytes(bytes(logits.stat().st_size))
     elif damage == "short": logits.write_bytes(logits.read_bytes()[:-2])
-    elif damage == "no text": about.write_text("")
-    elif damage == "not json": about.write_text(json.dumps([1]))
     else: logits.unlink()
     with pytest.raises(ValueError, match=str(cache.folder)):
         CachedTeacherLogits(seeded_network(), batches, tmp_path)

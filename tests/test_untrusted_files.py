@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import io
 import json
-import math
 import os
 import pickle
 import re
@@ -131,14 +130,10 @@ def test_a_training_checkpoint_that_would_run_code(tmp_path, interrupted, teache
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda state: state["curve"][0].update(test_loss=math.nan), lambda state: state["curve"][0].update(seconds=math.inf),
-    lambda state: state["curve"][0].update(train_loss="0.5"), lambda state: state["curve"][0].update(epoch=2),
-    lambda state: state["curve"].extend([dict(state["curve"][0], epoch=number) for number in range(2, 20)]),
-    lambda state: state.update(curve=[[1]]), lambda state: state.update(curve=5), lambda state: state.pop("optimizer"),
-    lambda state: state.update(model={}), lambda state: state.update(best_weights=5), lambda state: state.update(seconds="long"),
-], ids=["NaN", "infinity", "text", "another epoch", "too many epochs", "rows of something", "no rows", "no optimizer", "no weights", "no best weights", "no time"])
+    lambda state: state.update(curve=5), lambda state: state.pop("optimizer"), lambda state: state.update(model={}),
+], ids=["no rows", "no optimizer", "no weights"])
 def test_a_training_checkpoint_with_something_else_in_it(tmp_path, interrupted, teacher_file, spoil):
-    "It has the name of its run; what it holds would end in a record that no run has made, or in a crash."
+    "It has the name of its run, and not the state: the message says what to do."
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     checkpoint, = tmp_path.rglob("checkpoint.pt")
     state = torch.load(checkpoint, weights_only=True)
