@@ -32,7 +32,7 @@ from sortkd.devices import create_fabric
 from sortkd.training import Recipe, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
-SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 1, "train_size": 200, "test_size": 100, "device": "cpu"}
+SMALL = {"pair": "resnet20:resnet8", "preset": "quick", "dataset": "digits", "epochs": 1, "train_size": 200, "test_size": 100, "device": "cpu"}
 REAL_CIFAR100 = sortkd.data._cifar_folder("CIFAR-100", None).resolve()  # before the place hides it
 LONGEST_MESSAGE, LONGEST_ANSWER = 2000, 5.0  # characters, seconds
 
@@ -53,12 +53,11 @@ ENDLESS = []
 ENDLESS.append(ENDLESS)
 LONG = "x" * 100_000
 NO_TEXT = [
-    None, float("nan"), float("inf"), float("-inf"), 10**30, -(10**30), -1, 1.5, -0.0, 1j, numpy.float32(2), numpy.array([1, 2]),
-    numpy.array(["kd"]), numpy.array([]), b"kd", b"", bytearray(b"x"), [], [[]], nested(50), ENDLESS, {}, {"a": 1}, {"kd"}, (), object(),
-    type, print, range(3), iter([1]), torch.zeros(3), torch.tensor(float("nan")),
+    None, float("nan"), float("-inf"), 10**30, -1, 1.5, 1j, numpy.float32(2), numpy.array([1, 2]), b"kd", [], nested(50), ENDLESS, {"a": 1}, {"kd"}, (), object(), type, range(3),
+    torch.tensor(float("nan")),
 ]
-TEXTS = ["", " ", "\t\n", "\0", "a\0b", "\ud800", "\u202ekd", "kd\nce", LONG, "kd," * 50_000, "٣", "1e3", "0x10", "9" * 5000, "AUTO", "auto ", "$(touch x)", "; touch x", "`touch x`", "../../x", "é" * 300]
-EVERYTHING = NO_TEXT + TEXTS + [True, False, numpy.bool_(True), 0, 1, numpy.int64(3), ["kd"], ("kd",)]
+TEXTS = ["", "\t\n", "\0", "a\0b", "\ud800", "\u202ekd", "kd\nce", LONG, "٣", "1e3", "9" * 5000, "AUTO", "auto ", "$(touch x)", "../../x", "é" * 300]
+EVERYTHING = NO_TEXT + TEXTS + [True, numpy.bool_(True), 0, 1, numpy.int64(3), ["kd"], ("kd",)]
 PATHS = ["FOLDER/file", "FOLDER/file/inside", "FOLDER/absent", "FOLDER/folder", "FOLDER/link", "FOLDER/loop", "a/" * 3000, "x" * 300, "/dev/null", "/proc/nowhere", "http://example.org/x.pth"]
 NAMES = ["r56", "kd+fix", "kd+sort+sort", "cpu,cuda", "tpu", "float16", "imagenet", "online,offline"]
 NUMBERS = [2**31, 2**63, 10**400, "0", "1", "-1", "1.0"]
@@ -134,7 +133,7 @@ ANYTHING = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(sorted(VALUES)), ANYTHING, min_size=1, max_size=4))
-@settings(max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_generated_values(place, given):
     download = given.get("preset") in ("paper", "short") or given.get("dataset") == "cifar100"
     with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +173,7 @@ def test_run_with_bad_values(place, name, capsys, monkeypatch):
     monkeypatch.setattr(sortkd.runs, "run_experiment", stop)
     option, there = f"--{name.replace('_', '-')}", everything_in(place)
     small = [part for key, value in (SMALL | {"results_dir": place / "r", "teachers_dir": place / "t"}).items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    values = COMMAND_TEXTS + NAMES + [str(value) for value in NUMBERS] + ["nan", "inf", "None", "[]", "--", "-"]
+    values = ["", "kd\nce", LONG, "9" * 5000, "$(touch x)", "tpu", "-1", "nan", "None", "--"]  # planning has answered to many more
     for value in values:
         status, error = said_by(run, [*small, "--quiet", f"{option}={value}"], capsys)
         assert status in (1, 2), f"{value[:40]!r}: {status}"
@@ -201,20 +200,13 @@ def test_eval_with_bad_values(place, capsys):
 
 @pytest.mark.parametrize("command, arguments, words", [
     ("sortkd-run", ["--results-dir=a\n\u202e\ud800b", "--epochs=-1"], "epochs is -1"),
-    ("sortkd-eval", ["\u202eé\nx.pth"], "there is no checkpoint"),
+    pytest.param("sortkd-eval", ["\u202eé\nx.pth"], "there is no checkpoint", marks=pytest.mark.slow),
 ])
 def test_in_a_process_of_its_own(tmp_path, command, arguments, words):
     arguments = [os.fsencode(each.replace("\ud800", "\udcff")) for each in arguments]  # a byte that is no UTF-8
     done = subprocess.run([Path(sys.executable).with_name(command), *arguments], capture_output=True, timeout=100, cwd=tmp_path)
     error = done.stderr.decode()
     assert done.returncode == 1 and words in error and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-def test_through_papermill(tmp_path):
-    import papermill
-    with pytest.raises(papermill.PapermillExecutionError, match="epochs is -1; give a whole number"):
-        papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", SMALL | {"epochs": -1, "results_dir": str(tmp_path / "results")}, progress_bar=False)
-    assert not (tmp_path / "results").exists()
 
 
 # Data
@@ -564,7 +556,7 @@ def recorded(place):
     "A real record, of a student that an untrained teacher has taught, and the options to repeat it."
     torch.manual_seed(0)
     folder = place.with_name("recorded")
-    teacher = save_teacher(folder / "resnet56.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits"})
+    teacher = save_teacher(folder / "resnet20.safetensors", create_model("resnet20", 10).state_dict(), {"architecture": "resnet20", "dataset": "digits"})
     plan = plan_experiment(**SMALL | {"methods": "kd+sort", "teacher": str(teacher), "teachers_dir": str(folder), "results_dir": str(folder / "results")})
     record, = run_experiment(plan, progress=False).records
     return json.loads(json.dumps(record)), ["--quiet", f"--teachers-dir={folder}", f"--results-dir={folder / 'again'}", "--from-record"]

@@ -64,10 +64,10 @@ def test_help_needs_no_experiment():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_installed_commands_explain_themselves():
-    for name in ("sortkd-run", "sortkd-eval"):
-        shown = subprocess.run([Path(sys.executable).with_name(name), "--help"], capture_output=True, text=True, timeout=100)
-        assert shown.returncode == 0 and shown.stdout.startswith(f"usage: {name}")
+def test_an_installed_command_explains_itself():
+    "Another one is called in tests/test_bad_input.py."
+    shown = subprocess.run([Path(sys.executable).with_name("sortkd-eval"), "--help"], capture_output=True, text=True, timeout=100)
+    assert shown.returncode == 0 and shown.stdout.startswith("usage: sortkd-eval")
 
 
 def test_run_and_eval(tmp_path, capsys):

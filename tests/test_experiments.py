@@ -47,7 +47,7 @@ def test_import_needs_torch_and_nothing_else():
     "Nor do experiments load large packages that they do not use: a command that is given again ends in seconds."
     code = """import sys, torch; before = set(sys.modules); import sortkd; print({name.split('.')[0] for name in set(sys.modules) - before})
 from sortkd.devices import create_fabric; create_fabric("cpu"); import sortkd.runs, sortkd.plots
-print({"torchmetrics", "torchvision", "transformers", "scipy"} & set(sys.modules))"""
+print({"torchmetrics", "torchvision", "transformers", "scipy", "sklearn", "matplotlib", "pandas", "PIL"} & set(sys.modules))"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n") == ["{'sortkd'}", "set()", ""]
 
 
@@ -279,6 +279,7 @@ def test_a_failing_worker_says_why_and_loses_nothing(folder, tmp_path):
     with pytest.raises(OSError, match="quick.jsonl"):
         run_experiment(experiment, progress=False)
     (tmp_path / "quick.jsonl").rmdir()
+    experiment = small_experiment(folder, methods="kd,kd+sort", seeds="0,1", results_dir=str(tmp_path))  # how many at once does not matter
     assert len(run_experiment(experiment, progress=False).records) == len(read_records(tmp_path / "quick.jsonl")) == 4
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import needs_cifar100
 
-from sortkd.data import Batches, Views, draw_views, load_cifar100, load_digits, view_id, views_of
+from sortkd.data import Batches, draw_views, load_cifar100, load_digits, view_id, views_of
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.teachers import load_teacher
@@ -59,15 +59,15 @@ def test_the_same_view_has_the_same_logits(batches, tmp_path, precision):
 
 @needs_cifar100
 def test_the_same_view_has_the_same_logits_on_cifar100(tmp_path):
-    data = load_cifar100().subset(train_size=300)
-    teacher = load_teacher(os.path.join(os.path.dirname(__file__), "../teachers/resnet56-cifar100-10epochs.safetensors"), "resnet56", 100).model
+    data = load_cifar100().subset(train_size=100)
+    teacher = load_teacher(os.path.join(os.path.dirname(__file__), "../teachers/resnet20-cifar100-30epochs.safetensors"), "resnet20", 100).model
     batches = Batches(data)
     cache = CachedTeacherLogits(teacher, batches, tmp_path)
     for epoch in (1, 2):
-        asked = draw_views(300, 4, True, 0, epoch)
+        asked = draw_views(100, 4, True, 0, epoch)
         cache(asked)
     assert torch.equal(cache(asked), TeacherLogits(teacher, batches)(asked).half().float())
-    assert cache.bytes == 300 * 162 * 100 * 2 and cache.share_computed == pytest.approx(1 - (1 - 1 / 162) ** 2, rel=0.01)
+    assert cache.bytes == 100 * 162 * 100 * 2 and cache.share_computed == pytest.approx(1 - (1 - 1 / 162) ** 2, rel=0.01)
 
 
 def test_no_view_is_computed_twice(batches, tmp_path):

@@ -33,7 +33,7 @@ from sortkd.teachers import fetch_published, find_teacher, get_teacher, load_tea
 from sortkd.checkpoints import Stopped
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "methods": "kd+sort", "epochs": 2, "train_size": 200, "test_size": 100, "device": "cpu"}
+SMALL = {"pair": "resnet8:resnet8", "preset": "quick", "dataset": "digits", "methods": "kd+sort", "epochs": 2, "train_size": 200, "test_size": 100, "device": "cpu"}
 
 
 class CreatesFile:
@@ -70,7 +70,7 @@ WAYS = [save_zip, save_old, save_plain]
 def teacher_file(tmp_path_factory):
     "A teacher that has learned nothing."
     torch.manual_seed(0)
-    return save_teacher(tmp_path_factory.mktemp("given") / "resnet56.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits"})
+    return save_teacher(tmp_path_factory.mktemp("given") / "resnet8.safetensors", create_model("resnet8", 10).state_dict(), {"architecture": "resnet8", "dataset": "digits"})
 
 
 def small_experiment(folder, teacher_file, **changes):
@@ -372,14 +372,13 @@ LINKS = {
 }
 
 
-@pytest.mark.parametrize("dangling", [False, True])
-@pytest.mark.parametrize("what", LINKS)
+@pytest.mark.parametrize("what, dangling", [*((what, False) for what in LINKS), (next(iter(LINKS)), True)])
 def test_links_in_the_folders_of_a_run(tmp_path, interrupted, teacher_file, what, dangling):
     "A results folder from somebody else: whatever in it leads elsewhere is refused, and the place that it leads to is as it was."
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     shutil.copytree(interrupted, inside)
     (inside / "teachers").mkdir(exist_ok=True)
-    (run_folder,), (logits,) = (inside / "results" / "runs").glob("r56*"), (each for each in (inside / "results" / "teacher_logits").iterdir() if not each.name.startswith("."))
+    (run_folder,), (logits,) = (inside / "results" / "runs").glob("resnet8-*"), (each for each in (inside / "results" / "teacher_logits").iterdir() if not each.name.startswith("."))
     start, = (inside / "results" / "runs").glob("started-*")
     path = inside / LINKS[what].replace("RUN", run_folder.name).replace("LOGITS", logits.name).replace("STARTED", start.name)
     outside.mkdir()
@@ -433,7 +432,7 @@ def test_links_in_the_folder_of_teachers(tmp_path, web, link):
 COMMANDS = ["$(touch planted)", "`touch planted`", "; touch planted", "| touch planted", "&& touch planted", "x\ntouch planted", "'; touch planted; '", '"; touch planted; "', "${IFS}touch${IFS}planted", "-c touch planted", "{params.lock}"]
 
 
-@pytest.mark.parametrize("text", COMMANDS)
+@pytest.mark.parametrize("text", [*COMMANDS[:4], *(pytest.param(each, marks=pytest.mark.slow) for each in COMMANDS[4:])])
 def test_parameters_reach_no_shell(tmp_path, monkeypatch, capsys, teacher_file, text):
     from inspect import signature
     monkeypatch.chdir(tmp_path)
@@ -582,7 +581,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_process_makes_a_teacher(tmp_path, killed):
     "Two want it at once: one trains, the other says that it waits, and finds it; if the first is killed, the second trains."
     (tmp_path / "teachers" / "local").mkdir(parents=True)
