@@ -149,20 +149,14 @@ def _listed(items: Sequence) -> str:
 def _recipe_changes(text: str) -> dict[str, Any]:
     "The numbers of a recipe in `lr=0.1,batch_size=128`."
     changes: dict[str, Any] = {}
-    if not isinstance(text, str):
-        raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128'.")
-    known = {each.name: each.default for each in fields(Recipe) if each.name not in ("epochs", "milestones")}
-    for part in listed_names("set", text) if text else ():
-        name, _, value = part.partition("=")
-        choice("the name in set", name, list(known))
-        try:
-            changes[name] = int(value) if isinstance(known[name], int) else float(value)
-        except ValueError as error:
-            raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128'.") from error
+    known: dict[str, Any] = {each.name: type(each.default) for each in fields(Recipe) if each.name not in ("epochs", "milestones")}
     try:
+        for part in listed_names("set", text) if text else ():
+            name, _, value = part.partition("=")
+            changes[name] = known[choice("the name in set", name, list(known))](value)
         replace(Recipe(), **changes)
     except ValueError as error:
-        raise ValueError(f"set is {shown(text)}: {error}") from error
+        raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128' ({error}).") from error
     return changes
 
 

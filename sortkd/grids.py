@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checks import need_experiments
 
@@ -123,7 +123,7 @@ def read_grid(path: str | Path, **changes) -> Grid:
 
     Raises `FileNotFoundError`, `ValueError` for a file without names and values, and what `make_grid` raises.
     """
-    path, settings = Path(path), dict[str, object]()
+    path, settings = Path(path), dict[str, Any]()
     if not path.is_file():
         raise FileNotFoundError(f"there is no grid {shown(str(path))}; give a YAML file such as workflow/paper.yaml.")
     for each in (path.with_name("config.yaml"), path):

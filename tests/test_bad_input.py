@@ -190,7 +190,7 @@ def test_eval_with_bad_values(place, capsys):
             status, error = said_by(evaluate_command, ["--", value], capsys)
             assert status == 1 and len(error.strip().splitlines()) == 1 and len(error) <= LONGEST_MESSAGE, value[:40]
         for option in ("--architecture", "--dataset", "--device", "--precision"):
-            for value in [text for text in COMMAND_TEXTS if text != "auto "] + NAMES:
+            for value in ("", "kd\nce", LONG, "9" * 5000, "$(touch x)", "tpu", "-1"):
                 status, error = said_by(evaluate_command, [str(place / "teacher.safetensors"), f"{option}={value}"], capsys)
                 assert status == 1 and len(error.strip().splitlines()) == 1 and len(error) <= LONGEST_MESSAGE, (option, value[:40], error[:300])
         assert everything_in(place) == there
