@@ -1,4 +1,5 @@
 "The package `sortkd`, described by settings.ini, which nbdev reads too."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,19 +8,37 @@ from setuptools import setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-extras = {name: settings[f"{name}_requirements"].split() for name in ("experiments", "tensorboard", "wandb", "hub", "workflow", "dev")}
+names = ("experiments", "tensorboard", "wandb", "hub", "workflow", "docs", "dev")
+extras = {name: settings[f"{name}_requirements"].split() for name in names}
 extras["all"] = sum((extras[name] for name in ("tensorboard", "wandb", "hub", "workflow")), [])
-for name in ("tensorboard", "wandb", "hub", "workflow", "all"):
+extras["dev"] = extras["all"] + extras["docs"] + extras["dev"]
+for name in extras.keys() - {"experiments"}:
     extras[name] = extras["experiments"] + extras[name]
-extras["dev"] = extras["all"] + extras["dev"]
+
+repository = f"https://github.com/{settings['user']}/{settings['repo']}"
+
+
+def for_package_page(text: str) -> str:
+    "README's links and figures, relative here, as addresses that work anywhere."
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/raw/{settings['branch']}/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/blob/{settings['branch']}/", text)
+
 
 setup(
     name=settings["lib_name"],
     version=settings["version"],
     description=settings["description"],
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=for_package_page(Path("README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     author=settings["author"],
+    url=repository,
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2508.16544",
+        "Documentation": f"https://{settings['user']}.github.io/{settings['repo']}/",
+        "Results": f"{repository}/blob/{settings['branch']}/results/README.md",
+        "Changes": f"{repository}/blob/{settings['branch']}/CHANGELOG.md",
+        "Issues": f"{repository}/issues",
+    },
     license_expression="MIT",
     license_files=["LICENSE"],
     classifiers=[

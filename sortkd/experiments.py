@@ -52,6 +52,7 @@ class Experiment:
     device: str
     precision: str
     deterministic: bool
+    compile: bool
     teacher_file: Path | None
     teachers_dir: Path
     results_dir: Path
@@ -173,7 +174,7 @@ def _checked_values(given: Parameters) -> Parameters:
     if not isinstance(given.teacher, str | Path):
         raise ValueError(f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
     choice("cache", given.cache, ["auto", "full", "off"])
-    for name in ("again", "deterministic", "tensorboard"):
+    for name in ("again", "deterministic", "compile", "tensorboard"):
         flag(name, getattr(given, name))
     choice("wandb", given.wandb, ["off", "offline", "online"])
     for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
@@ -308,6 +309,7 @@ def plan_experiment(**parameters) -> Experiment:
         device=device,
         precision=precision_of(fabric),
         deterministic=given.deterministic,
+        compile=given.compile,
         teacher_file=None if str(given.teacher) == "auto" else Path(given.teacher),
         teachers_dir=Path(given.teachers_dir),
         results_dir=Path(given.results_dir),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'Look', 'Plan', 'read_plan', 'split_comparison', 'read_plans', 'planned_cells', 'mark_planned',
-           'describe_plans', 'planned_effects', 'committed', 'first_start']
+           'describe_plans', 'planned_effects', 'describe_looks', 'committed', 'first_start']
 
 # %% ../nbs/12a_plans.ipynb #cdbc0c2a
 import math
@@ -38,7 +38,7 @@ class Look:
 
     after: int
     at: str
-    may: str = ""
+    may: str = ""  # such a look is blind: it shows how far the differences scatter, and no effect
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,9 @@ def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
-    runs = runs[(runs["teacher_file"] == teacher) | (runs["objective"] == "ce")]
+    asked = {"data": options.get("dataset", "cifar100"), "train_images": options.get("train_size") or 50_000,
+             "test_images": options.get("test_size") or 10_000}
+    runs = runs[(runs[list(asked)] == pd.Series(asked)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
     filled = cells.merge(runs[[*_CELL, "run_id"]].drop_duplicates(_CELL), on=_CELL, how="left")
     return filled[["plan", *_CELL, "run_id"]]
 
@@ -137,36 +139,71 @@ def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table, pd.DataFrame([{"plan": "(not planned)", "method": "", "planned": 0, "exist": others}])], ignore_index=True)
 
 # %% ../nbs/12a_plans.ipynb #9664ef68
-def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
-    """The effects that a plan asks for, with verdicts (`verdicts`), and the columns plan, planned (how many seeds it
-    planned), images_low and images_high (`crossed_bootstrap` over seeds and test images; NaN without the runs' bits).
-    The primary comparison comes first, and has no p_holm. Empty if no seed has both methods yet.
+def _found(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The runs for a plan's comparisons, and for each comparison: planned (how many seeds), seeds (how many have both methods),
+    look (how many of them the last look at effects took in; 0 before the first), next (after how many seeds the next one is).
     """
     known = {each.name: each for each in plans}
     groups = [plan, *(known[choice("beside", name, list(known))] for name in plan.beside)]
-    cells = pd.concat([planned_cells(each, runs).dropna(subset="run_id") for each in groups])
+    cells = pd.concat([planned_cells(each, runs) for each in groups])
     found = select(runs[runs["run_id"].isin(cells["run_id"])])
-    parts = []
-    for comparisons in ([plan.primary] if plan.primary else [], plan.comparisons):
-        effects = [compare_methods(found, *split_comparison(each), plan.outcome, 1 - plan.level) for each in comparisons]
-        if effects := [each for each in effects if len(each)]:
-            parts.append(verdicts(pd.concat(effects, ignore_index=True), plan.smallest_effect, plan.level))
+    rows = {}
+    for comparison in [*([plan.primary] if plan.primary else []), *plan.comparisons]:
+        planned, have = (
+            len(set.intersection(*(set(table.loc[table["method"] == method, "seed"]) for method in split_comparison(comparison))))
+            for table in (cells, found)
+        )
+        looks = sorted({min(look.after, planned) for look in plan.looks if not look.may})
+        rows[comparison] = {"planned": planned, "seeds": have, "look": max([look for look in looks if look <= have], default=0),
+                            "next": min([look for look in looks if look > have], default=None)}
+    return found, pd.DataFrame.from_dict(rows, orient="index", columns=["planned", "seeds", "look", "next"])
+
+
+def _compare(plan: Plan, found: pd.DataFrame, comparison: str, seeds: int) -> pd.DataFrame:
+    "The effect of a comparison over its first `seeds` seeds, with images_low and images_high."
+    first, second = (found[found["method"] == method] for method in split_comparison(comparison))
+    both = sorted({*first["seed"]} & {*second["seed"]})[:seeds]
+    runs = found[found["seed"].isin(both)]
+    effect = compare_methods(runs, *split_comparison(comparison), plan.outcome, 1 - plan.level)
+    correct = [side[side["seed"].isin(both)].set_index("seed")["correct"] for side in (second, first)]
+    if len(both) < 2 or pd.concat(correct).isna().any():
+        return effect.assign(images_low=math.nan, images_high=math.nan)
+    low, high = crossed_bootstrap(*(np.stack(list(side[both])) for side in correct), 1 - plan.level)
+    return effect.assign(images_low=low, images_high=high)
+
+
+def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
+    """The effects that a plan asks for, each over the seeds of the last look that was reached, with verdicts (`verdicts`), and
+    the columns plan, planned (how many seeds it planned), images_low and images_high (`crossed_bootstrap` over seeds and test
+    images; NaN without the runs' bits). The primary comparison comes first, and has no p_holm. Empty before the first look.
+    """
+    found, looks = _found(plan, plans, runs)
+    effects = {each: _compare(plan, found, each, looks.look[each]) for each in looks.index if looks.look[each]}
+    primary = [table for comparison, table in effects.items() if comparison == plan.primary]
+    others = [table for comparison, table in effects.items() if comparison != plan.primary]
+    parts = [verdicts(pd.concat(part, ignore_index=True), plan.smallest_effect, plan.level) for part in (primary, others) if part]
     if not parts:
         return verdicts(compare_methods(found, "", "")).assign(plan=[], planned=[])
     table = pd.concat(parts, ignore_index=True)
     table.loc[table["comparison"] == plan.primary, "p_holm"] = math.nan
-    intervals = [_over_images(found, *split_comparison(each), 1 - plan.level) for each in table["comparison"]]
-    table[["images_low", "images_high"]] = pd.DataFrame(intervals, table.index)
-    seeds = pd.concat([each.grid.cells for each in groups]).groupby("method")["seed"].nunique()
-    return table.assign(plan=plan.name, planned=[int(seeds[list(split_comparison(each))].min()) for each in table["comparison"]])
+    return table.assign(plan=plan.name, planned=[looks.planned[each] for each in table["comparison"]])
 
 
-def _over_images(runs: pd.DataFrame, method: str, against: str, level: float) -> tuple[float, float]:
-    first, second = (runs[runs["method"] == name].set_index("seed")["correct"].dropna() for name in (method, against))
-    seeds = first.index.intersection(second.index)
-    if len(seeds) < 2:
-        return math.nan, math.nan
-    return crossed_bootstrap(np.stack(list(second[seeds])), np.stack(list(first[seeds])), level)
+def describe_looks(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> list[str]:
+    "For each comparison of a plan: how many of its seeds exist, and when its effect was or will be looked at."
+    found, looks = _found(plan, plans, runs)
+    lines = []
+    for row in looks.itertuples():
+        line = f"{row.Index}: {row.seeds} of {row.planned} seeds"
+        if row.look:
+            line += f", looked at after {row.look}"
+        if row.next:
+            line += f", to be looked at after {row.next}"
+        if blind := max([look.after for look in plan.looks if look.may and look.after <= row.seeds], default=0):
+            line += f"; standard deviation of the first {blind} differences: {_compare(plan, found, row.Index, blind)['std'].iloc[0]:.2f}"
+        lines.append(line)
+    return lines
+
 
 # %% ../nbs/12a_plans.ipynb #67795536
 def committed(path: str | Path) -> datetime | None:

@@ -160,6 +160,7 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str | None
         "device": experiment.device,
         "precision": experiment.precision,
         **({"deterministic": True} if experiment.deterministic else {}),
+        **({"compiled": True} if experiment.compile else {}),
         "channels_last": True,
         "teacher_logits": kind if method.uses_teacher else None,
         **({"strong_views": STRONG_VIEWS} if method.strong_views else {}),
@@ -256,6 +257,7 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
                 _initial_model(experiment.pair.student, data.num_classes, seed), run.method,
                 experiment.recipe_for(run.method), checkpoint=run.folder / "checkpoint.pt",
                 context=(run.about_teacher or {}).get("weights_sha256", ""), callbacks=[session, *callbacks, *loggers],
+                compile=experiment.compile,
             ))
         names = [run.method.name for run in runs]
         title = f"{', '.join(names) if len(names) < 4 else f'{len(names)} methods'}, seed {seed}"

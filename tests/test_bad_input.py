@@ -67,7 +67,7 @@ VALUES = {
     "set": EVERYTHING + NAMES + ["lr", "lr=", "=1", "lr=x", "lr=nan", "lr=-1", "lr=1,lr=2", "lr=(1,2)", "batch_size=1.5", "batch_size=0", "epochs=3", "milestones=1", "lr==1"],
     "epochs": EVERYTHING + NUMBERS, "train_size": EVERYTHING + NUMBERS + [1438], "test_size": EVERYTHING + NUMBERS + [361],
     "teacher": EVERYTHING + PATHS, "teachers_dir": EVERYTHING + PATHS, "results_dir": EVERYTHING + PATHS, "cache_dir": EVERYTHING + PATHS,
-    "device": EVERYTHING + NAMES, "precision": EVERYTHING + NAMES, "deterministic": EVERYTHING, "cache": EVERYTHING + NAMES, "workers": EVERYTHING + NUMBERS,
+    "device": EVERYTHING + NAMES, "precision": EVERYTHING + NAMES, "deterministic": EVERYTHING, "compile": EVERYTHING, "cache": EVERYTHING + NAMES, "workers": EVERYTHING + NUMBERS,
     "again": EVERYTHING, "plugin": EVERYTHING + PATHS, "tensorboard": EVERYTHING, "wandb": EVERYTHING + NAMES,
 }
 

@@ -610,6 +610,19 @@ def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
     assert "weights differ; last top-1 was" in compare_runs(record, other)[0]
 
 
+def test_a_compiled_run_says_so(folder, tmp_path, monkeypatch):
+    "With the compiler that only traces: the numbers are those of an eager run, whose record is another one all the same."
+    compile_network = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_network(self, **options, backend="eager"))
+    eager, compiled = (run_experiment(small_experiment(folder, methods="kd+sort", compile=each, results_dir=str(tmp_path)), progress=False).records[0]
+                       for each in (False, True))
+    assert "compiled" not in eager and compiled["compiled"] is True and same_numbers(eager, compiled)
+    found, _ = load_results([tmp_path / "quick.jsonl"])
+    assert {*found["precision"]} == {eager["precision"], f"{eager['precision']}, compiled"}  # which do not share a table
+    again = plan_repetition(compiled, teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
+    assert again.compile
+
+
 @pytest.mark.cuda
 def test_deterministic_on_a_gpu(folder, tmp_path):
     experiment = small_experiment(folder, methods="kd,dkd+sort", device="cuda", deterministic=True, results_dir=str(tmp_path))

@@ -58,7 +58,8 @@ def test_the_promise_is_what_was_tried(settings):
 def test_everyone_promises_the_same(settings, package):
     pythons = settings["tested_pythons"].split()
     assert settings["min_python"] == pythons[0] and package["python_requires"] == f">={pythons[0]}"
-    assert f"With Python {pythons[0]} or newer" in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert f"With Python {pythons[0]} or newer" in readme and f"![Python {pythons[0]} to {pythons[-1]}]" in readme
     classifiers = [each.rpartition(" ")[2] for each in package["classifiers"] if re.fullmatch(r"Programming Language :: Python :: 3\.\d+", each)]
     assert classifiers == pythons
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
@@ -68,8 +69,8 @@ def test_everyone_promises_the_same(settings, package):
 def test_every_extra_runs_experiments_and_the_base_is_torch(settings, package):
     needed, extras = settings["experiments_requirements"].split(), package["extras_require"]
     assert [Requirement(each).name for each in package["install_requires"]] == ["torch"]
-    assert extras.keys() == {"experiments", "tensorboard", "wandb", "hub", "workflow", "all", "dev"} and extras["experiments"] == needed
-    assert all(set(needed) < set(extras[name]) < set(extras["dev"]) for name in ("tensorboard", "wandb", "hub", "workflow", "all"))
+    assert extras.keys() == {"experiments", "tensorboard", "wandb", "hub", "workflow", "all", "docs", "dev"} and extras["experiments"] == needed
+    assert all(set(needed) < set(extras[name]) < set(extras["dev"]) for name in ("tensorboard", "wandb", "hub", "workflow", "all", "docs"))
     assert set(extras["all"]) == set(extras["tensorboard"] + extras["wandb"] + extras["hub"] + extras["workflow"])
     assert all(len(set(each)) == len(each) for each in extras.values())
 
@@ -78,6 +79,23 @@ def test_the_package_is_the_modules_and_their_types(package):
     assert package["packages"] == ["sortkd"] and not [path for path in (ROOT / "sortkd").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert package["package_data"] == {"sortkd": ["py.typed"]} and (ROOT / "sortkd" / "py.typed").exists()
     assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_the_package_page_and_citations(package, settings):
+    "README's links lead somewhere from the package page, too, and files that name the version name this one."
+    links = re.findall(r"\]\(([^)]*)\)", package["long_description"])
+    assert len(links) > 10 and all(re.match("https?://|#", link) for link in links), links
+    local = [link.partition("/blob/main/")[2] or link.partition("/raw/main/")[2] for link in links if link.startswith(package["url"])]
+    assert len(local) > 10 and not [path for path in local if path and not (ROOT / path.partition("#")[0]).exists()]
+    assert "/raw/main/paper_figures/mechanism.png" in package["long_description"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == settings["version"] and citation["repository-code"] == package["url"]
+    assert f"version = {{{settings['version']}}}" in (ROOT / "CITATION.bib").read_text()
+    assert f"## {settings['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(path.read_text())
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == ["nbdev_clean", "nbdev_export"]
 
 
 OPTIONAL = {"huggingface_hub", "tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without

@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from sortkd.plans import committed, describe_plans, first_start, mark_planned, planned_cells, planned_effects, read_plan, read_plans
+from sortkd.plans import Look, committed, describe_looks, describe_plans, first_start, mark_planned, planned_cells, planned_effects, read_plan, read_plans
 from sortkd.results import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,7 @@ def runs_of(plan, **changes):
     cells = plan.grid.cells.assign(preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
     teacher = Path(plan.grid.options.get("teacher", "")).name
     return cells.assign(teacher_file=teacher, objective=cells.method.str.split("+").str[0], run_id=[str(n) for n in range(len(cells))],
-                        started="2026-11-26T01-02-03.000004Z", **changes)
+                        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000, test_images=10_000, **changes)
 
 
 def measured(runs):
@@ -58,7 +59,7 @@ def measured(runs):
     noise = np.random.default_rng(0).normal(0, 0.3, len(runs))
     return runs.assign(last_top1=60 + noise + (runs.method == "kd+sort"), repair=runs.method.str.contains("sort").map({True: "sort", False: "none"}),
                        correct=[np.arange(500) < 5 * top1 for top1 in 60 + noise + (runs.method == "kd+sort")],
-                       **dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "train_images", "test_images", "precision", "device", "synthetic",
+                       **dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "precision", "device", "synthetic",
                                         "teacher_sha256", "method_settings", "lr"], "same"))
 
 
@@ -68,8 +69,24 @@ def test_a_comparison_with_the_runs_of_another_plan():
     runs.loc[runs.method == "ce", "last_top1"] -= 5
     effects = planned_effects(sorting, PLANS, runs).set_index("comparison")
     assert effects.seeds.tolist() == [15, 6] and effects.verdict.tolist() == ["gain", "gain"]
-    assert effects.planned.tolist() == [15, 6] and effects.unmatched["kd minus ce"] == 9 and effects.p_holm.notna().tolist() == [False, True]
+    assert effects.planned.tolist() == [15, 6] and effects.p_holm.notna().tolist() == [False, True]
     assert planned_effects(baseline, PLANS, runs).empty
+
+
+def test_an_effect_is_shown_when_its_look_is_reached():
+    sorting = next(each for each in PLANS if each.name == "sorting")  # a blind look after 5 seeds, the effect after 15
+    runs = measured(runs_of(sorting))
+    for seeds in (0, 1, 4, 5, 14):
+        some = runs[runs.seed < seeds]
+        assert planned_effects(sorting, PLANS, some).empty
+        line = describe_looks(sorting, PLANS, some)[0]
+        assert line.startswith(f"kd+sort minus kd: {seeds} of 15 seeds, to be looked at after 15")
+        assert ("standard deviation of the first 5 differences" in line) == (seeds >= 5)
+    # Another look at the effect after 10 seeds: until 15 are there, their effect is the one of the ten.
+    twice = replace(sorting, looks=(Look(10, "the effect"), Look(15, "the effect")))
+    ten, twelve = (planned_effects(twice, PLANS, runs[runs.seed < seeds]) for seeds in (10, 12))
+    assert ten.seeds[0] == twelve.seeds[0] == 10 and ten.equals(twelve) and planned_effects(twice, PLANS, runs).seeds[0] == 15
+    assert "12 of 15 seeds, looked at after 10, to be looked at after 15" in describe_looks(twice, PLANS, runs[runs.seed < 12])[0]
 
 
 def test_runs_are_matched_with_the_cells_that_planned_them():
@@ -77,7 +94,7 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     runs = runs_of(plan)
     assert (mark_planned(runs, PLANS)["plan"] == "sorting").all() and planned_cells(plan, runs).run_id.notna().all()
     assert first_start(plan, runs).microsecond == 4
-    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}):
+    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"}):
         assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
     effects = planned_effects(plan, PLANS, measured(runs))
     assert effects.comparison.tolist() == ["kd+sort minus kd"] and effects.seeds[0] == effects.planned[0] == 15 and math.isnan(effects.p_holm[0])
