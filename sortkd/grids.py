@@ -124,7 +124,7 @@ def read_grid(path: str | Path, **changes) -> Grid:
     Raises `FileNotFoundError`, `ValueError` for a file without names and values, and what `make_grid` raises.
     """
     path, settings = Path(path), dict[str, Any]()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no grid {shown(str(path))}; give a YAML file such as workflow/paper.yaml.")
     for each in (path.with_name("config.yaml"), path):
         if each.is_file():

@@ -307,9 +307,7 @@ def create_method(name: str, **changes: float) -> Method:
     """The method called `name`: an objective, or an objective and a repair joined by `+`, such as `kd`, `kd+swap` or
     `dkd+sort`. Either may have numbers of its own: `kd(temperature=2)+sort`, `dkd(beta=2)+revise(eta=0.9)`.
 
-    `changes`, where the name has no such number, replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
-    `target_temperature`, `alpha`, `beta`, `gamma`, `exponent`, `scale`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`,
-    `student_teaches_after`).
+    `changes`, where the name has no such number, replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the settings that `OBJECTIVES` gives.
     Raises `ValueError` for a name or a change that does not exist, a number that is not finite or that the repair refuses,
     and a repair that makes no sense for the objective.
     """

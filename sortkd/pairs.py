@@ -177,8 +177,6 @@ _EXPECTED = (
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)
 PRESETS = {
     ("paper", "cifar100"): Preset(240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=True),
-    ("short", "cifar100"): Preset(5, 20000, 0, Recipe().shortened(10), 0, teacher_min_epochs=10, fetch_teacher=False),
-    ("quick", "cifar100"): Preset(3, 1000, 500, SHORT_TEACHER, 0, teacher_min_epochs=1, fetch_teacher=False),
     ("paper", "imagenet"): Preset(
         100, 0, 0, Recipe(**IMAGENET_RECIPE), 0, teacher_min_epochs=100, fetch_teacher=True
     ),

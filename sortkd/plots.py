@@ -10,11 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .checks import need_experiments
 from .pairs import has_published_length
 from .sorting import sort_logits
-
-need_experiments()
 
 # %% ../nbs/07d_plots.ipynb #47658d99
 PLAIN, SWAPPED, SORTED = "#c4c4c4", "#ffffff", "#1f4e79"

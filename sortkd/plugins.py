@@ -10,6 +10,7 @@ __all__ = ['Plugin', 'register_repair', 'register_objective', 'register_model', 
 import hashlib
 import inspect
 import math
+import os
 import re
 import sys
 import traceback
@@ -208,12 +209,8 @@ def load_plugin(path: str | Path) -> Plugin:
 
 def _find(path: str) -> tuple[Path, str]:
     "The file to run, and for an entry point its name and the version of its package."
-    file = Path(path)
-    try:
-        if file.is_file():
-            return file, ""
-    except (OSError, ValueError):  # a name that no file can have
-        pass
+    if os.path.isfile(path):
+        return Path(path), ""
     for entry in metadata.entry_points(group="sortkd.plugins", name=path):
         spec = util.find_spec(entry.module)
         if spec and spec.origin:
