@@ -168,7 +168,7 @@ def _find_record(source: str) -> dict:
     path, _, run_id = (source, "", "") if os.path.isfile(source) else source.rpartition(":")
     if not os.path.isfile(path):  # which also says so of a name that no file can have
         raise FileNotFoundError(f"no file of records at {path or source!r:.200}; give FILE or FILE:RUN_ID.")
-    records = [each for each in read_records(path) if isinstance(each, dict) and each.get("run_id")]
+    records = [each for each in read_records(path) if each.get("run_id")]
     found = [each for each in records if not run_id or each["run_id"] == run_id]
     if len(found) != 1:
         names = ", ".join(str(each["run_id"]) for each in records[:20]) or "it has none"

@@ -31,7 +31,7 @@ def native_precision(device: str) -> str:
     "The fastest precision of `device` (`cpu` or `cuda`): `bfloat16` where the hardware computes in it, else `float32`."
     if device == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float32"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities = torch.cpu.get_capabilities()
     return "bfloat16" if any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16")) else "float32"
 
 

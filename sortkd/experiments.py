@@ -25,7 +25,6 @@ from sortkd.pairs import (
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
 from .records import read_records
-from .teacher_logits import expected_views
 from .teachers import load_teacher
 from .devices import create_fabric, precision_of
 from .training import Recipe
@@ -53,6 +52,7 @@ class Experiment:
     device: str
     precision: str
     deterministic: bool
+    compile: bool
     teacher_file: Path | None
     teachers_dir: Path
     results_dir: Path
@@ -94,22 +94,13 @@ class Experiment:
         return read_records(self.records_file) if self.records_file.exists() else []
 
     def describe_teacher_logits(self) -> str:
-        "What caching the teacher's logits costs and saves in this experiment."
+        "What caching the teacher's logits costs in this experiment."
         if not self.uses_teacher:
             return "No method uses a teacher."
-        images, seeds = len(self.data.train_targets), len(self.seeds)
-        epochs = [self.recipe_for(method).epochs for method in self.methods if method.uses_teacher]
-        asked, longest = images * seeds * sum(epochs), max(epochs)
         if self.cache == "off" or not self.data.views_per_image:
-            return f"The teacher runs in every epoch, on {asked:,} images in all."
-        views = self.data.views_per_image
-        computed = images * (views if self.cache == "full" else expected_views(views, longest * seeds))
-        size = images * views * self.data.num_classes * 2
-        return (
-            f"Teacher logits are cached ({size / 1e6:,.{0 if size > 1e7 else 2}f} MB for {images * views:,} views). "
-            f"Training needs {asked:,} rows; the teacher computes about {computed:,.0f}, fewer if the cache is warm."
-            + " It also computes those of every strong view." * any(method.strong_views for method in self.methods)
-        )
+            return "The teacher runs in every epoch."
+        views = len(self.data.train_targets) * self.data.views_per_image
+        return f"Teacher logits are cached ({views * self.data.num_classes * 2 / 1e6:,.2f} MB for {views:,} views)."
 
     def describe(self) -> str:
         "What this run is, and what its numbers are evidence of."
@@ -159,20 +150,14 @@ def _listed(items: Sequence) -> str:
 def _recipe_changes(text: str) -> dict[str, Any]:
     "The numbers of a recipe in `lr=0.1,batch_size=128`."
     changes: dict[str, Any] = {}
-    if not isinstance(text, str):
-        raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128'.")
-    known = {each.name: each.default for each in fields(Recipe) if each.name not in ("epochs", "milestones")}
-    for part in listed_names("set", text) if text else ():
-        name, _, value = part.partition("=")
-        choice("the name in set", name, list(known))
-        try:
-            changes[name] = int(value) if isinstance(known[name], int) else float(value)
-        except ValueError as error:
-            raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128'.") from error
+    known: dict[str, Any] = {each.name: type(each.default) for each in fields(Recipe) if each.name not in ("epochs", "milestones")}
     try:
+        for part in listed_names("set", text) if text else ():
+            name, _, value = part.partition("=")
+            changes[name] = known[choice("the name in set", name, list(known))](value)
         replace(Recipe(), **changes)
     except ValueError as error:
-        raise ValueError(f"set is {shown(text)}: {error}") from error
+        raise ValueError(f"set is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128' ({error}).") from error
     return changes
 
 
@@ -189,7 +174,7 @@ def _checked_values(given: Parameters) -> Parameters:
     if not isinstance(given.teacher, str | Path):
         raise ValueError(f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
     choice("cache", given.cache, ["auto", "full", "off"])
-    for name in ("again", "deterministic", "tensorboard"):
+    for name in ("again", "deterministic", "compile", "tensorboard"):
         flag(name, getattr(given, name))
     choice("wandb", given.wandb, ["off", "offline", "online"])
     for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
@@ -324,6 +309,7 @@ def plan_experiment(**parameters) -> Experiment:
         device=device,
         precision=precision_of(fabric),
         deterministic=given.deterministic,
+        compile=given.compile,
         teacher_file=None if str(given.teacher) == "auto" else Path(given.teacher),
         teachers_dir=Path(given.teachers_dir),
         results_dir=Path(given.results_dir),

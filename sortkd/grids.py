@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .checks import need_experiments
 
@@ -123,19 +123,14 @@ def read_grid(path: str | Path, **changes) -> Grid:
 
     Raises `FileNotFoundError`, `ValueError` for a file without names and values, and what `make_grid` raises.
     """
-    path, settings = Path(path), dict[str, object]()
-    try:
-        exists = path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        exists = False
-    if not exists:
+    path, settings = Path(path), dict[str, Any]()
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no grid {shown(str(path))}; give a YAML file such as workflow/paper.yaml.")
     for each in (path.with_name("config.yaml"), path):
         if each.is_file():
             settings |= read_yaml(each)
     if more := changes.pop("options", {}):
-        own = settings.get("options") or {}
-        settings["options"] = {**own, **more} if isinstance(own, dict) else own
+        settings["options"] = {**(settings.get("options") or {}), **more}
     return make_grid(settings | changes)
 
 

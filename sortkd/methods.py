@@ -87,38 +87,12 @@ class Objective:
     in_epoch: Callable[[Mapping, int], Mapping] = lambda settings, epoch: settings  # the term's settings then
 
 
-def _kd_term(student_logits, teacher_logits, target, temperature):
-    return kd_loss(student_logits, teacher_logits, temperature)
+def _without_target(loss: Callable[..., Tensor], **fixed: bool) -> Callable[..., Tensor]:
+    "The term of a loss that does not take the target, the last tensor of every term."
+    return lambda *tensors, **settings: loss(*tensors[:-1], **settings, **fixed)
 
 
-def _dist_term(student_logits, teacher_logits, target, **settings):
-    return dist_loss(student_logits, teacher_logits, **settings)
-
-
-def _ttm_term(student_logits, teacher_logits, target, exponent):
-    return ttm_loss(student_logits, teacher_logits, exponent)
-
-
-def _wttm_term(student_logits, teacher_logits, target, exponent):
-    return ttm_loss(student_logits, teacher_logits, exponent, weighted=True)
-
-
-def _normkd_term(student_logits, teacher_logits, target, scale):
-    return normkd_loss(student_logits, teacher_logits, scale)
-
-
-def _mlkd_term(*logits_and_target, **settings):
-    return mlkd_loss(*logits_and_target[:-1], **settings)
-
-
-def _lskd_mlkd_term(*logits_and_target, **settings):
-    return mlkd_loss(*logits_and_target[:-1], **settings, standardized=True)
-
-
-def _sld_settings(settings, epoch):
-    return {"student_teaches": epoch > settings["student_teaches_after"]}
-
-
+_kd_term = _without_target(kd_loss)
 def _ctkd_settings(settings, epoch):
     others = {name: value for name, value in settings.items() if name not in ("start", "end", "curriculum_epochs")}
     return others | {"gradient_factor": curriculum_factor(epoch, settings["curriculum_epochs"])}
@@ -134,9 +108,9 @@ OBJECTIVES: dict[str, Objective] = {
     "rld": Objective(rld_loss, ce_weight=1.0, kd_weight=1.0, warmup_epochs=20,
                      settings={"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "target_temperature": 1.0}),
     "nkd": Objective(nkd_loss, ce_weight=1.0, kd_weight=1.0, settings={"gamma": 3.5, "temperature": 3.0}),
-    "ttm": Objective(_ttm_term, ce_weight=1.0, kd_weight=45.0, settings={"exponent": 0.1}),
-    "wttm": Objective(_wttm_term, ce_weight=1.0, kd_weight=4.0, settings={"exponent": 0.2}),
-    "normkd": Objective(_normkd_term, ce_weight=0.1, kd_weight=0.9, settings={"scale": 2.0}),
+    "ttm": Objective(_without_target(ttm_loss), ce_weight=1.0, kd_weight=45.0, settings={"exponent": 0.1}),
+    "wttm": Objective(_without_target(ttm_loss, weighted=True), ce_weight=1.0, kd_weight=4.0, settings={"exponent": 0.2}),
+    "normkd": Objective(_without_target(normkd_loss), ce_weight=0.1, kd_weight=0.9, settings={"scale": 2.0}),
     "wsld": Objective(wsld_loss, ce_weight=1.0, kd_weight=2.25, settings={"temperature": 4.0}),
     "lskd": Objective(_kd_term, ce_weight=0.1, kd_weight=9.0, standardize=True, settings={"temperature": 2.0}),
     "lskd_dkd": Objective(dkd_loss, ce_weight=1.0, kd_weight=9.0, warmup_epochs=20, standardize=True, pair_beta=True,
@@ -144,11 +118,12 @@ OBJECTIVES: dict[str, Objective] = {
     "ctkd": Objective(_kd_term, ce_weight=0.1, kd_weight=0.9, learns_temperature=True, settings=_CTKD, in_epoch=_ctkd_settings),
     "ctkd_dkd": Objective(dkd_loss, ce_weight=1.0, kd_weight=1.0, learns_temperature=True,
                           settings={"alpha": 1.0, "beta": 2.0, **_CTKD}, in_epoch=_ctkd_settings),
-    "mlkd": Objective(_mlkd_term, ce_weight=0.1, kd_weight=0.9, settings={"temperature": 4.0}, **_MLKD),
-    "lskd_mlkd": Objective(_lskd_mlkd_term, ce_weight=0.1, kd_weight=9.0, settings={"temperature": 2.0}, **_MLKD),
+    "mlkd": Objective(_without_target(mlkd_loss), ce_weight=0.1, kd_weight=0.9, settings={"temperature": 4.0}, **_MLKD),
+    "lskd_mlkd": Objective(_without_target(mlkd_loss, standardized=True), ce_weight=0.1, kd_weight=9.0, settings={"temperature": 2.0}, **_MLKD),
     "sld": Objective(sld_loss, ce_weight=0.1, kd_weight=0.9, repair="swap", strong_views=True, lr=0.025,
-                     settings={"student_teaches_after": 150}, in_epoch=_sld_settings),
-    "dist": Objective(_dist_term, ce_weight=1.0, kd_weight=1.0, relates_rows=True,
+                     settings={"student_teaches_after": 150},
+                     in_epoch=lambda settings, epoch: {"student_teaches": epoch > settings["student_teaches_after"]}),
+    "dist": Objective(_without_target(dist_loss), ce_weight=1.0, kd_weight=1.0, relates_rows=True,
                       settings={"inter_weight": 2.0, "intra_weight": 2.0, "temperature": 4.0}),
 }
 
@@ -332,9 +307,7 @@ def create_method(name: str, **changes: float) -> Method:
     """The method called `name`: an objective, or an objective and a repair joined by `+`, such as `kd`, `kd+swap` or
     `dkd+sort`. Either may have numbers of its own: `kd(temperature=2)+sort`, `dkd(beta=2)+revise(eta=0.9)`.
 
-    `changes`, where the name has no such number, replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the objective's settings (`temperature`,
-    `target_temperature`, `alpha`, `beta`, `gamma`, `exponent`, `scale`, `inter_weight`, `intra_weight`, `start`, `end`, `curriculum_epochs`,
-    `student_teaches_after`).
+    `changes`, where the name has no such number, replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the settings that `OBJECTIVES` gives.
     Raises `ValueError` for a name or a change that does not exist, a number that is not finite or that the repair refuses,
     and a repair that makes no sense for the objective.
     """

@@ -35,58 +35,29 @@ class Pair:
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-PAIRS = {
-    "r56_r20": Pair(
-        "resnet56", "resnet20", beta=2.0, lr=0.05,
-        numbers={"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}},
-    ),
-    "r110_r32": Pair("resnet110", "resnet32", beta=2.0, lr=0.05, numbers={"lskd_dkd": {"kd_weight": 15.0}}),
-    "r32x4_r8x4": Pair("resnet32x4", "resnet8x4", beta=8.0, lr=0.05),
-    "wrn40_2_wrn16_2": Pair(
-        "wrn_40_2", "wrn_16_2", beta=6.0, lr=0.05, numbers={"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
-    ),
-    "wrn40_2_wrn40_1": Pair(
-        "wrn_40_2", "wrn_40_1", beta=6.0, lr=0.05, numbers={"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
-    ),
-    "vgg13_vgg8": Pair(
-        "vgg13", "vgg8", beta=6.0, lr=0.05,
-        numbers={
-            "lskd": {"temperature": 3.0},
-            "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
-            "lskd_mlkd": {"kd_weight": 6.0, "lr": 0.01},
-        },
-    ),
-    "r32x4_shuv1": Pair(
-        "resnet32x4", "ShuffleV1", beta=8.0, lr=0.01,
-        numbers={"mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009}},
-    ),
-    "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", beta=8.0, lr=0.01, numbers={"sld": {"lr": 0.009}}),
-    "vgg13_mv2": Pair(
-        "vgg13", "MobileNetV2", beta=6.0, lr=0.01,
-        numbers={
-            "lskd": {"temperature": 3.0},
-            "lskd_dkd": {"temperature": 3.0, "beta": 2.0},
-            "lskd_mlkd": {"kd_weight": 6.0},
-            "sld": {"lr": 0.008},
-        },
-    ),
-    "r50_mv2": Pair(
-        "ResNet50", "MobileNetV2", beta=8.0, lr=0.01,
-        numbers={
-            "lskd": {"temperature": 3.0, "kd_weight": 1.0},
-            "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
-            "sld": {"lr": 0.008},
-        },
-    ),
-    "r32x4_shuv2": Pair(
-        "resnet32x4", "ShuffleV2", beta=8.0, lr=0.01,
-        numbers={
-            "mlkd": {"epochs": 960},
-            "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0},
-            "sld": {"lr": 0.008},
-        },
-    ),
-    "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", beta=8.0, lr=0.01),
+PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
+    "r56_r20": Pair("resnet56", "resnet20", 2.0, 0.05, {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}}),
+    "r110_r32": Pair("resnet110", "resnet32", 2.0, 0.05, {"lskd_dkd": {"kd_weight": 15.0}}),
+    "r32x4_r8x4": Pair("resnet32x4", "resnet8x4", 8.0, 0.05),
+    "wrn40_2_wrn16_2": Pair("wrn_40_2", "wrn_16_2", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}),
+    "wrn40_2_wrn40_1": Pair("wrn_40_2", "wrn_40_1", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}),
+    "vgg13_vgg8": Pair("vgg13", "vgg8", 6.0, 0.05, {
+        "lskd": {"temperature": 3.0}, "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0}, "lskd_mlkd": {"kd_weight": 6.0, "lr": 0.01},
+    }),
+    "r32x4_shuv1": Pair("resnet32x4", "ShuffleV1", 8.0, 0.01, {
+        "mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009},
+    }),
+    "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01, {"sld": {"lr": 0.009}}),
+    "vgg13_mv2": Pair("vgg13", "MobileNetV2", 6.0, 0.01, {
+        "lskd": {"temperature": 3.0}, "lskd_dkd": {"temperature": 3.0, "beta": 2.0}, "lskd_mlkd": {"kd_weight": 6.0}, "sld": {"lr": 0.008},
+    }),
+    "r50_mv2": Pair("ResNet50", "MobileNetV2", 8.0, 0.01, {
+        "lskd": {"temperature": 3.0, "kd_weight": 1.0}, "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0}, "sld": {"lr": 0.008},
+    }),
+    "r32x4_shuv2": Pair("resnet32x4", "ShuffleV2", 8.0, 0.01, {
+        "mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0}, "sld": {"lr": 0.008},
+    }),
+    "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", 8.0, 0.01),
 }
 
 # %% ../nbs/07a_pairs.ipynb #5f7793cc
@@ -101,12 +72,8 @@ _IMAGENET = {
     "dist": {"inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
 }
 IMAGENET_PAIRS = {
-    "in_r34_r18": Pair(
-        "imagenet/ResNet34", "imagenet/ResNet18", beta=0.5, lr=0.2, numbers=_IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 0.5}}
-    ),
-    "in_r50_mv1": Pair(
-        "imagenet/ResNet50", "imagenet/MobileNetV1", beta=2.0, lr=0.2, numbers=_IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 2.0}}
-    ),
+    "in_r34_r18": Pair("imagenet/ResNet34", "imagenet/ResNet18", 0.5, 0.2, _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 0.5}}),
+    "in_r50_mv1": Pair("imagenet/ResNet50", "imagenet/MobileNetV1", 2.0, 0.2, _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 2.0}}),
 }
 
 
@@ -210,8 +177,6 @@ _EXPECTED = (
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)
 PRESETS = {
     ("paper", "cifar100"): Preset(240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=True),
-    ("short", "cifar100"): Preset(5, 20000, 0, Recipe().shortened(10), 0, teacher_min_epochs=10, fetch_teacher=False),
-    ("quick", "cifar100"): Preset(3, 1000, 500, SHORT_TEACHER, 0, teacher_min_epochs=1, fetch_teacher=False),
     ("paper", "imagenet"): Preset(
         100, 0, 0, Recipe(**IMAGENET_RECIPE), 0, teacher_min_epochs=100, fetch_teacher=True
     ),

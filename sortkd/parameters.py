@@ -82,6 +82,7 @@ class Parameters:
     device: str = _computing("auto", "cpu or cuda; auto: a GPU if there is one")
     precision: str = _computing("auto", "float32 or bfloat16; auto: bfloat16 if the hardware computes in it")
     deterministic: bool = _computing(False, "repeatable on a GPU, with slower kernels if needed; a CPU always is")
+    compile: bool = _computing(False, "compile the student: faster steps, other rounding; the record says so")
     cache: str = _computing(
         "auto",
         "teacher logits, one row for each view of an image: auto, full or off",

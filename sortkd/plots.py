@@ -10,11 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .checks import need_experiments
 from .pairs import has_published_length
 from .sorting import sort_logits
-
-need_experiments()
 
 # %% ../nbs/07d_plots.ipynb #47658d99
 PLAIN, SWAPPED, SORTED = "#c4c4c4", "#ffffff", "#1f4e79"
@@ -29,27 +26,13 @@ LINES = {  # how curves look, by repair
     "swap": {"color": "#7ea6cf", "linestyle": "-.", "marker": "^"},
 }
 STYLE = {  # for `plt.rcParams.update`
-    "font.size": 8,
-    "axes.labelsize": 8,
-    "axes.titlesize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "lines.linewidth": 1.1,
-    "lines.markersize": 3,
-    "hatch.linewidth": 0.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "ps.fonttype": 42,
-    "figure.dpi": 110,
-    "savefig.dpi": 220,
+    **dict.fromkeys(("font.size", "axes.labelsize", "axes.titlesize"), 8),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 7),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "lines.markersize"), 3),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("pdf.fonttype", "ps.fonttype"), 42),
+    "lines.linewidth": 1.1, "hatch.linewidth": 0.5, "figure.dpi": 110, "savefig.dpi": 220,
 }
 
 # %% ../nbs/07d_plots.ipynb #14710189

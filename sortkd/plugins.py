@@ -10,10 +10,11 @@ __all__ = ['Plugin', 'register_repair', 'register_objective', 'register_model', 
 import hashlib
 import inspect
 import math
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata, util
 from numbers import Real
@@ -186,29 +187,30 @@ def load_plugin(path: str | Path) -> Plugin:
     if spec is None or spec.loader is None:
         raise ValueError(f"plugin {path} is not a Python file; its name must end in .py.")
     module = util.module_from_spec(spec)
-    with _registrations_of(plugin):
-        sys.modules[module.__name__] = module  # where pickle looks for its classes
-        try:
-            spec.loader.exec_module(module)
-        except SyntaxError as error:
-            raise ValueError(f"plugin {path}, line {error.lineno}: {error.msg}.") from error
-        except Exception as error:
-            reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-            raise ValueError(f"plugin {path}, line {_line_in(error, file)}: {reason}") from error
-        if plugin not in _owners.values():
-            raise ValueError(f"plugin {path} registers nothing; see sortkd.plugins for register_repair and its like.")
+    sys.modules[module.__name__] = module  # where pickle looks for its classes
+    _forget(path)  # an earlier content of the file
+    _loading.append(plugin)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"plugin {path}, line {error.lineno}: {error.msg}.") from error
+    except Exception as error:
+        _forget(path)
+        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(file)]
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        raise ValueError(f"plugin {path}, line {lines[-1] if lines else '?'}: {reason}") from error
+    finally:
+        _loading.pop()
+    if plugin not in _owners.values():
+        raise ValueError(f"plugin {path} registers nothing; see sortkd.plugins for register_repair and its like.")
     _loaded[path] = plugin, module
     return plugin
 
 
 def _find(path: str) -> tuple[Path, str]:
     "The file to run, and for an entry point its name and the version of its package."
-    file = Path(path)
-    try:
-        if file.is_file():
-            return file, ""
-    except (OSError, ValueError):  # a name that no file can have
-        pass
+    if os.path.isfile(path):
+        return Path(path), ""
     for entry in metadata.entry_points(group="sortkd.plugins", name=path):
         spec = util.find_spec(entry.module)
         if spec and spec.origin:
@@ -216,34 +218,11 @@ def _find(path: str) -> tuple[Path, str]:
     raise FileNotFoundError(f"plugin is {shown(path)}, but there is no such file, and no installed package offers one of that name.")
 
 
-@contextmanager
-def _registrations_of(plugin: Plugin) -> Iterator[None]:
-    "What is registered here belongs to `plugin`; after an error nothing of it stays, and what its file had registered is back."
-    def remove_registered() -> dict:
-        keys = [key for key, owner in _owners.items() if owner.path == plugin.path]
-        return {(kind, name): (_REGISTRIES[kind].pop(name), _owners.pop((kind, name))) for kind, name in keys}
-
-    earlier = remove_registered()  # by an earlier content of the file
-    _loading.append(plugin)
-    try:
-        yield
-    except BaseException:
-        remove_registered()
-        for (kind, name), (entry, owner) in earlier.items():
-            _REGISTRIES[kind][name], _owners[kind, name] = entry, owner
-        raise
-    finally:
-        _loading.pop()
-
-
-def _line_in(error: BaseException, file: Path) -> int | str:
-    "The last line of `file` that the error passed through."
-    lines, trace = [], error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(file):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    return lines[-1] if lines else "?"
+def _forget(path: str) -> None:
+    "Take back what the plugin `path` has registered."
+    _loaded.pop(path, None)
+    for kind, name in [key for key, owner in _owners.items() if owner.path == path]:
+        del _REGISTRIES[kind][name], _owners[kind, name]
 
 
 def load_plugins(paths: str) -> tuple[Plugin, ...]:

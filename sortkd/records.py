@@ -12,17 +12,19 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import warnings
 import zlib
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from . import __version__
 from .files import refuse_links, remove_leftovers, save_atomically
 
 # %% ../nbs/07b_records.ipynb #2d182feb
@@ -111,27 +113,14 @@ def _correct_file(records_file: str | Path, checksum: str) -> Path:
 # %% ../nbs/07b_records.ipynb #b210a5f9
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
-    packages = ("sortkd", "torchvision", "lightning-fabric", "numpy")
-    versions: dict[str, str | None] = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-    }  # with the build's tag, which the metadata lack
-    for name in packages:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
+    # PyTorch's own version has the build's tag, which the metadata lack.
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "sortkd": __version__}
+    versions |= {name: version(name) for name in ("torchvision", "lightning-fabric", "numpy")}
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:(.*)", about.read_text(), re.MULTILINE) if about.exists() else None
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor,
+        "processor": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -144,17 +133,14 @@ def _commit() -> str | None:
     "The commit of the project's working tree, with `+` if it was changed since; None for an installed package."
 
     def git(*arguments):
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10,
-            check=True,
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != Path(__file__).resolve().parents[1]:
             return None
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no", "--", "sortkd", "nbs", "settings.ini") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "sortkd", "nbs", "settings.ini")
+        return git("rev-parse", "HEAD") + "+" * bool(changed)
     except (OSError, subprocess.SubprocessError, NameError):
         return None
 

@@ -49,6 +49,7 @@ def plan_repetition(
             "device": record["device"],
             "precision": record["precision"],
             "deterministic": record.get("deterministic", False),
+            "compile": record.get("compiled", False),
             "set": ",".join(f"{name}={value}" for name, value in record.get("recipe_changes", {}).items()),
             "cache": "off" if record["teacher_logits"] == "computed" else "auto",
         }

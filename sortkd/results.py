@@ -106,7 +106,7 @@ def _row(record: dict) -> dict:
         "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
         "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about.get("file", ""), "device": record["device"],
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
-        "precision": record["precision"], "commit": record.get("commit") or "", "started": record["started"], "finished": record["finished"],
+        "precision": record["precision"] + (", compiled" if record.get("compiled") else ""), "commit": record.get("commit") or "", "started": record["started"], "finished": record["finished"],
         "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
         "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
     }

@@ -11,10 +11,10 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -160,6 +160,7 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str | None
         "device": experiment.device,
         "precision": experiment.precision,
         **({"deterministic": True} if experiment.deterministic else {}),
+        **({"compiled": True} if experiment.compile else {}),
         "channels_last": True,
         "teacher_logits": kind if method.uses_teacher else None,
         **({"strong_views": STRONG_VIEWS} if method.strong_views else {}),
@@ -251,11 +252,12 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
     with ExitStack() as closing:
         students = []
         for run, session in zip(runs, sessions):
-            loggers = closing.enter_context(_loggers(experiment, run)) if first else []
+            loggers = _loggers(experiment, run, closing) if first else []
             students.append(Student(
                 _initial_model(experiment.pair.student, data.num_classes, seed), run.method,
                 experiment.recipe_for(run.method), checkpoint=run.folder / "checkpoint.pt",
                 context=(run.about_teacher or {}).get("weights_sha256", ""), callbacks=[session, *callbacks, *loggers],
+                compile=experiment.compile,
             ))
         names = [run.method.name for run in runs]
         title = f"{', '.join(names) if len(names) < 4 else f'{len(names)} methods'}, seed {seed}"
@@ -341,14 +343,13 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
 # %% ../nbs/07c_runs.ipynb #add79034
-@contextmanager
-def _loggers(experiment: Experiment, run) -> Iterator[list[Callable[[dict], None]]]:
-    "Callbacks that log the rows of a run, under the folders `tensorboard` and `wandb` of the results."
-    callbacks, closing, settings = [], [], {**run.settings, "data": run.about_data}
+def _loggers(experiment: Experiment, run: Run, closing: ExitStack) -> list[Callable[[dict], None]]:
+    "Callbacks that log the rows of a run until `closing`, under the folders `tensorboard` and `wandb` of the results."
+    callbacks, settings = list[Callable[[dict], None]](), {**run.settings, "data": run.about_data}
     if experiment.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(experiment.results_dir / "tensorboard" / run.run_id)
+        writer = closing.enter_context(SummaryWriter(experiment.results_dir / "tensorboard" / run.run_id))
         writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 
         def log_scalars(row):
@@ -357,23 +358,17 @@ def _loggers(experiment: Experiment, run) -> Iterator[list[Callable[[dict], None
             writer.flush()
 
         callbacks.append(log_scalars)
-        closing.append(writer.close)
     if experiment.wandb != "off":
         import wandb
 
         experiment.results_dir.mkdir(parents=True, exist_ok=True)
-        logger = wandb.init(
+        logger = closing.enter_context(wandb.init(
             project="sortkd", name=run.folder.name.rpartition("-")[0],
             group=f"{experiment.pair_name}-{experiment.preset_name}", dir=experiment.results_dir,
             mode=experiment.wandb, config=settings, settings=wandb.Settings(silent=True),
-        )
+        ))
         callbacks.append(lambda row: logger.log(row, step=row["epoch"]))
-        closing.append(logger.finish)
-    try:
-        yield callbacks
-    finally:
-        for close in closing:
-            close()
+    return callbacks
 
 # %% ../nbs/07c_runs.ipynb #3eaa7213
 @dataclass(frozen=True, eq=False)

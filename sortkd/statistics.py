@@ -10,7 +10,7 @@ __all__ = ['VERDICTS', 'paired_effects', 'compare_methods', 'sign_flip_test', 'v
 # %% ../nbs/08b_statistics.ipynb #6f2c15b3
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from .checks import need_experiments
@@ -193,8 +193,8 @@ def seeds_needed(
     Columns: objective, to_find, seeds, and seeds_low and seeds_high at the ends of the deviation's interval.
     Objectives without two seeds of any pair are left out. The numbers are infinite if 100,000 seeds do not suffice.
     """
-    goals = {f"a gain of {gain:g}": partial(_finds, gain=gain, level=level) for gain in gains}
-    goals[f"equivalence within ±{smallest_effect:g}"] = partial(_is_equivalent, smallest_effect=smallest_effect, level=level)
+    goals: dict[str, Callable[..., float]] = {f"a gain of {gain:g}": lambda seeds, std, gain=gain: t_test_power(gain / std, seeds, level) for gain in gains}
+    goals[f"equivalence within ±{smallest_effect:g}"] = lambda seeds, std: verdict_probabilities(0.0, std, seeds, smallest_effect, level)["equivalent"]
     rows = []
     for objective, group in effects.groupby("objective", sort=False):
         deviation = seed_deviation(group)
@@ -202,14 +202,6 @@ def seeds_needed(
             numbers = [smallest_number(partial(finds, std=deviation[end]), power) for end in ("std", "low", "high")]
             rows.append({"objective": objective, "to_find": name} | dict(zip(("seeds", "seeds_low", "seeds_high"), numbers)))
     return pd.DataFrame(rows, columns=["objective", "to_find", "seeds", "seeds_low", "seeds_high"])
-
-
-def _finds(seeds: int, *, gain: float, std: float, level: float) -> float:
-    return t_test_power(gain / std, seeds, level)
-
-
-def _is_equivalent(seeds: int, *, smallest_effect: float, std: float, level: float) -> float:
-    return verdict_probabilities(0.0, std, seeds, smallest_effect, level)["equivalent"]
 
 # %% ../nbs/08b_statistics.ipynb #5535d5b6
 def pool_effects(effects: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:

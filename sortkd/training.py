@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .capture import CapturedStep, side_stream
 from .checkpoints import Checkpoint, Stopped, fingerprint, weights_on_cpu
 from .checks import finite_number, whole_number
-from .devices import Ranks, create_fabric, precision_of, synchronize_batch_norm
+from .devices import Ranks, precision_of, synchronize_batch_norm
 from .lessons import Lesson, LessonBlock, Lessons
 from .methods import Method
 from .progress import Progress
@@ -99,6 +99,7 @@ class Student:
     `checkpoint`: a file to continue from if it exists, and to write at most every `checkpoint_seconds` and at the end.
     `context`: what the checkpoint must also agree in, such as the checksum of the teacher's weights.
     `keep_best`: keep the weights of the best test epoch, too; without them a checkpoint is a third smaller.
+    `compile`: run the network through `torch.compile`, which fuses its operations and rounds differently.
     `callbacks`: each is called with the row of every epoch: epoch, lr, train_loss, train_top1, test_loss, test_top1
     (percent), seconds; with a teacher also teacher_wrong_rows and changed_rows, and temperature where it is learned.
     """
@@ -110,6 +111,7 @@ class Student:
     checkpoint_seconds: float = 30.0
     context: str = ""
     keep_best: bool = True
+    compile: bool = False
     callbacks: Sequence[Callable[[dict], None]] = ()
 
 
@@ -163,6 +165,8 @@ class Learner:
         recipe = self.recipe
         optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum,
                                     weight_decay=recipe.weight_decay, fused=True)
+        if student.compile:
+            model.compile(fullgraph=True)  # in place: names of weights, and what is saved, stay
         self.model, self.optimizer = fabric.setup(model, optimizer)
         self.totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
         self.repairs = torch.zeros(2, dtype=torch.int64, device=fabric.device)
@@ -295,9 +299,6 @@ class Learner:
             if self.temperature is not None:
                 self.temperature.load_state_dict(state["temperature"])
             curve = [dict(row) for row in state["curve"]]
-            epochs, values = [row["epoch"] for row in curve], [value for row in curve for value in row.values()]
-            if epochs != list(range(1, len(curve) + 1))[: self.recipe.epochs] or not all(map(math.isfinite, values)):
-                raise ValueError("the curve is not one of this run")
             self.outcome = Outcome(curve, {}, dict(state["best_weights"]), state.get("correct"), float(state["seconds"]))
         except Exception as error:  # it has the fingerprint of this run, and yet something else in it
             raise ValueError(

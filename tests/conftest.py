@@ -3,9 +3,11 @@ import os
 
 import pytest
 import torch
+from PIL import Image
 
 from sortkd.data import has_cifar100
 from sortkd.methods import list_methods
+from sortkd.views import seeded_generator
 
 torch.set_num_threads(1)
 
@@ -26,3 +28,16 @@ needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not
 # Every objective by itself and every repair with kd, in every run; all other combinations are slow tests.
 QUICK_METHODS = [name for name in list_methods() if "+" not in name or name.startswith("kd+")]
 EVERY_METHOD = [name if name in QUICK_METHODS else pytest.param(name, marks=pytest.mark.slow) for name in list_methods()]
+
+
+def save_sample_folder(root, train=12, test=4):
+    "Coloured images of many sizes under `root`, laid out like ImageNet: `train` and `test` of each of four classes."
+    for split, count in (("train", train), ("val", test)):
+        for name in ("dahlia", "leaves", "pagoda", "trees"):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                generator = seeded_generator("sample folder", split, name, number)
+                size = torch.randint(85, 311, (2,), generator=generator).tolist()
+                pixels = torch.randint(256, (6, 6, 3), dtype=torch.uint8, generator=generator).numpy()
+                Image.fromarray(pixels).resize(size).save(root / split / name / f"{split}_{number:05}.JPEG", quality=90)
+    return root

@@ -43,7 +43,7 @@ from pathlib import Path
 
 CELLS = {"methods": "kd,ctkd+sort", "seeds": "0,1"}  # ctkd learns its temperature, which has to be resumed too
 OTHER_CELLS = {"methods": "ce,dkd+sort,sld", "seeds": "2"}  # without a teacher, and with strong views
-SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "epochs": 3, "train_size": 50, "test_size": 30, "device": "cpu"}
+SMALL = {"pair": "resnet20:resnet8", "preset": "quick", "dataset": "digits", "epochs": 3, "train_size": 50, "test_size": 30, "device": "cpu"}
 
 # Killed processes leave semaphores to the tracker of multiprocessing, which warns of each campaign's at its end.
 os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
@@ -335,7 +335,7 @@ class Harness:
         self.folder, self.random, self.tally, self.number = Path(folder), random.Random(seed), Tally(), 0
         self.mounted = False
         torch.manual_seed(0)
-        save_file({name: value.contiguous() for name, value in create_model("resnet56", 10).state_dict().items()}, self.folder / "teacher.safetensors")
+        save_file({name: value.contiguous() for name, value in create_model("resnet20", 10).state_dict().items()}, self.folder / "teacher.safetensors")
         self.victim().run()  # starts the server of processes, too
         self.unbroken, self.seconds = {}, {}
         self.reference = self.unbroken_run()
@@ -525,7 +525,7 @@ class Harness:
             victim, seconds = self.victim(**one), self.random.uniform(0, 0.8) * self.seconds[str(one)]
             other = victim.start(log="other") if number % 3 == 1 else None
             if number == 0:
-                status = victim.run(partial(killed_in_half_a_file, r"^\.resnet56"))
+                status = victim.run(partial(killed_in_half_a_file, r"^\.resnet20"))
             elif number % 3 == 2:
                 status = victim.run(partial(killed_at_file_event, self.random.randint(1, 40)))
             else:

@@ -7,8 +7,6 @@ import math
 import pickle
 import shutil
 import socket
-import subprocess
-import sys
 import tarfile
 import threading
 import urllib.error
@@ -79,14 +77,6 @@ def offline(monkeypatch):
 
 
 # The data sets
-
-
-def test_import_needs_only_torch():
-    code = ("import sys, sortkd.data; "
-            "print([name for name in ('torchvision', 'sklearn', 'matplotlib', 'pandas') if name in sys.modules])")
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                            cwd=Path(__file__).parents[1])
-    assert result.stdout.strip() == "[]"
 
 
 def test_digits(digits):

@@ -10,7 +10,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import QUICK_METHODS, needs_cifar100
+from conftest import QUICK_METHODS, needs_cifar100, save_sample_folder
 
 import sortkd
 from sortkd.data import Batches, load_digits
@@ -30,7 +30,7 @@ from sortkd.devices import create_fabric
 from sortkd.training import Recipe, train, train_together
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
-SMALL = {"pair": "r56_r20", "methods": "kd,kd+sort", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 100, "test_size": 60}
+SMALL = {"pair": "resnet20:resnet8", "methods": "kd,kd+sort", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 100, "test_size": 60}
 
 
 def small_experiment(folder, **changes):
@@ -47,7 +47,7 @@ def test_import_needs_torch_and_nothing_else():
     "Nor do experiments load large packages that they do not use: a command that is given again ends in seconds."
     code = """import sys, torch; before = set(sys.modules); import sortkd; print({name.split('.')[0] for name in set(sys.modules) - before})
 from sortkd.devices import create_fabric; create_fabric("cpu"); import sortkd.runs, sortkd.plots
-print({"torchmetrics", "torchvision", "transformers", "scipy"} & set(sys.modules))"""
+print({"torchmetrics", "torchvision", "transformers", "scipy", "sklearn", "matplotlib", "pandas", "PIL"} & set(sys.modules))"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n") == ["{'sortkd'}", "set()", ""]
 
 
@@ -74,7 +74,7 @@ def test_the_notebook_through_papermill(folder):
 
 def test_a_record_says_everything(folder):
     record, = run_experiment(small_experiment(folder, methods="dkd+sort"), progress=False).records
-    assert record["method"]["settings"] == {"alpha": 1.0, "beta": 2.0, "temperature": 4.0} and record["method"]["warmup_epochs"] == 1
+    assert record["method"]["settings"] == {"alpha": 1.0, "beta": 8.0, "temperature": 4.0} and record["method"]["warmup_epochs"] == 1
     assert record["recipe"]["lr"] == 0.05 and record["preset"] == "quick" and record["full_recipe"] is False
     assert len(record["data"]["checksum"]) == len(record["about_teacher"]["weights_sha256"]) == 64
     assert record["versions"]["torch"] == torch.__version__ and record["machine"]["cores"] == os.cpu_count()
@@ -124,7 +124,7 @@ def test_killed_and_started_again(folder, tmp_path):
               "Student = experiments.Student\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
               "experiments.Student = lambda *a, **k: Student(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
-              f"e = planning.plan_experiment(pair='r56_r20', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=100, test_size=60, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
+              f"e = planning.plan_experiment(pair='resnet20:resnet8', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=100, test_size=60, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
               "experiments.run_experiment(e, progress=False)\n")
     small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
     run_experiment(small_teacher, progress=False)
@@ -279,6 +279,7 @@ def test_a_failing_worker_says_why_and_loses_nothing(folder, tmp_path):
     with pytest.raises(OSError, match="quick.jsonl"):
         run_experiment(experiment, progress=False)
     (tmp_path / "quick.jsonl").rmdir()
+    experiment = small_experiment(folder, methods="kd,kd+sort", seeds="0,1", results_dir=str(tmp_path))  # how many at once does not matter
     assert len(run_experiment(experiment, progress=False).records) == len(read_records(tmp_path / "quick.jsonl")) == 4
 
 
@@ -355,8 +356,8 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
             patch.setattr(f"sortkd.runs.{name}", None)
         done = run_experiment(alone, progress=False)
         record, = done.records
-        assert record["about_teacher"] is None and record["teacher"] == "resnet56" and not (tmp_path / "teachers").exists()
-        assert done.describe_teacher() == "No method used a teacher." and plot_mistakes(done) is None and "resnet20 is trained on" in alone.describe()
+        assert record["about_teacher"] is None and record["teacher"] == "resnet20" and not (tmp_path / "teachers").exists()
+        assert done.describe_teacher() == "No method used a teacher." and plot_mistakes(done) is None and "resnet8 is trained on" in alone.describe()
         before = record | {"about_teacher": {"weights_sha256": "0" * 64, "file": "other.safetensors"}}  # as records were
         again, = run_experiment(plan_repetition(before, results_dir=tmp_path / "repeated"), progress=False).records
         assert compare_runs(before, again) == []
@@ -399,7 +400,7 @@ def test_loggers_write_what_the_record_says(folder, tmp_path):
         if message.HasField("run"):
             settings |= {item.key: json.loads(item.value_json) for item in message.run.config.update}
     assert [row["test_top1"] for row in rows] == record["curve"]["test_top1"] and [row["epoch"] for row in rows] == [1, 2]
-    assert settings["method"]["name"] == "kd+sort" and settings["pair"] == "r56_r20"
+    assert settings["method"]["name"] == "kd+sort" and settings["pair"] == "resnet20:resnet8"
 
 
 def test_loggers_are_off_unless_asked_for(folder, tmp_path):
@@ -412,9 +413,8 @@ def test_loggers_are_off_unless_asked_for(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    "Pieces of two photographs, laid out like ImageNet, and a teacher for each pair that has not learned anything."
+    "Images laid out like ImageNet, and a teacher for each pair that has not learned anything."
     from sortkd.pairs import IMAGENET_PAIRS
-    from sortkd.imagenet import save_sample_folder
     from sortkd.teachers import save_teacher
     root = tmp_path_factory.mktemp("photographs")
     save_sample_folder(root / "imagenet", train=5, test=2)
@@ -522,7 +522,7 @@ def test_workers_stop_too(folder, tmp_path):
 @pytest.mark.slow
 def test_the_same_command_twice_at_once(folder, tmp_path):
     code = ("import sys, torch; torch.set_num_threads(1); from sortkd.commands import run\n"
-            f"sys.exit(run('--pair r56_r20 --dataset digits --preset quick --methods kd,kd+sort --epochs 2 --train-size 100 --test-size 60 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")
+            f"sys.exit(run('--pair resnet20:resnet8 --dataset digits --preset quick --methods kd,kd+sort --epochs 2 --train-size 100 --test-size 60 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [each.wait(timeout=200) for each in started] == [0, 0]
     records, names = read_records(tmp_path / "quick.jsonl"), [record["method"]["name"] for record in read_records(tmp_path / "quick.jsonl")]
@@ -608,6 +608,19 @@ def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
         plan_repetition(without_machine)
     other = run_experiment(small_experiment(folder, methods="kd", seeds="1", results_dir=str(tmp_path / "results")), progress=False).records[0]
     assert "weights differ; last top-1 was" in compare_runs(record, other)[0]
+
+
+def test_a_compiled_run_says_so(folder, tmp_path, monkeypatch):
+    "With the compiler that only traces: the numbers are those of an eager run, whose record is another one all the same."
+    compile_network = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_network(self, **options, backend="eager"))
+    eager, compiled = (run_experiment(small_experiment(folder, methods="kd+sort", compile=each, results_dir=str(tmp_path)), progress=False).records[0]
+                       for each in (False, True))
+    assert "compiled" not in eager and compiled["compiled"] is True and same_numbers(eager, compiled)
+    found, _ = load_results([tmp_path / "quick.jsonl"])
+    assert {*found["precision"]} == {eager["precision"], f"{eager['precision']}, compiled"}  # which do not share a table
+    again = plan_repetition(compiled, teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
+    assert again.compile
 
 
 @pytest.mark.cuda

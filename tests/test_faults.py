@@ -27,13 +27,13 @@ def few(number, many):
     return pytest.mark.parametrize("number", [number, pytest.param(many, marks=pytest.mark.slow)])
 
 
-@few(9, 30)
+@few(6, 30)
 def test_killed_at_random_moments(harness, number):
     harness.kill_at_random(number)
     assert harness.tally.faults["killed at a random moment"] == number
 
 
-@few(5, 10)
+@few(4, 10)
 def test_killed_before_changes_of_files(harness, number):
     assert harness.file_events > 50
     harness.kill_at_file_events(number, at_once=2)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_sample_folder
 from PIL import Image
 from torchvision.models import ResNet34_Weights
 from torchvision.transforms import v2
 
 from sortkd.views import batch_bounds, normalize, seeded_generator
-from sortkd.imagenet import (
-    IMAGENET_RECIPE, SAMPLE_REGIONS, ImageFolderBatches, load_image_folder, save_sample_folder,
-)
+from sortkd.imagenet import IMAGENET_RECIPE, ImageFolderBatches, load_image_folder
 from sortkd.training import Recipe
 
 
@@ -48,7 +47,7 @@ def opened(path):
 def test_a_folder_as_data(root):
     data = load_image_folder(root)
     assert (data.name, data.image_size, data.resize, data.num_classes) == ("imagenet", 224, 256, 4)
-    assert data.class_names == tuple(sorted(SAMPLE_REGIONS)) and data.mean == (0.485, 0.456, 0.406)
+    assert data.class_names == ("dahlia", "leaves", "pagoda", "trees") and data.mean == (0.485, 0.456, 0.406)
     assert torch.equal(data.train_targets, torch.arange(4).repeat_interleave(12))
     assert len(data.test_files) == 16 and data.test_files[5] == "val/leaves/val_00001.JPEG"
     assert all((data.root / file).is_file() for file in (*data.train_files, *data.test_files))
@@ -163,7 +162,7 @@ def test_root_that_is_missing_or_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_image_folder(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(NotADirectoryError, match="file is a file"):
+    with pytest.raises(NotADirectoryError, match="Not a directory.*file/train"):
         load_image_folder(tmp_path / "file")
     with pytest.raises(ValueError, match="image_size is 0; give"):
         load_image_folder(tmp_path, image_size=0)
@@ -185,14 +184,6 @@ def test_data_that_does_not_fit(data, changes, error):
 def test_a_file_that_vanished(data):
     with pytest.raises(FileNotFoundError, match="gone.JPEG"):
         replace(data, test_files=(*data.test_files[:-1], "val/trees/gone.JPEG"))
-
-
-def test_sample_folder_repeats_and_overwrites_nothing(root, tmp_path):
-    again = save_sample_folder(tmp_path / "again")
-    files = [path.relative_to(root) for path in root.rglob("*.JPEG")]
-    assert len(files) == 64 and all((again / file).read_bytes() == (root / file).read_bytes() for file in files)
-    with pytest.raises(FileExistsError, match="train"):
-        save_sample_folder(root)
 
 
 # Views and batches
@@ -384,14 +375,6 @@ def test_workers_of_a_spawned_process_with_threads(data, tmp_path):
     assert done.returncode == 0, done.stderr
     expected = [float(images.double().sum()) for images, _ in epoch_of(data, 16)]
     assert json.loads(done.stdout) == [expected, expected]
-
-
-def test_import_is_light():
-    code = ("import sys, sortkd.imagenet; "
-            "print([name for name in ('torchvision', 'PIL', 'sklearn', 'pandas') if name in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          cwd=Path(__file__).parents[1])
-    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.cuda

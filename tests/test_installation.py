@@ -219,7 +219,7 @@ def test_an_audit_names_what_is_vulnerable(service, tmp_path):
     assert "2 packages audited, 1 vulnerabilities known" in done.stdout
 
 
-@pytest.mark.parametrize("silence", ["fails", "is not there"])
+@pytest.mark.parametrize("silence", ["fails", pytest.param("is not there", marks=pytest.mark.slow)])
 def test_an_audit_that_nobody_answers_is_not_made(service, tmp_path, silence):
     answers, url = service
     answers["pandas"] = 503, {}

@@ -93,7 +93,7 @@ def test_features(name):
 
 
 @every_network
-@pytest.mark.parametrize("size", [(16, 16), (64, 64), (32, 48)], ids=str)
+@pytest.mark.parametrize("size", [(16, 16), (32, 48), pytest.param((64, 64), marks=pytest.mark.slow)], ids=str)
 def test_other_image_sizes(name, size):
     network = create_model(name).eval()
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_vgg_pools_four_times_only_from_64_pixels():
 
 
 @every_network
-@pytest.mark.parametrize(("size", "batch_size"), [(32, 2), (16, 8)])
+@pytest.mark.parametrize(("size", "batch_size"), [(32, 2), pytest.param(16, 8, marks=pytest.mark.slow)])
 def test_training_step(name, size, batch_size):
     torch.manual_seed(0)
     network = create_model(name, num_classes=10).train()

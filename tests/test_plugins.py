@@ -247,11 +247,13 @@ def test_refused(mine, content, message):
     assert (list(OBJECTIVES), list(REPAIRS)) == before
 
 
-def test_an_error_brings_back_what_the_file_had_registered(mine):
+def test_a_changed_file_replaces_what_it_had_registered(mine):
     load_plugin(mine)
     mine.write_text(SOURCE + "\nregister_repair('sort')(boost)\n")
     with pytest.raises(ValueError, match="already"):
         load_plugin(mine)
+    mine.write_text(SOURCE)
+    load_plugin(mine)
     assert create_method("mse+boost").objective == "mse"
     mine.write_text("from sortkd.plugins import register_repair\nregister_repair('boost')(lambda logits, target: logits)\n")
     load_plugin(mine)

@@ -114,6 +114,7 @@ def test_gradient_is_the_permutation(way):
     assert torch.equal(gradient.sort(1).values, upstream.sort(1).values)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
 def test_compiles_to_machine_code():
     logits, target = some_rows(64, 100)

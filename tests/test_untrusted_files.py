@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import io
 import json
-import math
 import os
 import pickle
 import re
@@ -34,7 +33,7 @@ from sortkd.teachers import fetch_published, find_teacher, get_teacher, load_tea
 from sortkd.checkpoints import Stopped
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"pair": "r56_r20", "preset": "quick", "dataset": "digits", "methods": "kd+sort", "epochs": 2, "train_size": 200, "test_size": 100, "device": "cpu"}
+SMALL = {"pair": "resnet8:resnet8", "preset": "quick", "dataset": "digits", "methods": "kd+sort", "epochs": 2, "train_size": 200, "test_size": 100, "device": "cpu"}
 
 
 class CreatesFile:
@@ -71,7 +70,7 @@ WAYS = [save_zip, save_old, save_plain]
 def teacher_file(tmp_path_factory):
     "A teacher that has learned nothing."
     torch.manual_seed(0)
-    return save_teacher(tmp_path_factory.mktemp("given") / "resnet56.safetensors", create_model("resnet56", 10).state_dict(), {"architecture": "resnet56", "dataset": "digits"})
+    return save_teacher(tmp_path_factory.mktemp("given") / "resnet8.safetensors", create_model("resnet8", 10).state_dict(), {"architecture": "resnet8", "dataset": "digits"})
 
 
 def small_experiment(folder, teacher_file, **changes):
@@ -131,14 +130,10 @@ def test_a_training_checkpoint_that_would_run_code(tmp_path, interrupted, teache
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda state: state["curve"][0].update(test_loss=math.nan), lambda state: state["curve"][0].update(seconds=math.inf),
-    lambda state: state["curve"][0].update(train_loss="0.5"), lambda state: state["curve"][0].update(epoch=2),
-    lambda state: state["curve"].extend([dict(state["curve"][0], epoch=number) for number in range(2, 20)]),
-    lambda state: state.update(curve=[[1]]), lambda state: state.update(curve=5), lambda state: state.pop("optimizer"),
-    lambda state: state.update(model={}), lambda state: state.update(best_weights=5), lambda state: state.update(seconds="long"),
-], ids=["NaN", "infinity", "text", "another epoch", "too many epochs", "rows of something", "no rows", "no optimizer", "no weights", "no best weights", "no time"])
+    lambda state: state.update(curve=5), lambda state: state.pop("optimizer"), lambda state: state.update(model={}),
+], ids=["no rows", "no optimizer", "no weights"])
 def test_a_training_checkpoint_with_something_else_in_it(tmp_path, interrupted, teacher_file, spoil):
-    "It has the name of its run; what it holds would end in a record that no run has made, or in a crash."
+    "It has the name of its run, and not the state: the message says what to do."
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     checkpoint, = tmp_path.rglob("checkpoint.pt")
     state = torch.load(checkpoint, weights_only=True)
@@ -377,14 +372,13 @@ LINKS = {
 }
 
 
-@pytest.mark.parametrize("dangling", [False, True])
-@pytest.mark.parametrize("what", LINKS)
+@pytest.mark.parametrize("what, dangling", [*((what, False) for what in LINKS), (next(iter(LINKS)), True)])
 def test_links_in_the_folders_of_a_run(tmp_path, interrupted, teacher_file, what, dangling):
     "A results folder from somebody else: whatever in it leads elsewhere is refused, and the place that it leads to is as it was."
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     shutil.copytree(interrupted, inside)
     (inside / "teachers").mkdir(exist_ok=True)
-    (run_folder,), (logits,) = (inside / "results" / "runs").glob("r56*"), (each for each in (inside / "results" / "teacher_logits").iterdir() if not each.name.startswith("."))
+    (run_folder,), (logits,) = (inside / "results" / "runs").glob("resnet8-*"), (each for each in (inside / "results" / "teacher_logits").iterdir() if not each.name.startswith("."))
     start, = (inside / "results" / "runs").glob("started-*")
     path = inside / LINKS[what].replace("RUN", run_folder.name).replace("LOGITS", logits.name).replace("STARTED", start.name)
     outside.mkdir()
@@ -438,7 +432,7 @@ def test_links_in_the_folder_of_teachers(tmp_path, web, link):
 COMMANDS = ["$(touch planted)", "`touch planted`", "; touch planted", "| touch planted", "&& touch planted", "x\ntouch planted", "'; touch planted; '", '"; touch planted; "', "${IFS}touch${IFS}planted", "-c touch planted", "{params.lock}"]
 
 
-@pytest.mark.parametrize("text", COMMANDS)
+@pytest.mark.parametrize("text", [*COMMANDS[:4], *(pytest.param(each, marks=pytest.mark.slow) for each in COMMANDS[4:])])
 def test_parameters_reach_no_shell(tmp_path, monkeypatch, capsys, teacher_file, text):
     from inspect import signature
     monkeypatch.chdir(tmp_path)
@@ -587,7 +581,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("killed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_process_makes_a_teacher(tmp_path, killed):
     "Two want it at once: one trains, the other says that it waits, and finds it; if the first is killed, the second trains."
     (tmp_path / "teachers" / "local").mkdir(parents=True)

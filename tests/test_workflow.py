@@ -197,7 +197,7 @@ def test_a_grid_without_a_teacher(tmp_path):
 INSTALLED = [name for name in ("slurm", "kubernetes") if find_spec(f"snakemake_executor_plugin_{name}")]
 
 
-@pytest.mark.parametrize("profile", INSTALLED or [None])
+@pytest.mark.parametrize("profile", [*(INSTALLED[:1] or [None]), *(pytest.param(each, marks=pytest.mark.slow) for each in INSTALLED[1:])])
 def test_papers_grid(profile, tmp_path):
     "As many cells as the paper's table needs, and each teacher once, each on one GPU; with every profile that can be used here."
     arguments = ["--workflow-profile", WORKFLOW / "profiles" / profile] if profile else []

@@ -1,0 +1,202 @@
+"The page to look instead of read, in a real browser: it is clicked and dragged, and its numbers are Python's."
+
+import base64
+import hashlib
+import importlib.util
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import needs_cifar100
+from PIL import Image
+from synthetic import synthetic_record
+
+from sortkd.data import load_cifar100
+from sortkd.plans import read_plan
+from sortkd.records import append_record
+from sortkd.repairs import revise_logits
+from sortkd.results import load_results, select
+from sortkd.sorting import sort_logits, swap_logits
+from sortkd.statistics import compare_methods, verdicts
+from sortkd.teachers import load_teacher
+
+ROOT = Path(__file__).parents[1]
+EXPLORER, RESULTS = ROOT / "site" / "explorer", ROOT / "results"
+PAGE = json.loads((EXPLORER / "examples.json").read_text())
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMEDRIVER = shutil.which("chromedriver")
+
+
+def test_the_teacher_is_the_one_that_is_named():
+    assert hashlib.sha256((ROOT / PAGE["teacher"]["file"]).read_bytes()).hexdigest() == PAGE["teacher"]["sha256"]
+
+
+@pytest.mark.slow
+@needs_cifar100
+def test_images_and_logits_are_those_of_the_teacher():
+    data, teacher = load_cifar100(), load_teacher(ROOT / PAGE["teacher"]["file"], "resnet20", 100)
+    images, inputs, target = data.examples(PAGE["images"])
+    assert [name.replace("_", " ") for name in data.class_names] == PAGE["classes"]
+    index = [each["index"] for each in PAGE["examples"]]
+    assert target[index].tolist() == [each["target"] for each in PAGE["examples"]]
+    shown = [np.array(Image.open(io.BytesIO(base64.b64decode(each["png"])))) for each in PAGE["examples"]]
+    assert (np.stack(shown) == images[index].numpy()).all()
+    logits = torch.tensor([each["logits"] for each in PAGE["examples"]])
+    torch.testing.assert_close(teacher.model(inputs[index]), logits, atol=0.01, rtol=0.001)  # float16 has 11 bits
+
+
+def load_build():
+    spec = importlib.util.spec_from_file_location("build_explorer", EXPLORER / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build
+
+
+@pytest.fixture
+def browser():
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip("chromium and chromedriver are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000", "--force-prefers-reduced-motion"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
+    yield driver
+    driver.quit()
+
+
+def show(browser, page: Path) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    address = (page / "index.html").as_uri()
+    browser.get(address)  # which on a busy machine can come back before the scripts have run
+    whole = "return document.readyState === 'complete' && location.href === arguments[0]"
+    WebDriverWait(browser, 30).until(lambda _: browser.execute_script(whole, address))
+
+
+def rows(browser, table: str) -> list[list[str]]:
+    script = "return [...document.querySelectorAll(arguments[0])].map(row => [...row.cells].map(cell => cell.textContent))"
+    return browser.execute_script(script, f"#{table} tr")
+
+
+def number(text: str) -> float:
+    return float(text.replace("%", "").replace("−", "-").replace("\xa0", " ").strip())
+
+
+def choose(browser, name: str, value: str) -> None:
+    from selenium.webdriver.support.select import Select
+
+    Select(browser.find_element("id", name)).select_by_value(value)
+
+
+def hover(browser, epoch: int, top1: float) -> None:
+    "Move the mouse to a point of the curves."
+    from selenium.webdriver import ActionChains
+
+    curves = browser.find_element("id", "curves")
+    place = ("const {xaxis, yaxis} = arguments[0]._fullLayout; arguments[0].scrollIntoView({block: 'center'}); "
+             "return [xaxis._offset + xaxis.d2p(arguments[1]), yaxis._offset + yaxis.d2p(arguments[2])]")
+    x, y = browser.execute_script(place, curves, epoch, top1)
+    x, y = x - curves.size["width"] / 2, y - curves.size["height"] / 2  # from its middle
+    ActionChains(browser).move_to_element_with_offset(curves, int(x) - 6, int(y)).move_by_offset(5, 0).perform()
+
+
+def check_distributions(browser, which: int) -> None:
+    "What the page says of one image at the temperature of its slider, against Python, to the printed digit."
+    browser.find_elements("css selector", ".thumb")[which].click()
+    temperature = float(browser.find_element("id", "temperature-value").text)
+    example = PAGE["examples"][which]
+    logits, target = torch.tensor(example["logits"], dtype=torch.float64), torch.tensor(example["target"])
+    repaired = torch.stack([logits, *(repair(logits, target) for repair in (swap_logits, revise_logits, sort_logits))])
+    p = (repaired / temperature).softmax(1)
+    shown = rows(browser, "bars")
+    assert len(shown) == (10 if target in logits.topk(10).indices else 11)
+    for name, *cells in shown:
+        assert [number(cell) for cell in cells] == pytest.approx((100 * p[:, PAGE["classes"].index(name)]).tolist(), abs=0.0051)
+    told = {name: [number(cell) for cell in cells] for name, *cells in rows(browser, "numbers")}
+    assert told["target's rank"] == (1 + (repaired > repaired[:, target, None]).sum(1)).tolist()
+    assert told["target's probability"] == pytest.approx((100 * p[:, target]).tolist(), abs=0.0051)
+    assert told["entropy (nats)"] == pytest.approx(torch.special.entr(p).sum(1).tolist(), abs=0.00051)
+    assert told["total variation from plain"] == pytest.approx(((p - p[0]).abs().sum(1) / 2).tolist(), abs=0.00051)
+
+
+def planned_results(folder: Path) -> Path:
+    "All planned seeds of sorting.yaml and all but one of weak_teacher.yaml, made up; the latter's look is not reached."
+    shutil.copytree(RESULTS / "plans", folder / "plans")
+    for name, seeds in (("sorting", 15), ("weak_teacher", 5)):
+        plan = read_plan(RESULTS / "plans" / f"{name}.yaml")
+        for cell in plan.grid.cells.query("seed < @seeds").itertuples():
+            record = synthetic_record(cell.pair, cell.method, cell.seed, 60 + cell.seed % 2, epochs=60, teacher="resnet20", student="resnet8", synthetic=False)
+            record["data"] |= {"name": "cifar100", "train_images": 50_000, "test_images": 10_000}
+            record["about_teacher"] |= {"architecture": "resnet20", "file": Path(plan.grid.options["teacher"]).name,
+                                        "weights_sha256": hashlib.sha256(name.encode()).hexdigest()}
+            append_record(folder / "paper.jsonl", record | {"preset": plan.grid.preset, "run_id": f"{name}-{record['run_id']}"})
+    return folder
+
+
+def test_the_page_says_what_python_says(browser, tmp_path):
+    from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    build = load_build()
+    build(tmp_path / "page")
+    show(browser, tmp_path / "page")
+
+    for which in (0, 20):  # second; deep down
+        check_distributions(browser, which)
+    slider = browser.find_element("id", "temperature")
+    slider.send_keys(Keys.HOME)
+    assert browser.find_element("id", "temperature-value").text == "1.0"
+    for which in (9, 23):  # fourth; right
+        check_distributions(browser, which)
+    assert "The teacher is right" in browser.find_element("id", "story").text
+    ActionChains(browser).drag_and_drop_by_offset(slider, 60, 0).perform()  # from its middle
+    assert 10 < float(browser.find_element("id", "temperature-value").text) < 14
+    check_distributions(browser, 14)
+
+    runs, _ = load_results(RESULTS)
+    count = browser.find_element("id", "count")
+    assert count.text == f"{len(runs)} of {len(runs)} runs"
+    choose(browser, "method", "kd+sort")
+    assert count.text == f"{(runs.method == 'kd+sort').sum()} of {len(runs)} runs"
+    choose(browser, "length", "short: 5 epochs of 20,000 images")
+    choose(browser, "seed", "3")
+    run = runs[(runs.method == "kd+sort") & (runs.seed == 3) & (runs.preset == "short")].iloc[0]
+    assert [number(cell) for cell in rows(browser, "runs")[1][3:5]] == pytest.approx([run.last_top1, run.best_top1], abs=0.0051)
+    hover(browser, int(run.epochs), float(run.last_top1))
+    said = f"epoch {run.epochs}: {run.last_top1:.2f} %"
+    WebDriverWait(browser, 10).until(lambda _: said in browser.find_element("css selector", "#curves .hoverlayer").text)
+    choose(browser, "seed", "14")
+    choose(browser, "method", "dkd")
+    assert count.text == f"0 of {len(runs)} runs" and "No run fits" in browser.find_element("id", "curves").text
+
+    short = select(runs, preset="short", pair="r56_r20", method=["kd", "kd+sort"])
+    effect = verdicts(compare_methods(short, "kd+sort", "kd")).iloc[0]
+    choose(browser, "pair", "resnet56 → resnet20")
+    for first, second in (("kd+sort", "kd"), ("kd", "kd+sort")):
+        choose(browser, "first", first), choose(browser, "second", second)
+        difference, interval, seeds, verdict, plan, *_ = rows(browser, "effect-table")[1]
+        found = [number(difference), *map(number, interval.partition(" (95")[0].split("\xa0to\xa0"))]
+        assert found == pytest.approx(effect[["mean", "low", "high"]].tolist(), abs=0.0051)
+        assert (int(seeds), verdict, plan) == (effect.seeds, effect.verdict, "not planned")
+    choose(browser, "first", "kd+sort")
+    assert browser.find_element("id", "no-effect").text == "Choose two different methods."
+
+    build(tmp_path / "planned", planned_results(tmp_path / "results"))
+    show(browser, tmp_path / "planned")
+    (_, _, seeds, verdict, plan, *_), *more = rows(browser, "effect-table")[1:]
+    assert (seeds, verdict, plan, more) == ("15 of 15", "equivalent", "planned: sorting", [])
+    assert "weak_teacher): kd+sort minus kd: 5 of 6 seeds, to be looked at after 6" in browser.find_element("id", "no-effect").text
+    assert ["KD", "6", "5"] in [row[2:] for row in rows(browser, "plans")]
+
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert asked and all(url.startswith(("file:", "data:")) for url in asked)
