@@ -60,12 +60,14 @@ def planned_comparisons(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFra
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=EFFECT)
 
 
-def other_comparisons(runs: pd.DataFrame) -> pd.DataFrame:
-    "The effects between any two methods that share a seed, as the repaired minus the plain one; a `reason` where they share no table."
+def other_comparisons(runs: pd.DataFrame, planned: set[str]) -> pd.DataFrame:
+    "The effects between any two methods that share a seed, as a plan has it or repaired minus plain; with a `reason` where they share no table."
     parts = [compare_methods(runs, "", "")]
     for group in comparable(runs):
         known = {"length": group["length"].iloc[0], "teacher_file": max(group["teacher_file"]), "smallest_effect": 0.5, "level": 0.95, "plan": ""}
         for plain, repaired in combinations(sorted(group["method"].unique(), key=lambda name: ("+" in name, name)), 2):
+            if f"{plain} minus {repaired}" in planned:
+                plain, repaired = repaired, plain
             try:
                 effects = compare_methods(select(group, method=[plain, repaired]), repaired, plain)
             except ValueError as error:
@@ -78,7 +80,8 @@ def results_data(runs: pd.DataFrame, left_out: pd.DataFrame, plans: Sequence[Pla
     "What the page shows of `load_results`."
     lengths = [length(run.preset, json.loads(run.recipe)["epochs"], run.train_images) for run in runs.itertuples()]
     runs = mark_planned(runs, plans).assign(length=lengths, pair_title=runs["teacher"] + " → " + runs["student"])
-    effects = pd.concat([planned_comparisons(runs, plans), other_comparisons(runs)], ignore_index=True)
+    planned = planned_comparisons(runs, plans)
+    effects = pd.concat([planned, other_comparisons(runs, {*planned["comparison"]})], ignore_index=True)
     effects["pair_title"] = effects["pair"].map(dict(zip(runs["pair"], runs["pair_title"])))
     effects["methods"] = [sorted(each.split(" minus ")) for each in effects["comparison"]]
     again = effects.assign(methods=effects["methods"].map(str)).duplicated(["pair", "length", "teacher_file", "methods"])  # planned ones come first
