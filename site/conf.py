@@ -40,7 +40,6 @@ html_title = "sortkd"
 html_static_path = [str(_here / "static")]
 html_css_files = ["site.css"]
 html_copy_source = False
-html_context = {"has_explorer": (_here / "explorer/build.py").exists()}
 html_sidebars = {
     "**": [
         "sidebar/brand.html", "sidebar/search.html", "sidebar/scroll-start.html", "sidebar/explorer.html", "sidebar/navigation.html",

@@ -182,7 +182,7 @@ def stage(folder: Path) -> None:
     start, rest = re.split(r"(?m)^(?=## )", readme, maxsplit=1)
     write("using.md", f"# Installing and using sortkd\n\n{rest}")
     front = (ROOT / "site/front.md").read_text(encoding="utf-8").format(
-        readme=start,
+        readme=start.split("**Read on:**")[0],  # which leads here
         parts=toctree(["Installing and using <using>", "All chapters <nbs/index>", "api/index"], ":hidden:")
         + "".join(toctree([f"{title} <{page}>" for title, page in chapters], ":hidden:", f":caption: {part}") for part, chapters in parts.items())
         + toctree(others, ":hidden:", ":caption: Beside the chapters"),

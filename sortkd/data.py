@@ -350,7 +350,7 @@ def load_folder(path: str | Path) -> ImageData | ImageFolderData:
     """The images in `path`/train/CLASS/, and `path`/val/CLASS/ or `path`/test/CLASS/: in memory if all are squares of one
     size below 96 pixels, else in files.
 
-    FileNotFoundError or NotADirectoryError if a folder is not there, ValueError for a class that is empty or in one split
+    FileNotFoundError or NotADirectoryError if a folder is not there or a class is empty, ValueError for a class in one split
     alone, and for a file that cannot be read as an image.
     """
     root = Path(os.path.abspath(Path(path).expanduser()))

@@ -116,26 +116,17 @@ class Experiment:
             f"with {'seeds' if len(self.seeds) > 1 else 'seed'} {_listed(self.seeds)}, on {device} in {self.precision}."
         )
         if self.is_full_recipe:
-            return (
-                f"This is a full run of the published recipe: {what} "
-                "Its numbers can be compared with published ones, last epoch with last and best with best."
-            )
+            return (f"This is a full run of the published recipe: {what} "
+                    "Its numbers can be compared with published ones, last epoch with last and best with best.")
         if self._is_whole and not self.recipe_changes and data.name != "imagenet":
-            return (
-                f"This is the published recipe, whole, on other data than the papers': {what} "
-                "Its numbers can be compared with each other, not with published ones."
-            )
-        return (
-            f"This is a {'shortened' if self.preset_name == 'paper' else self.preset_name} run: {what} "
-            + (
-                "Its numbers hold for short training with this teacher, and are not evidence about the published recipe. "
-                if self.preset_name == "short"
-                else "It shows how everything works; its numbers are not evidence about the methods. "
-            )
-            + (f"{self.preset.expected} " if self.preset.expected and as_preset else "")
-            + f"For evidence, use preset='paper' on {_EVIDENCE.get(data.name, 'all images')}, "
-            "a GPU and several seeds."
-        )
+            return (f"This is the published recipe, whole, on other data than the papers': {what} "
+                    "Its numbers can be compared with each other, not with published ones.")
+        evidence = "It shows how everything works; its numbers are not evidence about the methods. "
+        if self.preset_name == "short":
+            evidence = "Its numbers hold for short training with this teacher, and are not evidence about the published recipe. "
+        expected = f"{preset.expected} " if preset.expected and as_preset else ""
+        return (f"This is a {'shortened' if self.preset_name == 'paper' else self.preset_name} run: {what} {evidence}{expected}"
+                f"For evidence, use preset='paper' on {_EVIDENCE.get(data.name, 'all images')}, a GPU and several seeds.")
 
 
 _EVIDENCE = {"imagenet": "all of ImageNet", "cifar100": "CIFAR-100", "cifar100-mini": "CIFAR-100", "digits": "CIFAR-100"}

@@ -20,14 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .checks import need_experiments
-
-need_experiments()
-
-import pandas as pd
-import psutil
 import torch
-import yaml
 
 from .checkpoints import Stopped, fingerprint
 from .checks import choice, folder_path, listed_names, shown, whole_number
@@ -42,6 +35,9 @@ from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
 from .runs import plan_run, run_experiment, teacher_training
 from .teachers import Teacher, find_teacher, load_teacher
+import pandas as pd  # after our modules, which say what is not installed
+import psutil
+import yaml
 
 # %% ../nbs/12_grids.ipynb #b22e57c6
 @dataclass(frozen=True, eq=False)

@@ -168,7 +168,8 @@ def _compare(plan: Plan, found: pd.DataFrame, comparison: str, seeds: int) -> pd
     correct = [side[side["seed"].isin(both)].set_index("seed")["correct"] for side in (second, first)]
     if len(both) < 2 or pd.concat(correct).isna().any():
         return effect.assign(images_low=math.nan, images_high=math.nan)
-    low, high = crossed_bootstrap(*(np.stack(list(side[both])) for side in correct), 1 - plan.level)
+    plain, repaired = (np.stack(list(side[both])) for side in correct)
+    low, high = crossed_bootstrap(plain, repaired, 1 - plan.level)
     return effect.assign(images_low=low, images_high=high)
 
 

@@ -13,13 +13,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from .checks import need_experiments
-
-need_experiments()
-
-import numpy as np
-import pandas as pd
-
 from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import plain_name
 from .records import read_correct
@@ -27,6 +20,8 @@ from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1
 from .training import Recipe
+import numpy as np  # after our modules, which say what is not installed
+import pandas as pd
 
 # %% ../nbs/08_results.ipynb #8949aa5f
 CIFAR100_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"

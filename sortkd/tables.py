@@ -12,14 +12,9 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from .checks import need_experiments
-
-need_experiments()
-
-import pandas as pd
-
 from .files import save_atomically
 from .results import PAPER_METHODS
+import pandas as pd  # after our modules, which say what is not installed
 
 # %% ../nbs/08c_tables.ipynb #7219b99e
 _REPORTED_AS = {"kd+lskd": "lskd", "dkd+lskd": "lskd_dkd", "mlkd+lskd": "lskd_mlkd"}

@@ -46,7 +46,10 @@ def test_no_directive_is_shown_and_nothing_else_is_lost(staged):
 def test_readme_becomes_the_front_page_and_another(staged):
     front, using = (staged / "index.md").read_text(), (staged / "using.md").read_text()
     readme = (ROOT / "README.md").read_text()
-    assert front.startswith(readme[: readme.index("\n", 10)]) and "```python" in front and "## " not in front
+    first, _, rest = readme.partition("\n**Read on:**")
+    shown = [line for line in first.splitlines() if not line.startswith("[![")]
+    assert [line for line in shown if line] == [line for line in front.partition("**Read on:**")[0].splitlines() if line]
+    assert rest and "```python" in front and "## " not in front and "[![" not in front
     assert all(line in using for line in readme.splitlines() if line.startswith("## "))
 
 
