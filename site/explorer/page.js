@@ -35,7 +35,8 @@ function addThumbnails() {
   }
   $("images").addEventListener("change", showExample);
   $("temperature").addEventListener("input", showExample);
-  document.querySelector("[name=image]").checked = true;
+  const swapDiffers = DATA.examples.findIndex(({ logits, target }) => classesAbove(logits, target).length > 1);
+  document.querySelector(`[name=image][value="${swapDiffers}"]`).checked = true;
 }
 
 function showExample() {
