@@ -21,7 +21,7 @@ repository = f"https://github.com/{settings['user']}/{settings['repo']}"
 def for_package_page(text: str) -> str:
     "README's links and figures, relative here, as addresses that work anywhere."
     text = re.sub(r"(!\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/raw/{settings['branch']}/", text)
-    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\1{repository}/blob/{settings['branch']}/", text)
+    return re.sub(r"\]\((?!https?:|#)", f"]({repository}/blob/{settings['branch']}/", text)
 
 
 setup(
