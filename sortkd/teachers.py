@@ -9,13 +9,11 @@ __all__ = ['BUFFERS', 'PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum',
 # %% ../nbs/04_teachers.ipynb #3e6db5e5
 import hashlib
 import json
-import os
 import re
 import shutil
 import tarfile
 import tempfile
 import urllib.request
-import uuid
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
