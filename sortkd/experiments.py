@@ -121,7 +121,7 @@ class Experiment:
         if self._is_whole and not self.recipe_changes and data.name != "imagenet":
             return (f"This is the published recipe, whole, on other data than the papers': {what} "
                     "Its numbers can be compared with each other, not with published ones.")
-        if self.preset_name == "paper" and data is self.full_data:
+        if self.preset_name == "paper" and data is self.full_data and data.name != "imagenet":
             return (f"This is the published recipe with changes: {what} Its numbers can be compared with each other, not with published ones.")
         evidence = "It shows how everything works; its numbers are not evidence about the methods. "
         if self.preset_name == "short":
