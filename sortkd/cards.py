@@ -16,10 +16,11 @@ from torch import Tensor
 from .commands import ends_cleanly
 from .files import save_atomically
 from .teachers import BUFFERS, read_checkpoint, weights_checksum
+from .training import Recipe
 
 # %% ../nbs/04a_cards.ipynb #653e0b7e
 _DATA_SETS = {"cifar100": ("CIFAR-100", "uoft-cs/cifar100"), "cifar10": ("CIFAR-10", "uoft-cs/cifar10")}  # title, name on the Hub
-_PUBLISHED_EPOCHS = 240  # of the recipe for CIFAR-100 that papers on distillation share
+_PUBLISHED_EPOCHS = Recipe().epochs  # of the recipe for CIFAR-100 that papers on distillation share
 
 
 def _facts(text: Mapping, weights: Mapping[str, Tensor]) -> dict[str, str]:
