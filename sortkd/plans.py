@@ -58,6 +58,18 @@ class Plan:
     level: float
     looks: tuple[Look, ...]
 
+    @property
+    def all_comparisons(self) -> list[str]:
+        "The primary one first."
+        return [*([] if self.primary is None else [self.primary]), *self.comparisons]
+
+    @property
+    def images(self) -> dict[str, str | int]:
+        "The data of its runs, as in `load_results`: data, train_images and test_images."
+        options = self.grid.options
+        return {"data": options.get("dataset", "cifar100"), "train_images": options.get("train_size") or 50_000,
+                "test_images": options.get("test_size") or 10_000}
+
 
 def read_plan(path: str | Path) -> Plan:
     """The plan in the YAML file `path`. Raises `ValueError` for a value that is missing or not allowed, and what
@@ -115,9 +127,7 @@ def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
-    asked = {"data": options.get("dataset", "cifar100"), "train_images": options.get("train_size") or 50_000,
-             "test_images": options.get("test_size") or 10_000}
-    runs = runs[(runs[list(asked)] == pd.Series(asked)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
+    runs = runs[(runs[list(plan.images)] == pd.Series(plan.images)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
     filled = cells.merge(runs[[*_CELL, "run_id"]].drop_duplicates(_CELL), on=_CELL, how="left")
     return filled[["plan", *_CELL, "run_id"]]
 
@@ -148,7 +158,7 @@ def _found(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> tuple[pd.Da
     cells = pd.concat([planned_cells(each, runs) for each in groups])
     found = select(runs[runs["run_id"].isin(cells["run_id"])])
     rows = {}
-    for comparison in [*([plan.primary] if plan.primary else []), *plan.comparisons]:
+    for comparison in plan.all_comparisons:
         planned, have = (
             len(set.intersection(*(set(table.loc[table["method"] == method, "seed"]) for method in split_comparison(comparison))))
             for table in (cells, found)
@@ -160,15 +170,21 @@ def _found(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> tuple[pd.Da
 
 
 def _compare(plan: Plan, found: pd.DataFrame, comparison: str, seeds: int) -> pd.DataFrame:
-    "The effect of a comparison over its first `seeds` seeds, with images_low and images_high."
-    first, second = (found[found["method"] == method] for method in split_comparison(comparison))
-    both = sorted({*first["seed"]} & {*second["seed"]})[:seeds]
-    runs = found[found["seed"].isin(both)]
-    effect = compare_methods(runs, *split_comparison(comparison), plan.outcome, 1 - plan.level)
-    correct = [side[side["seed"].isin(both)].set_index("seed")["correct"] for side in (second, first)]
+    "The effect of a comparison over its first `seeds` seeds."
+    first, second = (set(found.loc[found["method"] == method, "seed"]) for method in split_comparison(comparison))
+    runs = found[found["seed"].isin(sorted(first & second)[:seeds])]
+    return compare_methods(runs, *split_comparison(comparison), plan.outcome, 1 - plan.level)
+
+
+def _with_images(plan: Plan, found: pd.DataFrame, comparison: str, seeds: int) -> pd.DataFrame:
+    "`_compare` with images_low and images_high."
+    effect = _compare(plan, found, comparison, seeds)
+    first, second = (found[found["method"] == method].set_index("seed")["correct"] for method in split_comparison(comparison))
+    both = sorted({*first.index} & {*second.index})[:seeds]
+    correct = [side[both] for side in (second, first)]
     if len(both) < 2 or pd.concat(correct).isna().any():
         return effect.assign(images_low=math.nan, images_high=math.nan)
-    plain, repaired = (np.stack(list(side[both])) for side in correct)
+    plain, repaired = (np.stack(list(side)) for side in correct)
     low, high = crossed_bootstrap(plain, repaired, 1 - plan.level)
     return effect.assign(images_low=low, images_high=high)
 
@@ -179,7 +195,7 @@ def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd
     images; NaN without the runs' bits). The primary comparison comes first, and has no p_holm. Empty before the first look.
     """
     found, looks = _found(plan, plans, runs)
-    effects = {each: _compare(plan, found, each, looks.look[each]) for each in looks.index if looks.look[each]}
+    effects = {each: _with_images(plan, found, each, looks.look[each]) for each in looks.index if looks.look[each]}
     primary = [table for comparison, table in effects.items() if comparison == plan.primary]
     others = [table for comparison, table in effects.items() if comparison != plan.primary]
     parts = [verdicts(pd.concat(part, ignore_index=True), plan.smallest_effect, plan.level) for part in (primary, others) if part]

@@ -48,14 +48,13 @@ def planned_comparisons(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFra
     "The effects that plans ask for; before its look is reached, one has a `reason` in place of numbers."
     parts = []
     for plan in plans:
-        cells, options = planned_cells(plan, runs), plan.grid.options
+        cells = planned_cells(plan, runs)
         effects = planned_effects(plan, plans, runs)
-        comparisons = [*([plan.primary] if plan.primary else []), *plan.comparisons]
         waiting = [{"pair": pair, "comparison": comparison, "reason": f"Planned ({plan.name}): {line}."}
-                   for comparison, line in zip(comparisons, describe_looks(plan, plans, runs)) if comparison not in set(effects["comparison"])
+                   for comparison, line in zip(plan.all_comparisons, describe_looks(plan, plans, runs)) if comparison not in set(effects["comparison"])
                    for pair in cells["pair"].unique()]
-        known = {"length": length(plan.grid.preset, cells["epochs"].iloc[0], options.get("train_size") or 50_000), "plan": plan.name,
-                 "teacher_file": Path(options.get("teacher", "")).name, "smallest_effect": plan.smallest_effect, "level": 1 - plan.level}
+        known = {"length": length(plan.grid.preset, cells["epochs"].iloc[0], plan.images["train_images"]), "plan": plan.name,
+                 "teacher_file": Path(plan.grid.options.get("teacher", "")).name, "smallest_effect": plan.smallest_effect, "level": 1 - plan.level}
         parts += [part.assign(**known) for part in (effects, pd.DataFrame(waiting)) if len(part)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=EFFECT)
 
