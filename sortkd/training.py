@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .capture import CapturedStep, side_stream
+from .capture import CapturedStep, on_stream, side_stream, wait_for
 from .checkpoints import Checkpoint, Stopped, fingerprint, weights_on_cpu
 from .checks import finite_number, whole_number
 from .devices import Ranks, precision_of, synchronize_batch_norm
@@ -171,9 +171,9 @@ class Learner:
         self.totals = torch.zeros(2, dtype=torch.float64, device=fabric.device)
         self.repairs = torch.zeros(2, dtype=torch.int64, device=fabric.device)
         self.keep_best = student.keep_best
-        self._captured = None
+        self._captured = self.stream = None
         if fabric.device.type == "cuda" and self.ranks.count == 1:
-            self._captured = CapturedStep(self._step, self.optimizer)
+            self._captured, self.stream = CapturedStep(self._step, self.optimizer), torch.cuda.Stream(fabric.device)
         self._steps = self.epoch = 0
         self._random_state: list[Tensor] = []
         self._checkpoint_seconds, self._last_save = student.checkpoint_seconds, time.monotonic()
@@ -226,12 +226,13 @@ class Learner:
             self._step(lesson)
 
     def learn_beside_others(self, lesson: Lesson) -> None:
-        "One step, with this student's own random numbers."
+        "One step, with this student's own random numbers and, on a GPU, on its own stream."
         device = self.fabric.device
         torch.set_rng_state(self._random_state[0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(self._random_state[1], device)
-        self.learn(lesson)
+        with on_stream(self.stream):
+            self.learn(lesson)
         self._random_state = self._random_states()
 
     def _step(self, lesson: Lesson) -> None:
@@ -379,6 +380,8 @@ def teach(learners: Sequence[Learner], lessons: Lessons, epoch: int) -> None:
                 own = {name: rows[start:stop] for name, rows in logits.items()}
                 own |= strong if "strong_repaired" in own else {}
                 take(Lesson(images, block.target[start:stop], **own))
+            for learner in learners:
+                wait_for(learner.stream)
 
 
 def _teacher_logits(teacher, students: Sequence[Student], batches: ImageBatches, fabric) -> TeacherLogits | None:

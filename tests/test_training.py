@@ -1,4 +1,5 @@
 "The trainer against a loop written by hand in plain PyTorch, to the last bit; resuming; and which run a checkpoint belongs to."
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pytest
@@ -15,7 +16,7 @@ from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.checkpoints import Stopped, fingerprint
 from sortkd.devices import Ranks, create_fabric
 from sortkd.lessons import Lessons
-from sortkd.training import Learner, Outcome, Recipe, Student, evaluate, train, train_together
+from sortkd.training import Learner, Outcome, Recipe, Student, evaluate, teach, train, train_together
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
@@ -257,18 +258,40 @@ def test_no_step_on_a_gpu_asks_for_a_value():
             assert create_model(name, 100)(torch.empty(64, 3, 32, 32)).shape == (64, 100)
 
 
+def test_streams_of_students_taught_together(monkeypatch, batches, fabric):
+    "Each step is queued on its student's stream, and no lesson is made before all students have had the one before."
+    log, learn = [], Learner.learn
+
+    @contextmanager
+    def on_stream(stream):
+        log.append(f"{stream} begins")
+        yield
+        log.append(f"{stream} queued")
+
+    monkeypatch.setattr("sortkd.training.on_stream", on_stream)
+    monkeypatch.setattr("sortkd.training.wait_for", lambda stream: log.append(f"wait for {stream}"))
+    monkeypatch.setattr(Learner, "learn", lambda self, lesson: (log.append(f"step of {self.stream}"), learn(self, lesson)))
+    learners = [Learner(Student(network(8), create_method("ce"), RECIPE), fabric, "") for _ in "ab"]
+    for learner, learner.stream in zip(learners, "ab"):
+        learner.start_epoch(1, 0)
+    teach(learners, Lessons(batches, None, 75, 0, Ranks(fabric)), 1)
+    assert log == 2 * ["a begins", "step of a", "a queued", "b begins", "step of b", "b queued", "wait for a", "wait for b"]
+
+
 @pytest.mark.cuda
 def test_captured_steps_on_a_gpu(monkeypatch, batches):
-    "The graph is there, for one student and for two, and changes no bit."
+    "The graph is there. Neither it nor a second student, on a stream of its own, changes a bit."
     fabric, on_gpu = create_fabric("cuda", deterministic=True), batches.data.batches("cuda")
     def students(): return [Student(network(8), create_method(name), replace(RECIPE, batch_size=25)) for name in ("ce", "kd+sort")]
-    def outcomes(): return train_together(students(), on_gpu, fabric, teacher=network(7).eval())
-    captured = outcomes()
+    def outcomes(students): return train_together(students, on_gpu, fabric, teacher=network(7).eval())
+    captured = outcomes(students())
+    alone = [outcomes([student])[0] for student in students()]
     monkeypatch.setattr(Learner, "steps_before_capture", 10**9)
-    eager = outcomes()
-    assert all(each.captured for each in captured) and not any(each.captured for each in eager)
-    for one, other in zip(captured, eager):
-        assert_same_weights(one.last_weights, other.last_weights)
+    eager = outcomes(students())
+    assert all(each.captured for each in captured + alone) and not any(each.captured for each in eager)
+    for one, two, three in zip(captured, alone, eager):
+        assert_same_weights(one.last_weights, two.last_weights)
+        assert_same_weights(one.last_weights, three.last_weights)
 
 
 def test_strong_views_are_those_of_the_epoch(batches, fabric, teacher):
