@@ -411,15 +411,15 @@ _SET_UP = 5.0  # seconds before the first epoch of a job
 
 
 def run_slice(state: State, seconds: float = math.inf, at_once: int | None = None, progress: bool = True) -> pd.DataFrame:
-    """Run what is missing in `state` for at most `seconds`, `at_once` cells at a time (by default one on a GPU, and one
-    for each core of a CPU).
+    """Run what is missing in `state` for at most `seconds`, `at_once` cells at a time (by default one for each core of
+    a CPU; on a GPU four, which have one seed and are taught together).
 
     Returns what was done: job, epochs before and now, of how many, and the outcome: finished, saved, or an error, after
     which the other jobs were still run. Call it in the main thread.
     """
     threads, margin = torch.get_num_threads(), min(15.0, seconds / 10)
     deadline = time.monotonic() + seconds - margin
-    at_once = at_once or (len(os.sched_getaffinity(0)) if state.planned.device == "cpu" else 1)
+    at_once = at_once or (len(os.sched_getaffinity(0)) if state.planned.device == "cpu" else 4)
     failed = dict[Job, str]()
     with _interrupted_after(seconds - margin / 3):  # the rest is for reading what was done
         try:
@@ -438,18 +438,21 @@ def run_slice(state: State, seconds: float = math.inf, at_once: int | None = Non
 
 def _work(state: State, seconds: float, deadline: float, at_once: int, progress: bool, failed: dict[Job, str]) -> None:
     waiting, unmade = priority(state.missing, state.grid), {name for name, teacher in state.teachers.items() if not teacher}
+    processes = state.planned.device == "cpu"  # one for each cell; else students of one seed are taught together
 
     def fits(job: Job) -> bool:
-        needed = _SET_UP + 1.1 * speed_of(job.kind, state)[0] * state.missing[job].images / 1e6
+        together = at_once if job.method and not processes else 1
+        needed = _SET_UP + 1.1 * speed_of(job.kind, state)[0] * state.missing[job].images / 1e6 * together
         left = deadline - time.monotonic()
         return (not job.method or job.teacher not in unmade) and (seconds / 2 if math.isnan(needed) else needed) <= left
 
     while job := next(filter(fits, waiting), None):
-        jobs = [each for each in waiting if each.pair == job.pair and each.method][:at_once] if job.method else [job]
+        cells = [each for each in waiting if each.pair == job.pair and each.method and (processes or each.seed == job.seed)]
+        jobs = cells[:at_once] if job.method else [job]
         methods, seeds = (list(dict.fromkeys(getattr(each, name) for each in jobs)) for name in ("method", "seed"))
         if job.method:  # all methods with all seeds, of which some may be missing besides
             jobs = [each for each in waiting if each.pair == job.pair and each.method in methods and each.seed in seeds]
-            experiment = experiment_for(state.planned, job.pair, methods, seeds, at_once)
+            experiment = experiment_for(state.planned, job.pair, methods, seeds, at_once if processes else 1)
         else:
             experiment = experiment_for(state.planned, job.pair, state.grid.cells["method"].unique())
         waiting = [each for each in waiting if each not in jobs]
@@ -500,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("grid", help="a YAML file such as workflow/paper.yaml")
     parser.add_argument("--budget", help="end within this time, such as 25m or 1h30m; without it, when all is done")
-    parser.add_argument("--at-once", help="cells of a pair at a time; by default one on a GPU, and one for each core of a CPU")
+    parser.add_argument("--at-once", help="cells of a pair at a time; by default one for each core of a CPU, and four of one seed on a GPU")
     parser.add_argument("--results-dir", help="instead of the grid's")
     parser.add_argument("--teachers-dir", help="instead of the grid's")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="instead of the grid's, such as cache=off")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from sortkd.records import append_record, compare_runs, describe_machine, read_r
 from sortkd.results import paper_grid
 from sortkd.runs import plan_run, run_experiment
 from sortkd.teachers import save_teacher
-from sortkd.checkpoints import fingerprint
+from sortkd.checkpoints import Stopped, fingerprint
 
 WORKFLOW = Path(__file__).parents[1] / "workflow"
 SETTINGS = {
@@ -242,6 +243,23 @@ def test_a_job_that_fails_does_not_end_the_slice(taught, monkeypatch):
     assert len(done) == 4 and set(done["outcome"]) == {"FloatingPointError: the loss is nan"} and asked == [["kd"], ["kd+sort"]] * 2
     del asked[:]
     assert len(run_slice(read_state(grid), at_once=2, progress=False)) == 4 and asked == [["kd", "kd+sort"]] * 2, "cells of a pair, side by side"
+
+
+def test_on_a_gpu_the_cells_of_a_seed_are_taught_together(taught, monkeypatch):
+    asked = []
+
+    def note(experiment, *_):
+        asked.append((experiment.workers, experiment.seeds, len(experiment.methods)))
+        raise Stopped
+
+    monkeypatch.setattr(grids, "run_experiment", note)
+    monkeypatch.setattr(grids, "describe_machine", lambda device: describe_machine("cpu"))
+    grid, *_ = taught
+    cells = paper_grid(["resnet20:resnet8"], ["kd", "kd+sort", "dkd", "dkd+sort", "nkd"], 2)
+    state = read_state(replace(grid, cells=cells))
+    state.planned = replace(state.planned, device="cuda")
+    run_slice(state, progress=False)
+    assert asked == [(1, (0,), 4), (1, (0,), 1), (1, (1,), 4), (1, (1,), 1)]
 
 
 def test_a_failed_teacher_is_made_once_and_its_cells_wait(tmp_path, monkeypatch):
