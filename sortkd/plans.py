@@ -7,6 +7,7 @@ __all__ = ['OUTCOMES', 'Look', 'Plan', 'read_plan', 'split_comparison', 'read_pl
            'describe_plans', 'planned_effects', 'describe_looks', 'committed', 'first_start']
 
 # %% ../nbs/12a_plans.ipynb #cdbc0c2a
+import json
 import math
 import subprocess
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .checks import choice, finite_number, shown, whole_number
+from .experiments import recipe_changes
 from .grids import Grid, make_grid, read_yaml
 from .methods import create_method
 from .results import select
@@ -64,11 +66,12 @@ class Plan:
         return [*([] if self.primary is None else [self.primary]), *self.comparisons]
 
     @property
-    def images(self) -> dict[str, str | int]:
-        "The data of its runs, as in `load_results`: data, train_images and test_images."
+    def same(self) -> dict[str, str | int]:
+        "What all its runs have in common, as in `load_results`: data, train_images, test_images and recipe_changes."
         options = self.grid.options
         return {"data": options.get("dataset", "cifar100"), "train_images": options.get("train_size") or 50_000,
-                "test_images": options.get("test_size") or 10_000}
+                "test_images": options.get("test_size") or 10_000,
+                "recipe_changes": json.dumps(recipe_changes(options.get("set", "")), sort_keys=True)}
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -127,7 +130,7 @@ def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
-    runs = runs[(runs[list(plan.images)] == pd.Series(plan.images)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
+    runs = runs[(runs[list(plan.same)] == pd.Series(plan.same)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
     filled = cells.merge(runs[[*_CELL, "run_id"]].drop_duplicates(_CELL), on=_CELL, how="left")
     return filled[["plan", *_CELL, "run_id"]]
 

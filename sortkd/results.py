@@ -96,7 +96,7 @@ def _row(record: dict) -> dict:
         "best_epoch": result.get("best_epoch", 0), "seconds": result.get("seconds", math.nan), "diverged": "diverged" in record, "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
         "changed_share": result.get("changed_rows", math.nan) / rows, "preset": record["preset"],
         "epochs": record["recipe"]["epochs"], "lr": record["recipe"]["lr"],
-        "recipe": text(_base_recipe(record), without=("lr",)),
+        "recipe": text(_base_recipe(record), without=("lr",)), "recipe_changes": text(record.get("recipe_changes", {})),
         "method_settings": text(record["method"], without=("name", "repair")), "data": data["name"],
         "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
         "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about.get("file", ""), "device": record["device"],
@@ -109,7 +109,7 @@ def _row(record: dict) -> dict:
 
 _COLUMNS = [
     "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "best_epoch",
-    "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "method_settings", "data",
+    "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "recipe_changes", "method_settings", "data",
     "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision",
     "commit", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip

@@ -51,7 +51,7 @@ def runs_of(plan, **changes):
     cells = plan.grid.cells.assign(preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
     teacher = Path(plan.grid.options.get("teacher", "")).name
     return cells.assign(teacher_file=teacher, objective=cells.method.str.split("+").str[0], run_id=[str(n) for n in range(len(cells))],
-                        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000, test_images=10_000, **changes)
+                        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000, test_images=10_000, recipe_changes="{}", **changes)
 
 
 def measured(runs):
@@ -94,8 +94,11 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     runs = runs_of(plan)
     assert (mark_planned(runs, PLANS)["plan"] == "sorting").all() and planned_cells(plan, runs).run_id.notna().all()
     assert first_start(plan, runs).microsecond == 4
-    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"}):
+    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"},
+                  {"recipe_changes": '{"lr": 0.1}'}):
         assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
+    faster = replace(plan, grid=replace(plan.grid, options=plan.grid.options | {"set": "lr=0.1"}))
+    assert (mark_planned(runs.assign(recipe_changes='{"lr": 0.1}'), [faster])["plan"] == "sorting").all() and (mark_planned(runs, [faster])["plan"] == "").all()
     effects = planned_effects(plan, PLANS, measured(runs))
     assert effects.comparison.tolist() == ["kd+sort minus kd"] and effects.seeds[0] == effects.planned[0] == 15 and math.isnan(effects.p_holm[0])
     assert 0 < effects.images_low[0] < effects["mean"][0] < effects.images_high[0]

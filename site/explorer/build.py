@@ -53,7 +53,7 @@ def planned_comparisons(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFra
         waiting = [{"pair": pair, "comparison": comparison, "reason": f"Planned ({plan.name}): {line}."}
                    for comparison, line in zip(plan.all_comparisons, describe_looks(plan, plans, runs)) if comparison not in set(effects["comparison"])
                    for pair in cells["pair"].unique()]
-        known = {"length": length(plan.grid.preset, cells["epochs"].iloc[0], plan.images["train_images"]), "plan": plan.name,
+        known = {"length": length(plan.grid.preset, cells["epochs"].iloc[0], plan.same["train_images"]), "plan": plan.name,
                  "teacher_file": Path(plan.grid.options.get("teacher", "")).name, "smallest_effect": plan.smallest_effect, "level": 1 - plan.level}
         parts += [part.assign(**known) for part in (effects, pd.DataFrame(waiting)) if len(part)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=EFFECT)
