@@ -705,6 +705,7 @@ def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monk
     assert run_notebook("paper_figures", synthetic_folder)[1] == first
 
 
+@pytest.mark.slow
 def test_notebooks_run_where_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(tmp_path / "no data"))
     (tmp_path / "results").mkdir()

@@ -29,10 +29,10 @@ def test_they_say_what_they_are(path):
     assert {*rounded.values()} == {torch.float16}
 
 
-# 2,000 test images have a standard error of at most 1.1 points. On all of them, the file's own number was taken before the
+# 1,000 test images have a standard error of at most 1.6 points. On all of them, the file's own number was taken before the
 # weights were rounded to half precision, and in the precision of training.
 @needs_cifar100
-@pytest.mark.parametrize("images, tolerance", [(2000, 4), pytest.param(0, 0.1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("images, tolerance", [(1000, 5), pytest.param(0, 0.1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 def test_they_are_as_good_as_they_say(path, images, tolerance):
     _, text = read_checkpoint(path)

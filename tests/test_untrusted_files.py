@@ -508,6 +508,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_written_outside_the_folders_that_were_named(tmp_path):
     "A whole run with its teacher's training, in a process whose every opening, making, moving and removing is noted."
     work, temporary, home = (tmp_path / name for name in ("work", "temporary", "home"))

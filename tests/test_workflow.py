@@ -175,6 +175,7 @@ def test_the_check_names_a_missing_and_a_second_record(resumed):
     assert "seed 0: no record" not in done.stdout and not (folder / "results" / "cells" / "quick" / "grid.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_grid_of_one_cell(tmp_path):
     "Of two networks that are no pair of the papers, with a number of one's own."
     pair, method = "resnet20:resnet8", "kd(temperature=2)+sort"
