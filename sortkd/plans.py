@@ -85,25 +85,26 @@ def read_plan(path: str | Path) -> Plan:
     if not isinstance(given, dict) or set(given) != set(names):
         raise ValueError(f"the section plan of {path} is {shown(given)}; give {', '.join(names)}.")
     grid = make_grid(settings)
-    methods, primary = list(grid.cells["method"].unique()), given["primary"]
+    methods = list(grid.cells["method"].unique())
     for name in ("comparisons", "beside", "looks"):
         if not isinstance(given[name], list):
             raise ValueError(f"{name} of {path} is {shown(given[name])}; give a list.")
-    for comparison in [*([] if primary is None else [primary]), *given["comparisons"]]:
-        for method in split_comparison(comparison):
-            choice(f"a method in {comparison!r}", method, [method] if given["beside"] else methods)
     if any(name != "ce" for name in methods) and not grid.options.get("teacher"):
         raise ValueError(f"{path} does not name its teacher; give options: {{teacher: FILE}}.")
     for look in given["looks"]:
         if not isinstance(look, dict) or not {"after", "at"} <= set(look) <= {"after", "at", "may"}:
             raise ValueError(f"a look of {path} is {shown(look)}; give after (a number of seeds), at and, if needed, may.")
         whole_number("after", look["after"], 2)
-    return Plan(
-        path.stem, grid, str(given["question"]), primary, tuple(given["comparisons"]), tuple(given["beside"]),
+    plan = Plan(
+        path.stem, grid, str(given["question"]), given["primary"], tuple(given["comparisons"]), tuple(given["beside"]),
         choice("outcome", given["outcome"], OUTCOMES),
         finite_number("smallest_effect", given["smallest_effect"]), finite_number("level", given["level"]),
         tuple(Look(**look) for look in given["looks"]),
     )
+    for comparison in plan.all_comparisons:
+        for method in split_comparison(comparison):
+            choice(f"a method in {comparison!r}", method, [method] if plan.beside else methods)
+    return plan
 
 
 def split_comparison(comparison: str) -> tuple[str, str]:

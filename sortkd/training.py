@@ -370,7 +370,8 @@ def teach(learners: Sequence[Learner], lessons: Lessons, epoch: int) -> None:
     "One epoch of lessons."
     if not learners:
         return
-    learn = [each.learn if len(learners) == 1 else each.learn_beside_others for each in learners]
+    together = len(learners) > 1
+    learn = [each.learn_beside_others if together else each.learn for each in learners]
     for block in lessons.of_epoch(epoch):
         repaired = [learner.repair(block) for learner in learners]
         for step, (start, stop) in enumerate(block.bounds):
@@ -380,7 +381,7 @@ def teach(learners: Sequence[Learner], lessons: Lessons, epoch: int) -> None:
                 own = {name: rows[start:stop] for name, rows in logits.items()}
                 own |= strong if "strong_repaired" in own else {}
                 take(Lesson(images, block.target[start:stop], **own))
-            for learner in learners:
+            for learner in learners if together else ():
                 wait_for(learner.stream)
 
 
