@@ -116,9 +116,10 @@ def _signed_sums(values: np.ndarray) -> np.ndarray:
 VERDICTS = ("gain", "loss", "equivalent", "inconclusive")
 
 
-def verdicts(effects: pd.DataFrame, smallest_effect: float = 0.5, level: float = 0.05) -> pd.DataFrame:
+def verdicts(effects: pd.DataFrame, smallest_effect: float = 0.5, level: float = 0.05, together: bool = False) -> pd.DataFrame:
     """`effects` (`paired_effects`) with the columns p_equivalent (the larger p of the two one-sided tests against
-    ±`smallest_effect` points), verdict, and p_holm (p, corrected for the number of effects).
+    ±`smallest_effect` points), verdict, and p_holm (p, corrected for the number of effects). The verdict is of each effect on
+    its own or, with `together`, from both tests corrected for the number of effects.
     """
     from statsmodels.stats.multitest import multipletests
 
@@ -126,14 +127,18 @@ def verdicts(effects: pd.DataFrame, smallest_effect: float = 0.5, level: float =
     with np.errstate(divide="ignore", invalid="ignore"):
         distance = (smallest_effect - mean.abs()) / (std / np.sqrt(seeds))
     equivalent = pd.Series(stats.t.sf(distance, np.maximum(seeds - 1, 1)), effects.index)
-    corrected = pd.Series(math.nan, effects.index)
-    if p.notna().any():
-        corrected[p.notna()] = multipletests(p.dropna(), method="holm")[1]
+
+    def corrected(values: pd.Series) -> pd.Series:
+        known = values.dropna()
+        return pd.Series(multipletests(known, method="holm")[1] if len(known) else [], known.index).reindex(values.index)
+
+    p_holm = corrected(p)
+    differs, agrees = (p_holm, corrected(equivalent)) if together else (p, equivalent)
     verdict = np.select(
-        [equivalent <= level, (p <= level) & (mean > 0), p <= level],
+        [agrees <= level, (differs <= level) & (mean > 0), differs <= level],
         ["equivalent", "gain", "loss"], "inconclusive",
     )
-    return effects.assign(p_equivalent=equivalent, verdict=verdict, p_holm=corrected)
+    return effects.assign(p_equivalent=equivalent, verdict=verdict, p_holm=p_holm)
 
 # %% ../nbs/08b_statistics.ipynb #0e1c6425
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(400)

@@ -31,7 +31,7 @@ from sortkd.statistics import (
     confidence_sequence, crossed_bootstrap, paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number,
     t_test_power, verdict_probabilities, verdicts,
 )
-from sortkd.tables import comparison_table, read_reported, write_table
+from sortkd.tables import comparison_title, comparison_table, read_reported, write_table
 from synthetic import synthetic_record, synthetic_records
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
@@ -547,6 +547,24 @@ def test_verdicts_are_those_of_two_one_sided_tests_and_corrected_by_holm():
         p, _, _ = DescrStatsW(np.array(row.differences)).ttost_mean(-0.5, 0.5)
         assert row.p_equivalent == pytest.approx(p) and (row.verdict == "equivalent") == (p <= 0.05)
         assert row.p <= row.p_holm <= min(1, 12 * row.p)
+    # Together: the k-th smallest of m values is compared with level / (m - k + 1), up to the first that is too large.
+    for gain in (0.3, 0.6):
+        effects = verdicts(paired_effects(outcomes(gain, 12, 6, 0.3, seed=2)), together=True)
+
+        def passes(values):
+            order = np.argsort(values)
+            first_failure = next((k for k, row in enumerate(order) if values[row] > 0.05 / (len(values) - k)), len(values))
+            return {int(row) for row in order[:first_failure]}
+
+        equivalent, different = passes(effects.p_equivalent.to_numpy()), passes(effects.p.to_numpy())
+        assert {*np.flatnonzero(effects.verdict == "equivalent")} == equivalent
+        assert {*np.flatnonzero(effects.verdict == "gain")} == different - equivalent and (different or equivalent)
+    assert verdicts(effects.iloc[:1]).verdict.tolist() == verdicts(effects.iloc[:1], together=True).verdict.tolist()
+
+
+def test_comparisons_are_titled_as_papers_write_them():
+    assert [comparison_title(each) for each in ("kd+sort minus kd", "kd+sort minus kd+loca", "normkd+sort minus normkd")] == [
+        "KD + sort − KD", "KD + sort − (KD + LoCa)", "NormKD + sort − NormKD"]
 
 
 def test_a_confidence_sequence_inverts_its_bayes_factor():
