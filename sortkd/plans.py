@@ -146,11 +146,13 @@ def mark_planned(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
 
 
 def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
-    "For each plan and method: how many runs were planned, and how many of them exist; and all runs that no plan names."
-    cells = pd.concat([planned_cells(plan, runs) for plan in plans])
-    table = cells.groupby(["plan", "method"], sort=False).agg(planned=("seed", "size"), exist=("run_id", "count")).reset_index()
-    others = int((mark_planned(runs, plans)["plan"] == "").sum())
-    return pd.concat([table, pd.DataFrame([{"plan": "(not planned)", "method": "", "planned": 0, "exist": others}])], ignore_index=True)
+    "For each plan: its methods, how many runs were planned, and how many of them exist; and all runs that no plan names."
+    rows = []
+    for plan in plans:
+        cells = planned_cells(plan, runs)
+        rows.append({"plan": plan.name, "methods": ", ".join(cells["method"].unique()), "planned": len(cells), "exist": cells["run_id"].count()})
+    others = (mark_planned(runs, plans)["plan"] == "").sum()
+    return pd.DataFrame([*rows, {"plan": "(not planned)", "methods": "", "planned": 0, "exist": others}])
 
 # %% ../nbs/12a_plans.ipynb #9664ef68
 def _found(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -194,7 +194,7 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     (_, _, seeds, verdict, plan, *_), *more = rows(browser, "effect-table")[1:]
     assert (seeds, verdict, plan, more) == ("15 of 15", "equivalent", "planned: sorting", [])
     assert "weak_teacher): kd+sort minus kd: 5 of 6 seeds, to be looked at after 6" in browser.find_element("id", "no-effect").text
-    assert ["KD", "6", "5"] in [row[2:] for row in rows(browser, "plans")]
+    assert ["KD, KD + sort", "12", "10"] in [row[2:] for row in rows(browser, "plans")]
 
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

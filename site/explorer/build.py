@@ -89,7 +89,7 @@ def results_data(runs: pd.DataFrame, left_out: pd.DataFrame, plans: Sequence[Pla
         "runs": [run | {"curve": curve} for run, curve in zip(records_of(runs, RUN), curves)],
         "effects": records_of(effects[~again], EFFECT),
         "titles": {name: method_title(name) for name in sorted({*runs["method"], *effects["methods"].explode().dropna()})},
-        "plans": records_of(describe_plans(plans, runs), ["plan", "method", "planned", "exist"]) if plans else [],
+        "plans": records_of(describe_plans(plans, runs), ["plan", "methods", "planned", "exist"]) if plans else [],
         "questions": {plan.name: plan.question for plan in plans},
         "left_out": records_of(left_out, ["file", "line", "reason"]),
     }

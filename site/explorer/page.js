@@ -190,8 +190,8 @@ function showEffects() {
 }
 
 function tellPlans() {
-  fillTable($("plans"), ["plan", "question", "method", "planned", "exist"], DATA.plans.map((row) =>
-    [row.plan, DATA.questions[row.plan] ?? "", title(row.method), String(row.planned), String(row.exist)]));
+  fillTable($("plans"), ["plan", "question", "methods", "planned", "exist"], DATA.plans.map((row) =>
+    [row.plan, DATA.questions[row.plan] ?? "", row.methods.split(", ").map(title).join(", "), String(row.planned), String(row.exist)]));
   if (DATA.left_out.length) {
     $("left-out").textContent = "Left out: " + DATA.left_out.map((line) => `${line.file}, line ${line.line}: ${line.reason}`).join("; ") + ".";
   }
