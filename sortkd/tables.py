@@ -115,7 +115,7 @@ def effect_table(effects: pd.DataFrame, pooled: pd.DataFrame | None = None) -> p
             "differences": f"{row['pairs']} pairs of {row['teachers']} teachers",
         }
     index = pd.MultiIndex.from_tuples(rows, names=["pair", "methods"]) if rows else pd.MultiIndex.from_arrays([[], []], names=["pair", "methods"])
-    columns = ["seeds", "effect", "95 % interval", "over seeds and images", "p", "verdict", "better", "differences"]
+    columns = ["seeds", "effect", "95 % interval", "verdict", "p", "over seeds and images", "better", "differences"]
     absent = {"over seeds and images": "images_low", "p": "planned"}
     columns = [name for name in columns if absent.get(name, "mean") in effects]
     return pd.DataFrame(list(rows.values()), index, columns)
