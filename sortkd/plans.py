@@ -204,7 +204,7 @@ def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd
     effects = {each: _with_images(plan, found, each, looks.look[each]) for each in looks.index if looks.look[each]}
     primary = [table for comparison, table in effects.items() if comparison == plan.primary]
     others = [table for comparison, table in effects.items() if comparison != plan.primary]
-    parts = [verdicts(pd.concat(part, ignore_index=True), plan.smallest_effect, plan.level, together=True) for part in (primary, others) if part]
+    parts = [verdicts(pd.concat(part, ignore_index=True), plan.smallest_effect, plan.level, together=part is others) for part in (primary, others) if part]
     if not parts:
         return verdicts(compare_methods(found, "", "")).assign(plan=[], planned=[])
     table = pd.concat(parts, ignore_index=True)

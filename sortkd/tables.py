@@ -43,11 +43,11 @@ def _cell(values: pd.Series, precisions: pd.Series) -> str:
 def method_title(method: str) -> str:
     "A method's name as papers write it: `dkd+sort` is DKD + sort, `lskd` is KD + LSKD."
     objective, _, repair = method.partition("+")
-    title = {new: old for old, new in _REPORTED_AS.items()}.get(objective, objective).upper().replace("+", " + ").replace("NORMKD", "NormKD")
-    return f"{title} + {_REPAIR_TITLES.get(repair, repair)}" if repair else title
+    title = _TITLES.get(objective) or {new: old for old, new in _REPORTED_AS.items()}.get(objective, objective).upper().replace("+", " + ")
+    return f"{title} + {_TITLES.get(repair, repair)}" if repair else title
 
 
-_REPAIR_TITLES = {"loca": "LoCa", "mft": "MFT"}
+_TITLES = {"normkd": "NormKD", "loca": "LoCa", "mft": "MFT"}
 
 
 def comparison_title(comparison: str) -> str:
@@ -116,8 +116,8 @@ def effect_table(effects: pd.DataFrame, pooled: pd.DataFrame | None = None) -> p
         }
     index = pd.MultiIndex.from_tuples(rows, names=["pair", "methods"]) if rows else pd.MultiIndex.from_arrays([[], []], names=["pair", "methods"])
     columns = ["seeds", "effect", "95 % interval", "verdict", "p", "over seeds and images", "better", "differences"]
-    absent = {"over seeds and images": "images_low", "p": "planned"}
-    columns = [name for name in columns if absent.get(name, "mean") in effects]
+    needs = {"over seeds and images": "images_low", "p": "planned"}
+    columns = [name for name in columns if needs.get(name, "mean") in effects]
     return pd.DataFrame(list(rows.values()), index, columns)
 
 
