@@ -37,16 +37,17 @@ class Size:
     "How much of each thing is measured."
 
     device: str
-    networks: tuple[str, ...] = ("resnet8x4", "vgg8", "resnet20")
+    networks: tuple[str, ...] = ("resnet8x4", "vgg8", "resnet8", "resnet20", "vgg13")
     pair: tuple[str, str] = ("resnet32x4", "resnet8x4")
     batch: int = 64
-    steps: int = 300
+    steps: int = 200
     images: int = 10_000
-    at_once: tuple[int, ...] = (1, 2, 4, 8)
+    students: tuple[str, ...] = ("resnet8", "vgg8", "resnet8x4")
+    at_once: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
 
     @classmethod
     def of_rehearsal(cls):
-        return cls("cpu", ("resnet8",), ("resnet8", "resnet8"), batch=8, steps=2, images=64, at_once=(1, 2))
+        return cls("cpu", ("resnet8",), ("resnet8", "resnet8"), batch=8, steps=2, images=64, students=("resnet8",), at_once=(1, 2))
 
     def wait(self) -> None:
         if self.device == "cuda":
@@ -132,7 +133,8 @@ def steps(size: Size) -> dict:
 
 def students_at_once(size: Size) -> dict:
     "One student, one stream, one graph: what a step costs where several take turns to be launched."
-    return {str(count): ms_of_a_step(size, [Runner(size, size.networks[0], seed) for seed in range(count)]) for count in size.at_once}
+    return {f"{network}, {count}": ms_of_a_step(size, [Runner(size, network, seed) for seed in range(count)], rounds=3)
+            for network in size.students for count in size.at_once}
 
 
 def epoch(size: Size) -> dict:
@@ -199,7 +201,7 @@ def main() -> int:
             traceback.print_exc()
             found[name] = {"failed": f"{type(error).__name__}: {error}"[:300]}
             failed.append(name)
-        print(f"{name} ({time.perf_counter() - start:.1f} s): {json.dumps(found[name])[:1500]}", flush=True)
+        print(f"{name} ({time.perf_counter() - start:.1f} s): {json.dumps(found[name])[:3000]}", flush=True)
         Path(arguments.output).write_text(json.dumps(found, indent=1))
     return 1 if failed else 0
 

@@ -412,14 +412,14 @@ _SET_UP = 5.0  # seconds before the first epoch of a job
 
 def run_slice(state: State, seconds: float = math.inf, at_once: int | None = None, progress: bool = True) -> pd.DataFrame:
     """Run what is missing in `state` for at most `seconds`, `at_once` cells at a time (by default one for each core of
-    a CPU; on a GPU four, which have one seed and are taught together).
+    a CPU; on a GPU eight, which are taught together).
 
     Returns what was done: job, epochs before and now, of how many, and the outcome: finished, saved, or an error, after
     which the other jobs were still run. Call it in the main thread.
     """
     threads, margin = torch.get_num_threads(), min(15.0, seconds / 10)
     deadline = time.monotonic() + seconds - margin
-    at_once = at_once or (len(os.sched_getaffinity(0)) if state.planned.device == "cpu" else 4)
+    at_once = at_once or (len(os.sched_getaffinity(0)) if state.planned.device == "cpu" else 8)
     failed = dict[Job, str]()
     with _interrupted_after(seconds - margin / 3):  # the rest is for reading what was done
         try:
@@ -438,7 +438,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: int | None = Non
 
 def _work(state: State, seconds: float, deadline: float, at_once: int, progress: bool, failed: dict[Job, str]) -> None:
     waiting, unmade = priority(state.missing, state.grid), {name for name, teacher in state.teachers.items() if not teacher}
-    processes = state.planned.device == "cpu"  # one for each cell; else students of one seed are taught together
+    processes = state.planned.device == "cpu"  # one for each cell; else students are taught together
 
     def fits(job: Job) -> bool:
         together = at_once if job.method and not processes else 1
@@ -447,7 +447,7 @@ def _work(state: State, seconds: float, deadline: float, at_once: int, progress:
         return (not job.method or job.teacher not in unmade) and (seconds / 2 if math.isnan(needed) else needed) <= left
 
     while job := next(filter(fits, waiting), None):
-        cells = [each for each in waiting if each.pair == job.pair and each.method and (processes or each.seed == job.seed)]
+        cells = [each for each in waiting if each.pair == job.pair and each.method]
         jobs = cells[:at_once] if job.method else [job]
         methods, seeds = (list(dict.fromkeys(getattr(each, name) for each in jobs)) for name in ("method", "seed"))
         if job.method:  # all methods with all seeds, of which some may be missing besides
@@ -456,7 +456,7 @@ def _work(state: State, seconds: float, deadline: float, at_once: int, progress:
         else:
             experiment = experiment_for(state.planned, job.pair, state.grid.cells["method"].unique())
         waiting = [each for each in waiting if each not in jobs]
-        outcome = _attempt(state, job, experiment, Deadline(deadline), progress)
+        outcome = _attempt(state, job, experiment, Deadline(deadline), progress, at_once)
         if outcome == "finished" and not job.method:
             unmade.discard(job.teacher)
         if outcome not in ("finished", "saved"):
@@ -465,10 +465,10 @@ def _work(state: State, seconds: float, deadline: float, at_once: int, progress:
             print(f"{time.strftime('%H:%M:%S')} {', '.join(map(str, jobs))}: {outcome}", flush=True)
 
 
-def _attempt(state: State, job: Job, experiment: Experiment, stop: Deadline, progress: bool) -> str:
+def _attempt(state: State, job: Job, experiment: Experiment, stop: Deadline, progress: bool, students: int) -> str:
     "Run an experiment, and note how fast it was. Returns finished, saved, or the error."
     try:
-        results = run_experiment(experiment, progress, stop)
+        results = run_experiment(experiment, progress, stop, students=students)
     except Stopped:
         return "saved"
     except Exception as error:
@@ -503,7 +503,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("grid", help="a YAML file such as workflow/paper.yaml")
     parser.add_argument("--budget", help="end within this time, such as 25m or 1h30m; without it, when all is done")
-    parser.add_argument("--at-once", help="cells of a pair at a time; by default one for each core of a CPU, and four of one seed on a GPU")
+    parser.add_argument("--at-once", help="cells of a pair at a time; by default one for each core of a CPU, and eight on a GPU")
     parser.add_argument("--results-dir", help="instead of the grid's")
     parser.add_argument("--teachers-dir", help="instead of the grid's")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="instead of the grid's, such as cache=off")

@@ -219,7 +219,7 @@ def _started(path: Path, runs: Sequence[Run], records: Sequence[dict]) -> str:
 
 # %% ../nbs/07c_runs.ipynb #af17654e
 def _run_together(experiment, runs, batches, teacher_logits, fabric, progress, stop=None, callbacks=()) -> list[dict]:
-    "The records of `runs`, which share a seed: from the file of records, or of students that are taught together."
+    "The records of `runs`: from the file of records, or of students that are taught together."
     first = fabric.is_global_zero
     with ExitStack() as locks:
         waited = {}
@@ -247,21 +247,22 @@ def _run_together(experiment, runs, batches, teacher_logits, fabric, progress, s
 
 def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progress, stop, callbacks) -> dict[str, dict]:
     "Train the students of `runs` together; append and return the record of each, also of those that diverged."
-    data, first, seed = experiment.data, fabric.is_global_zero, runs[0].seed
+    data, first = experiment.data, fabric.is_global_zero
     sessions = [_Session(run.folder / "sessions.jsonl", describe_machine(fabric.device.type)) for run in runs]
     with ExitStack() as closing:
         students = []
         for run, session in zip(runs, sessions):
             loggers = _loggers(experiment, run, closing) if first else []
             students.append(Student(
-                _initial_model(experiment.pair.student, data.num_classes, seed), run.method,
+                _initial_model(experiment.pair.student, data.num_classes, run.seed), run.method,
                 experiment.recipe_for(run.method), checkpoint=run.folder / "checkpoint.pt",
                 context=(run.about_teacher or {}).get("weights_sha256", ""), callbacks=[session, *callbacks, *loggers],
                 compile=experiment.compile,
             ))
-        names = [run.method.name for run in runs]
-        title = f"{', '.join(names) if len(names) < 4 else f'{len(names)} methods'}, seed {seed}"
-        outcomes = train_together(students, batches, fabric, teacher=teacher_logits, seed=seed, stop=stop,
+        names, seeds = (list(dict.fromkeys(values)) for values in ([run.method.name for run in runs], [run.seed for run in runs]))
+        title = ", ".join(names) if len(names) < 4 else f"{len(names)} methods"
+        title += f", seed {seeds[0]}" if len(seeds) == 1 else f", {len(seeds)} seeds"
+        outcomes = train_together(students, batches, fabric, teacher=teacher_logits, seed=[run.seed for run in runs], stop=stop,
                                   progress=title if progress else False)
     records = {}
     for run, session, outcome in zip(runs, sessions, outcomes):
@@ -397,10 +398,11 @@ class Results:
 
 def run_experiment(
     experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None,
-    callbacks: Sequence[Callable[[dict], None]] = (),
+    callbacks: Sequence[Callable[[dict], None]] = (), students: int = 8,
 ) -> Results:
     """Find or make the teacher, if a method uses one; train a student for every seed and method, and append a record of each to
-    `experiment.records_file`; `experiment.workers` of them at once, each in a process of its own.
+    `experiment.records_file`; `experiment.workers` of them at once, each in a process of its own. `students`: how many are
+    taught together on a GPU, at most.
 
     After an interruption the same call continues: finished runs are taken from their records, the others from their
     checkpoints. `stop`: as for `train`, and picklable if there are workers; it ends the call with `Stopped`.
@@ -426,7 +428,7 @@ def run_experiment(
         at_first = experiment.cache == "full" or fabric.device.type == "cuda"  # which would wait for every view that is missing
         if at_first and isinstance(teacher_logits, CachedTeacherLogits):
             teacher_logits.fill(progress)
-    groups = _taught_together(experiment, runs, experiment.workers)
+    groups = _taught_together(experiment, runs, students)
     if experiment.workers > 1 and runs:
         parts = _run_at_once(experiment, groups, teacher, kind, progress, stop)
     else:
@@ -439,13 +441,18 @@ def run_experiment(
     return Results(experiment, records, teacher, batches, sum(record["run_id"] not in known for record in records))
 
 
-def _taught_together(experiment: Experiment, runs: Sequence[Run], groups: int) -> list[list[Run]]:
-    "The runs that share their lessons, those of one seed and batch size, in at least `groups` groups if there are enough runs."
+def _taught_together(experiment: Experiment, runs: Sequence[Run], students: int) -> list[list[Run]]:
+    """The runs in groups of one batch size: on a GPU up to `students` runs, else those of one seed, which share their lessons,
+    in a group for each worker if there are enough runs.
+    """
+    fills_gpu = experiment.device == "cuda" and experiment.workers == 1 and experiment.data.views_per_image is not None
     shared: dict[tuple, list[Run]] = {}
     for run in runs:
-        shared.setdefault((run.seed, experiment.recipe_for(run.method).batch_size), []).append(run)
+        shared.setdefault((None if fills_gpu else run.seed, experiment.recipe_for(run.method).batch_size), []).append(run)
     parts = list(shared.values())
-    while len(parts) < min(groups, len(runs)):
+    if fills_gpu:
+        return [part[start:start + students] for part in parts for start in range(0, len(part), students)]
+    while len(parts) < min(experiment.workers, len(runs)):
         largest = max(parts, key=len)
         parts.remove(largest)
         parts += [largest[::2], largest[1::2]]

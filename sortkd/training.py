@@ -309,20 +309,26 @@ class Learner:
 
 # %% ../nbs/06_training.ipynb #b0d08768
 def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "Fabric", *,
-                   teacher: nn.Module | TeacherLogits | None = None, seed: int = 0,
+                   teacher: nn.Module | TeacherLogits | None = None, seed: int | Sequence[int] = 0,
                    stop: Callable[[], bool] | None = None,
                    progress: bool | str = False) -> list[Outcome | Diverged]:
-    """Train `students` on the same lessons; return the outcome of each, or the error of one whose loss is not finite.
+    """Train `students` side by side; return the outcome of each, or the error of one whose loss is not finite.
 
-    As `train`; all recipes must have one batch size.
+    As `train`; all recipes must have one batch size. `seed`: one for all, or one for each. Students of one seed share
+    their lessons.
     """
     sizes = {student.recipe.batch_size for student in students}
     if len(sizes) != 1:
         raise ValueError(f"students that are taught together need one batch size, but they have {sorted(sizes)}.")
     teacher = _teacher_logits(teacher, students, batches, fabric)
     ranks, batch_size = Ranks(fabric), sizes.pop()
-    learners = [Learner(each, fabric, _identity(each, batches, fabric, teacher, seed)) for each in students]
-    lessons = Lessons(batches, teacher, batch_size, seed, ranks, any(each.method.strong_views for each in students))
+    seeds = [seed] * len(students) if isinstance(seed, int) else list(seed)
+    learners = [Learner(each, fabric, _identity(each, batches, fabric, teacher, own)) for each, own in zip(students, seeds, strict=True)]
+    lessons = {}
+    for own in dict.fromkeys(seeds):
+        methods = [each.method for each, other in zip(students, seeds) if other == own]
+        needed = teacher if any(method.uses_teacher for method in methods) else None
+        lessons[own] = Lessons(batches, needed, batch_size, own, ranks, any(method.strong_views for method in methods))
     failed: dict[int, Diverged] = {}
     first, last = min(each.next_epoch for each in learners), max(each.recipe.epochs for each in learners)
     names = ", ".join(each.method.name for each in students)
@@ -335,11 +341,11 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
     ):
         for epoch in range(first, last + 1):
             start = time.monotonic()
-            present = [each for number, each in enumerate(learners) if number not in failed
-                       and each.next_epoch == epoch <= each.recipe.epochs]
-            for learner in present:
-                learner.start_epoch(epoch, seed)
-            teach(present, lessons, epoch)
+            present = {each: own for number, (each, own) in enumerate(zip(learners, seeds)) if number not in failed
+                       and each.next_epoch == epoch <= each.recipe.epochs}
+            for learner, own in present.items():
+                learner.start_epoch(epoch, own)
+            teach([(each, [learner for learner in present if present[learner] == own]) for own, each in lessons.items()], epoch)
             rows = {}
             for learner in present:
                 try:
@@ -366,22 +372,23 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
     return [failed.get(number, learner.outcome) for number, learner in enumerate(learners)]
 
 
-def teach(learners: Sequence[Learner], lessons: Lessons, epoch: int) -> None:
-    "One epoch of lessons."
-    if not learners:
-        return
-    together = len(learners) > 1
-    learn = [each.learn_beside_others if together else each.learn for each in learners]
-    for block in lessons.of_epoch(epoch):
-        repaired = [learner.repair(block) for learner in learners]
-        for step, (start, stop) in enumerate(block.bounds):
-            images = block.images(step)
-            strong = {} if block.strong_images is None else {"strong_images": block.strong_images(step)}
-            for take, logits in zip(learn, repaired):
-                own = {name: rows[start:stop] for name, rows in logits.items()}
-                own |= strong if "strong_repaired" in own else {}
-                take(Lesson(images, block.target[start:stop], **own))
-            for learner in learners if together else ():
+def teach(classes: Sequence[tuple[Lessons, Sequence[Learner]]], epoch: int) -> None:
+    "One epoch. Each class has lessons of its own; all take a step in turn."
+    classes = [(lessons, learners) for lessons, learners in classes if learners]
+    everyone = [learner for _, learners in classes for learner in learners]
+    together = len(everyone) > 1
+    for blocks in zip(*(lessons.of_epoch(epoch) for lessons, _ in classes)):
+        repaired = [[learner.repair(block) for learner in learners] for block, (_, learners) in zip(blocks, classes)]
+        for step, (start, stop) in enumerate(blocks[0].bounds):
+            for block, (_, learners), repairs in zip(blocks, classes, repaired):
+                images = block.images(step)
+                strong = {} if block.strong_images is None else {"strong_images": block.strong_images(step)}
+                for learner, logits in zip(learners, repairs):
+                    own = {name: rows[start:stop] for name, rows in logits.items()}
+                    own |= strong if "strong_repaired" in own else {}
+                    learn = learner.learn_beside_others if together else learner.learn
+                    learn(Lesson(images, block.target[start:stop], **own))
+            for learner in everyone if together else ():
                 wait_for(learner.stream)
 
 

@@ -218,13 +218,13 @@ def test_the_deadline_asks_whether_another_epoch_fits():
 def test_what_cannot_reach_a_checkpoint_is_not_started(tmp_path, monkeypatch):
     state = read_state(grid_in(tmp_path))
     state.measured["teacher resnet20"] = 4e6  # an epoch of its 400 images in 1,600 seconds
-    monkeypatch.setattr(grids, "run_experiment", lambda *_: pytest.fail("a job was started"))
+    monkeypatch.setattr(grids, "run_experiment", lambda *_, **__: pytest.fail("a job was started"))
     assert run_slice(state, 1000, progress=False).empty
 
 
 def test_a_slice_ends_in_time(tmp_path, monkeypatch):
     state = read_state(grid_in(tmp_path))
-    monkeypatch.setattr(grids, "run_experiment", lambda *_: time.sleep(60))
+    monkeypatch.setattr(grids, "run_experiment", lambda *_, **__: time.sleep(60))
     start = time.monotonic()
     assert run_slice(state, 3, progress=False).empty
     assert 2.5 < time.monotonic() - start < 10 and signal.getitimer(signal.ITIMER_REAL)[0] == 0
@@ -233,7 +233,7 @@ def test_a_slice_ends_in_time(tmp_path, monkeypatch):
 def test_a_job_that_fails_does_not_end_the_slice(taught, monkeypatch):
     asked = []
 
-    def fail(experiment, *_):
+    def fail(experiment, *_, **__):
         asked.append([method.name for method in experiment.methods])
         raise FloatingPointError("the loss is nan")
 
@@ -245,11 +245,11 @@ def test_a_job_that_fails_does_not_end_the_slice(taught, monkeypatch):
     assert len(run_slice(read_state(grid), at_once=2, progress=False)) == 4 and asked == [["kd", "kd+sort"]] * 2, "cells of a pair, side by side"
 
 
-def test_on_a_gpu_the_cells_of_a_seed_are_taught_together(taught, monkeypatch):
+def test_on_a_gpu_cells_are_taught_together(taught, monkeypatch):
     asked = []
 
-    def note(experiment, *_):
-        asked.append((experiment.workers, experiment.seeds, len(experiment.methods)))
+    def note(experiment, *_, students):
+        asked.append((experiment.workers, experiment.seeds, len(experiment.methods), students))
         raise Stopped
 
     monkeypatch.setattr(grids, "run_experiment", note)
@@ -258,12 +258,12 @@ def test_on_a_gpu_the_cells_of_a_seed_are_taught_together(taught, monkeypatch):
     cells = paper_grid(["resnet20:resnet8"], ["kd", "kd+sort", "dkd", "dkd+sort", "nkd"], 2)
     state = read_state(replace(grid, cells=cells))
     state.planned = replace(state.planned, device="cuda")
-    run_slice(state, progress=False)
-    assert asked == [(1, (0,), 4), (1, (0,), 1), (1, (1,), 4), (1, (1,), 1)]
+    run_slice(state, at_once=4, progress=False)
+    assert asked == [(1, (0,), 4, 4), (1, (0, 1), 4, 4), (1, (1,), 1, 4)]
 
 
 def test_a_failed_teacher_is_made_once_and_its_cells_wait(tmp_path, monkeypatch):
-    def fail(experiment, *_):
+    def fail(experiment, *_, **__):
         raise ValueError(f"seeds {experiment.seeds}")
 
     monkeypatch.setattr(grids, "run_experiment", fail)
