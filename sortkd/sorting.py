@@ -124,7 +124,7 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
 
     The target receives the largest value of its row, each class that ranked above it the value of the class one place
     below, and all others keep theirs. Ties rank by class index. A row whose largest value is the target's, or that
-    holds a NaN, comes back bit for bit.
+    holds a NaN, comes back as it is.
 
     Raises `TypeError` for logits that are not floating point or a target that is not integer, `ValueError` for shapes
     that do not fit or a target out of range (on a GPU the latter is the device's own assertion, since checking would stall it).
