@@ -123,25 +123,28 @@ def read_plans(folder: str | Path) -> list[Plan]:
 _CELL = ["pair", "method", "seed", "preset", "epochs"]
 
 
-def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
-    """The cells of a plan, one row each: plan, pair, method, seed, preset, epochs, and the run_id among `runs`
-    (`load_results`) that fills it, or NaN.
+def planned_cells(plan: Plan, runs: pd.DataFrame, device: str = "") -> pd.DataFrame:
+    """The cells of a plan, one row each: plan, pair, method, seed, preset, epochs, device, and the run_id among `runs`
+    (`load_results`) that fills it, or NaN. All runs are of one `device`: by default, the one on which most cells have run.
     """
     options = plan.grid.options
     epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
     runs = runs[(runs[list(plan.same)] == pd.Series(plan.same)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
-    filled = cells.merge(runs[[*_CELL, "run_id"]].drop_duplicates(_CELL), on=_CELL, how="left")
-    return filled[["plan", *_CELL, "run_id"]]
+    of_cells = cells.merge(runs.drop_duplicates([*_CELL, "device"])[[*_CELL, "device", "run_id"]], on=_CELL)
+    device = device or of_cells["device"].value_counts().idxmax() if len(of_cells) else ""
+    filled = cells.assign(device=device).merge(of_cells[[*_CELL, "device", "run_id"]], on=[*_CELL, "device"], how="left")
+    return filled[["plan", *_CELL, "device", "run_id"]]
 
 
 def mark_planned(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
     "`runs` with a column `plan`: the name of the plan that each run belongs to, or an empty string."
     names: dict[str, str] = {}
     for plan in plans:
-        cells = planned_cells(plan, runs).dropna(subset="run_id")
-        names = dict.fromkeys(cells["run_id"], plan.name) | names
+        for device in runs["device"].unique():
+            cells = planned_cells(plan, runs, device).dropna(subset="run_id")
+            names = dict.fromkeys(cells["run_id"], plan.name) | names
     return runs.assign(plan=[names.get(run, "") for run in runs["run_id"]])
 
 
@@ -160,8 +163,9 @@ def _found(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> tuple[pd.Da
     look (how many of them the last look at effects took in; 0 before the first), next (after how many seeds the next one is).
     """
     known = {each.name: each for each in plans}
-    groups = [plan, *(known[choice("beside", name, list(known))] for name in plan.beside)]
-    cells = pd.concat([planned_cells(each, runs) for each in groups])
+    own = planned_cells(plan, runs)
+    beside = [planned_cells(known[choice("beside", name, list(known))], runs, own["device"][0]) for name in plan.beside]
+    cells = pd.concat([own, *beside])
     found = select(runs[runs["run_id"].isin(cells["run_id"])])
     rows = {}
     for comparison in plan.all_comparisons:
@@ -220,8 +224,8 @@ def describe_looks(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> lis
         line = f"{row.Index}: {row.seeds} of {row.planned} seeds"
         if row.look:
             line += f", looked at after {row.look}"
-        if row.next:
-            line += f", to be looked at after {row.next}"
+        if pd.notna(row.next):
+            line += f", to be looked at after {row.next:.0f}"
         if blind := max([look.after for look in plan.looks if look.may and look.after <= row.seeds], default=0):
             line += f"; standard deviation of the first {blind} differences: {_compare(plan, found, row.Index, blind)['std'].iloc[0]:.2f}"
         lines.append(line)
@@ -242,6 +246,5 @@ def committed(path: str | Path) -> datetime | None:
 
 def first_start(plan: Plan, runs: pd.DataFrame) -> datetime | None:
     "When the first run of a plan was started, or None before that."
-    ids = planned_cells(plan, runs)["run_id"].dropna()
-    started = runs.loc[runs["run_id"].isin(ids), "started"]
+    started = runs.loc[mark_planned(runs, [plan])["plan"] == plan.name, "started"]
     return datetime.strptime(started.min(), "%Y-%m-%dT%H-%M-%S.%f%z") if len(started) else None

@@ -60,7 +60,7 @@ def runs_of(plan, **changes):
     cells = plan.grid.cells.assign(preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
     teacher = Path(plan.grid.options.get("teacher", "")).name
     return cells.assign(teacher_file=teacher, objective=cells.method.str.split("+").str[0], run_id=[str(n) for n in range(len(cells))],
-                        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000, test_images=10_000, recipe_changes="{}", **changes)
+                        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000, test_images=10_000, recipe_changes="{}", **{"device": "cpu", **changes})
 
 
 def measured(runs):
@@ -80,6 +80,16 @@ def test_a_comparison_with_the_runs_of_another_plan():
     assert effects.seeds.tolist() == [15, 6] and effects.verdict.tolist() == ["gain", "gain"]
     assert effects.planned.tolist() == [15, 6] and effects.p_holm.notna().tolist() == [False, True]
     assert planned_effects(baseline, PLANS, runs).empty
+
+
+def test_a_plan_is_answered_on_one_device():
+    sorting, baseline = (next(each for each in PLANS if each.name == name) for name in ("sorting", "baseline"))
+    runs = measured(pd.concat([runs_of(sorting), runs_of(baseline).assign(run_id=[f"ce{n}" for n in range(6)])], ignore_index=True)).assign(device="cuda")
+    few = runs[(runs.seed < 2) & (runs.method != "kd+sort")]
+    both = pd.concat([few.assign(device="cpu", last_top1=0.0, started="2026-11-26T00-00-00.000000Z", run_id=few.run_id + "cpu"), runs], ignore_index=True)
+    pd.testing.assert_frame_equal(planned_effects(sorting, PLANS, both), planned_effects(sorting, PLANS, runs))
+    assert (mark_planned(both, PLANS)["plan"] != "").all() and describe_plans(PLANS, both).set_index("plan").exist["baseline"] == 6
+    assert first_start(sorting, both) < first_start(sorting, runs)
 
 
 def test_an_effect_is_shown_when_its_look_is_reached():
