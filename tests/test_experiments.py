@@ -1,4 +1,5 @@
 "Whole experiments, small: the notebook through papermill, every pair, interruption, refusals, records."
+import dataclasses
 import fcntl
 import json
 import os
@@ -560,6 +561,18 @@ def test_a_full_disk_leaves_the_records_as_they_were(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
+
+
+def test_on_a_gpu_runs_of_several_seeds_are_taught_together(folder, tmp_path, monkeypatch):
+    "Their numbers are those of each alone."
+    alone, together = (small_experiment(folder, methods="kd,kd+sort", seeds="0,1,2", epochs=1, results_dir=str(tmp_path / name)) for name in ("alone", "together"))
+    alone = run_experiment(alone, progress=False).records
+    monkeypatch.setattr("sortkd.runs.create_fabric", lambda *_: create_fabric("cpu", together.precision))
+    together = run_experiment(dataclasses.replace(together, device="cuda"), progress=False, students=4).records
+    assert [each["students"] for each in alone] == [2] * 6 and [each["students"] for each in together] == [4, 4, 4, 4, 2, 2]
+    for one, other in zip(alone, together):
+        assert (one["seed"], one["method"]) == (other["seed"], other["method"]) and other["device"] == "cuda"
+        assert one["result"]["student_sha256"] == other["result"]["student_sha256"]
 
 
 def test_a_record_is_enough_to_repeat_its_run(folder, tmp_path):
