@@ -63,8 +63,8 @@ def _limits(text: Mapping, weights: Mapping[str, Tensor]) -> list[str]:
 def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loading: str) -> str:
     """A card of `weights`: Markdown that begins with the metadata that the Hugging Face Hub reads.
 
-    `text`: what is known of their training, `architecture` and `dataset` at least. `module` and `loading`: the import and the
-    expression that load the network, shown to users.
+    `text`: what is known of their training, `architecture` and `dataset` at least; `note` is a sentence of one's own.
+    `module` and `loading`: the import and the expression that load the network, shown to users.
     """
     import yaml
 
@@ -84,6 +84,7 @@ def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loadi
         "| what | value |", "| --- | --- |", *(f"| {fact} | {value} |" for fact, value in _facts(text, weights).items()), "",
         "## Use", "", "```python", *use, "```", "",
         *(["## How it was made", "", "```", text["command"], "```", ""] if "command" in text else []),
+        *([text["note"][0].upper() + text["note"][1:] + ".", ""] if "note" in text else []),
         "## Limits", "", *(f"- {limit}" for limit in _limits(text, weights)), "",
     ])
 

@@ -183,6 +183,7 @@ def test_the_stored_outputs_are_the_networks():
     assert torch.equal(cifar.train_targets[: len(stored["target"])], stored["target"].long())
     files = {
         "ResNet-56, 10 epochs": "teachers/resnet56-cifar100-10epochs", "ResNet-20, 30 epochs": "teachers/resnet20-cifar100-30epochs",
+        "ResNet-20, 240 epochs": "teachers/resnet20-cifar100",
         "student": "results/students/r56_r20-kd+sort-seed0",
     }
     for name, file in files.items():
