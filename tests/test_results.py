@@ -585,6 +585,16 @@ def test_the_bootstrap_agrees_with_the_t_interval_where_images_do_not_differ():
     assert crossed_bootstrap(plain, repaired) == (low, high) and crossed_bootstrap(plain, plain) == (0, 0)
 
 
+def test_the_bootstrap_draws_seeds_and_images():
+    generator = np.random.default_rng(6)
+    hard = generator.normal(0.8, 1.0, 400)
+    plain, repaired = (hard + generator.normal(shift, 0.7, (6, 400)) > 0 for shift in (0.0, 0.1))
+    differences, means = 100 * (repaired.astype(float) - plain), []
+    for _ in range(4000):
+        means.append(differences[generator.integers(6, size=6)][:, generator.integers(400, size=400)].mean())
+    assert crossed_bootstrap(plain, repaired) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.15)
+
+
 def test_the_deviation_interval_covers():
     effects = paired_effects(outcomes(0.0, 600, 5, 0.3, seed=5))
     true = 0.3 * math.sqrt(2)
