@@ -63,10 +63,10 @@ class Runner:
         if compiled:
             model.compile(options={"combo_kernels": True})
         fabric = create_fabric(size.device, "bfloat16", deterministic)
-        self.learner = Learner(Student(model, method, Recipe(batch_size=size.batch)), fabric, "")
+        self.learner = Learner(Student(model, method, Recipe(batch_size=size.batch)), fabric, "", seed)
         if not captures:
             self.learner.steps_before_capture = sys.maxsize
-        self.learner.start_epoch(100, seed)  # after every warm-up
+        self.learner.start_epoch(100)  # after every warm-up
         images = torch.randn(size.batch, 32, 32, 3).to(size.device).permute(0, 3, 1, 2)
         target, logits = torch.randint(100, (size.batch,)).to(size.device), 3 * torch.randn(size.batch, 100).to(size.device)
         self.lesson = Lesson(images, target, method.repair_logits(logits, target))

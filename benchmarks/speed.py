@@ -159,7 +159,7 @@ def measure_students(pair: str, images: int, count: int, repetitions: int, devic
         def steps_and_evaluation():
             for method in methods:
                 learner, lesson = Learner(student(method), fabric, ""), Lesson(pixels, target, method.repair_logits(kept, target))
-                learner.start_epoch(1, 0)
+                learner.start_epoch(1)
                 for _ in range(images // recipe.batch_size):
                     learner.learn(lesson)
                 evaluate(learner.model, batches, fabric)

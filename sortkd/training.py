@@ -154,8 +154,8 @@ class Learner:
 
     steps_before_capture = 3  # in which libraries choose their algorithms and the optimiser makes its buffers
 
-    def __init__(self, student: Student, fabric: "Fabric", identity: str):
-        self.method, self.recipe, self.callbacks = student.method, student.recipe, student.callbacks
+    def __init__(self, student: Student, fabric: "Fabric", identity: str, seed: int = 0):
+        self.method, self.recipe, self.callbacks, self.seed = student.method, student.recipe, student.callbacks, seed
         self.fabric, self.ranks, self.outcome = fabric, Ranks(fabric), Outcome()
         model = synchronize_batch_norm(student.model.to(memory_format=torch.channels_last), self.ranks)
         self.temperature = self.method.create_temperature()
@@ -189,11 +189,11 @@ class Learner:
     def next_epoch(self) -> int:
         return len(self.outcome.curve) + 1
 
-    def start_epoch(self, epoch: int, seed: int) -> None:
+    def start_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr_in(epoch)
-        torch.manual_seed(int(fingerprint(seed, epoch), 16) % 2**63)  # dropout; the views have their own generator
+        torch.manual_seed(int(fingerprint(self.seed, epoch), 16) % 2**63)  # dropout; the views have their own generator
         self._random_state = self._random_states()
         self.totals.zero_()
         self.repairs.zero_()
@@ -323,10 +323,10 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
     teacher = _teacher_logits(teacher, students, batches, fabric)
     ranks, batch_size = Ranks(fabric), sizes.pop()
     seeds = [seed] * len(students) if isinstance(seed, int) else list(seed)
-    learners = [Learner(each, fabric, _identity(each, batches, fabric, teacher, own)) for each, own in zip(students, seeds, strict=True)]
+    learners = [Learner(each, fabric, _identity(each, batches, fabric, teacher, own), own) for each, own in zip(students, seeds, strict=True)]
     lessons = {}
     for own in dict.fromkeys(seeds):
-        methods = [each.method for each, other in zip(students, seeds) if other == own]
+        methods = [each.method for each in learners if each.seed == own]
         needed = teacher if any(method.uses_teacher for method in methods) else None
         lessons[own] = Lessons(batches, needed, batch_size, own, ranks, any(method.strong_views for method in methods))
     failed: dict[int, Diverged] = {}
@@ -341,11 +341,11 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
     ):
         for epoch in range(first, last + 1):
             start = time.monotonic()
-            present = {each: own for number, (each, own) in enumerate(zip(learners, seeds)) if number not in failed
-                       and each.next_epoch == epoch <= each.recipe.epochs}
-            for learner, own in present.items():
-                learner.start_epoch(epoch, own)
-            teach([(each, [learner for learner in present if present[learner] == own]) for own, each in lessons.items()], epoch)
+            present = [each for number, each in enumerate(learners) if number not in failed
+                       and each.next_epoch == epoch <= each.recipe.epochs]
+            for learner in present:
+                learner.start_epoch(epoch)
+            teach([(lessons[own], [each for each in present if each.seed == own]) for own in lessons], epoch)
             rows = {}
             for learner in present:
                 try:

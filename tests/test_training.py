@@ -274,7 +274,7 @@ def test_streams_of_students_taught_together(monkeypatch, batches, fabric):
     monkeypatch.setattr(Learner, "learn", lambda self, lesson: (log.append(f"step of {self.stream}"), learn(self, lesson)))
     learners = [Learner(Student(network(8), create_method("ce"), RECIPE), fabric, "") for _ in "ab"]
     for learner, learner.stream in zip(learners, "ab"):
-        learner.start_epoch(1, 0)
+        learner.start_epoch(1)
     teach([(Lessons(batches, None, 75, 0, Ranks(fabric)), learners)], 1)
     assert log == 2 * ["a begins", "step of a", "a queued", "b begins", "step of b", "b queued", "wait for a", "wait for b"]
 
