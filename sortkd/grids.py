@@ -33,7 +33,7 @@ from .parameters import Parameters
 from .plugins import load_plugins
 from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
-from .runs import plan_run, run_experiment, teacher_training
+from .runs import STUDENTS_AT_ONCE, plan_run, run_experiment, teacher_training
 from .teachers import Teacher, find_teacher, load_teacher
 import pandas as pd  # after our modules, which say what is not installed
 import psutil
@@ -419,7 +419,7 @@ def run_slice(state: State, seconds: float = math.inf, at_once: int | None = Non
     """
     threads, margin = torch.get_num_threads(), min(15.0, seconds / 10)
     deadline = time.monotonic() + seconds - margin
-    at_once = at_once or (len(os.sched_getaffinity(0)) if state.planned.device == "cpu" else 8)
+    at_once = at_once or (len(os.sched_getaffinity(0)) if state.planned.device == "cpu" else STUDENTS_AT_ONCE)
     failed = dict[Job, str]()
     with _interrupted_after(seconds - margin / 3):  # the rest is for reading what was done
         try:

@@ -133,7 +133,7 @@ def planned_cells(plan: Plan, runs: pd.DataFrame, device: str = "") -> pd.DataFr
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
     runs = runs[(runs[list(plan.same)] == pd.Series(plan.same)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
     of_cells = cells.merge(runs.drop_duplicates([*_CELL, "device"])[[*_CELL, "device", "run_id"]], on=_CELL)
-    device = device or of_cells["device"].value_counts().idxmax() if len(of_cells) else ""
+    device = device or next(iter(of_cells["device"].value_counts().index), "")
     filled = cells.assign(device=device).merge(of_cells[[*_CELL, "device", "run_id"]], on=[*_CELL, "device"], how="left")
     return filled[["plan", *_CELL, "device", "run_id"]]
 
