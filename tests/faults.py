@@ -201,7 +201,6 @@ def _process(settings, break_it, log, folder, as_command):
             sys.exit(run([f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in settings.items()] + ["--quiet"]))
         try:
             runs.run_experiment(plan_experiment(**settings), progress=False)
-            print("records appended to their file")  # as the command says
         except Exception as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)  # there is room for words
             print("".join(traceback.format_tb(error.__traceback__)))
@@ -219,7 +218,12 @@ class Victim:
     @property
     def ended(self) -> bool:
         "Whether all was done, even if the process was killed thereafter: then the command given again is a new one."
-        return re.search("records? appended to|All runs are recorded", self.said) is not None
+        results = self.folder / "results"
+        if not (results / "quick.jsonl").exists() or any((results / "runs").glob("started-*")):
+            return False
+        recorded = (results / "quick.jsonl").read_text()
+        methods, seeds = (self.settings[name].split(",") for name in ("methods", "seeds"))
+        return all(f"-{method}-seed{seed}-" in recorded for method in methods for seed in seeds)
 
     def _log(self, log):
         return self.folder.parent / f"{self.folder.name}.{log}"
