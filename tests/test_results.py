@@ -681,6 +681,7 @@ def test_tables_are_made_from_records(synthetic_folder):
     assert "24 of the published recipe, 12 short ones, 0 others; 1 lines left out" in text
     assert {Path(name).stem for name in first} == {
         "answer",
+        "answer_runs",
         "plans",
         "dose",
         "same_architecture",
