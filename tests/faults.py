@@ -412,11 +412,11 @@ class Harness:
         self.tally.finish(victim, self.reference, kind)
 
     def fill_the_disk(self, times: int):
-        "Room for so many bytes, at random; or none any more for one kind of file."
+        "Room for so many bytes, at random, up to almost a checkpoint; or none any more for one kind of file."
         kept = {"cache_dir": str(self.folder / "cache")}  # a cache that cannot be made is not used, which is another run
         self.unbroken_run(**kept)
         full, words = "disk full", r"OSError.*(free|Free) space|nothing can be written"
-        for size in [0, *(self.random.randrange(10, 2_400_000) for _ in range(times))]:
+        for size in [0, *(self.random.randrange(10, 900_000) for _ in range(times))]:
             self._broken(full, partial(full_disk, size), 1, words, self.victim(**kept))
         for pattern in (r"/\.started", r"sessions\.jsonl", r"/\.checkpoint\.pt", r"/\.last\.", r"/\.best\.", r"quick\.jsonl"):
             self._broken(full, partial(full_disk_at, pattern), 1, words)
