@@ -123,28 +123,23 @@ def read_plans(folder: str | Path) -> list[Plan]:
 _CELL = ["pair", "method", "seed", "preset", "epochs"]
 
 
-def planned_cells(plan: Plan, runs: pd.DataFrame, device: str = "") -> pd.DataFrame:
-    """The cells of a plan, one row each: plan, pair, method, seed, preset, epochs, device, and the run_id among `runs`
-    (`load_results`) that fills it, or NaN. All runs are of one `device`: by default, the one on which most cells have run.
+def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
+    """The cells of a plan, one row each: plan, pair, method, seed, preset, epochs, and the run_id among `runs`
+    (`load_results`) that fills it, or NaN.
     """
     options = plan.grid.options
     epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     teacher = Path(options["teacher"]).name if "teacher" in options else ""
     runs = runs[(runs[list(plan.same)] == pd.Series(plan.same)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
-    of_cells = cells.merge(runs.drop_duplicates([*_CELL, "device"])[[*_CELL, "device", "run_id"]], on=_CELL)
-    device = device or next(iter(of_cells["device"].value_counts().index), "")
-    filled = cells.assign(device=device).merge(of_cells[[*_CELL, "device", "run_id"]], on=[*_CELL, "device"], how="left")
-    return filled[["plan", *_CELL, "device", "run_id"]]
+    return cells.merge(runs.drop_duplicates(_CELL)[[*_CELL, "run_id"]], on=_CELL, how="left")[["plan", *_CELL, "run_id"]]
 
 
 def mark_planned(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
     "`runs` with a column `plan`: the name of the plan that each run belongs to, or an empty string."
     names: dict[str, str] = {}
     for plan in plans:
-        for device in runs["device"].unique():
-            cells = planned_cells(plan, runs, device).dropna(subset="run_id")
-            names = dict.fromkeys(cells["run_id"], plan.name) | names
+        names = dict.fromkeys(planned_cells(plan, runs)["run_id"].dropna(), plan.name) | names
     return runs.assign(plan=[names.get(run, "") for run in runs["run_id"]])
 
 
@@ -163,10 +158,8 @@ def _found(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> tuple[pd.Da
     look (how many of them the last look at effects took in; 0 before the first), next (after how many seeds the next one is).
     """
     known = {each.name: each for each in plans}
-    own = planned_cells(plan, runs)
-    beside = [planned_cells(known[choice("beside", name, list(known))], runs, own["device"][0]) for name in plan.beside]
-    cells = pd.concat([own, *beside])
-    found = select(runs[runs["run_id"].isin(cells["run_id"])])
+    cells = pd.concat([planned_cells(plan, runs), *(planned_cells(known[choice("beside", name, list(known))], runs) for name in plan.beside)])
+    found = select(runs[runs["run_id"].isin(cells["run_id"])].assign(device=""))  # of whatever device
     rows = {}
     for comparison in plan.all_comparisons:
         planned, have = (

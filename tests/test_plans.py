@@ -82,14 +82,14 @@ def test_a_comparison_with_the_runs_of_another_plan():
     assert planned_effects(baseline, PLANS, runs).empty
 
 
-def test_a_plan_is_answered_on_one_device():
+def test_the_machine_does_not_count():
     sorting, baseline = (next(each for each in PLANS if each.name == name) for name in ("sorting", "baseline"))
-    runs = measured(pd.concat([runs_of(sorting), runs_of(baseline).assign(run_id=[f"ce{n}" for n in range(6)])], ignore_index=True)).assign(device="cuda")
-    few = runs[(runs.seed < 2) & (runs.method != "kd+sort")]
-    both = pd.concat([few.assign(device="cpu", last_top1=0.0, started="2026-11-26T00-00-00.000000Z", run_id=few.run_id + "cpu"), runs], ignore_index=True)
-    pd.testing.assert_frame_equal(planned_effects(sorting, PLANS, both), planned_effects(sorting, PLANS, runs))
-    assert (mark_planned(both, PLANS)["plan"] != "").all() and describe_plans(PLANS, both).set_index("plan").exist["baseline"] == 6
-    assert first_start(sorting, both) < first_start(sorting, runs)
+    runs = measured(pd.concat([runs_of(sorting), runs_of(baseline).assign(run_id=[f"ce{n}" for n in range(6)])], ignore_index=True))
+    other = runs.assign(device=np.where((runs.method == "ce") | (runs.seed > 12), "cpu", "cuda"))
+    pd.testing.assert_frame_equal(planned_effects(sorting, PLANS, other), planned_effects(sorting, PLANS, runs))
+    assert describe_plans(PLANS, other).set_index("plan").exist["baseline"] == 6
+    with pytest.raises(ValueError, match="precision"):
+        planned_effects(sorting, PLANS, other.assign(precision=other.device))
 
 
 def test_an_effect_is_shown_when_its_look_is_reached():
