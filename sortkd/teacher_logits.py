@@ -20,7 +20,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from .views import ImageBatches, Views, number_of_views, view_id, views_of
-from .files import refuse_links, save_atomically
+from .files import exclusive, refuse_links, save_atomically
 from .progress import Progress
 from .teachers import weights_checksum
 
@@ -191,13 +191,16 @@ class CachedTeacherLogits(TeacherLogits):
         return self._on_device[rows.to(self._on_device.device, non_blocking=True)].to(self.device).float()
 
     def fill(self, progress: bool = False) -> None:
-        "Compute the missing views of all images. An interrupted call continues where it stopped."
+        """Compute the missing views of all images. An interrupted call continues where it stopped. Another process that does
+        the same is waited for.
+        """
         step, total = 32 * self.batch_size, len(self._marks)
-        report = Progress("teacher logits", total, "view", pause=10.0, shown=progress)
-        for start in range(0, total, step):
-            self._fill(torch.arange(start, min(start + step, total)))
-            report(min(start + step, total))
-        self.close()
+        with exclusive(self.folder / "fill.lock", "computing these teacher logits"):
+            report = Progress("teacher logits", total, "view", pause=10.0, shown=progress)
+            for start in range(0, total, step):
+                self._fill(torch.arange(start, min(start + step, total)))
+                report(min(start + step, total))
+            self.close()
 
     def _fill(self, rows: Tensor) -> None:
         missing = rows[(self._computed[rows] | self._marks[rows]) == 0].unique()

@@ -4,12 +4,14 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import needs_cifar100
 
 from sortkd.data import Batches, draw_views, load_cifar100, load_digits, view_id, views_of
+from sortkd.files import exclusive
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.teachers import load_teacher
@@ -107,11 +109,28 @@ def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
     assert torch.equal(cache(views(2)), TeacherLogits(network, batches)(views(2)).half().float())
 
 
+def test_one_process_fills_and_others_wait(batches, tmp_path, capfd):
+    first, network = CachedTeacherLogits(seeded_network(), batches, tmp_path), seeded_network()
+    second, said = CachedTeacherLogits(network, batches, tmp_path), ""
+    counting = Counting(network)
+    with ThreadPoolExecutor(1) as pool:
+        with exclusive(first.folder / "fill.lock", "filling"):
+            waiting = pool.submit(second.fill)
+            while "waiting for it" not in said and not waiting.done():
+                said += capfd.readouterr().out
+            first(first._views(torch.arange(3000)))
+            first.close()
+        waiting.result()
+    assert "waiting for it" in said and counting.rows == 0 and second.share_computed == 1
+
+
 @pytest.mark.slow
 def test_several_processes_fill_one_cache(batches, tmp_path):
     code = ("import sys, torch\nfrom sortkd.data import Batches, load_digits\nfrom sortkd.models import create_model\nfrom sortkd.teacher_logits import CachedTeacherLogits\n"
             "torch.set_num_threads(1); torch.manual_seed(0)\n"
-            "CachedTeacherLogits(create_model('resnet8', 10), Batches(load_digits().subset(train_size=120)), sys.argv[1], batch_size=16).fill()\n")
+            "cache = CachedTeacherLogits(create_model('resnet8', 10), Batches(load_digits().subset(train_size=120)), sys.argv[1], batch_size=16)\n"
+            "for rows in torch.arange(3000).split(100): cache(cache._views(rows))\n"
+            "cache.close()\n")
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
     assert all(writer.wait() == 0 for writer in writers)
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
