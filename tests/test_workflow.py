@@ -146,11 +146,11 @@ def test_what_was_running_went_on(resumed):
 def test_a_cell_may_be_a_notebook(resumed):
     folder, *_ = resumed
     before = read_records(folder / "results" / "quick.jsonl")
-    target = "results/cells/quick/r56_r20/dkd+sort/seed7.ipynb"
+    target = "results/cells/quick/r56_r20/kd+sort/seed7.ipynb"
     done = snakemake(folder, "--cores", "1", target, cell="notebook")
     assert done.returncode == 0, done.stdout[-3000:]
     *same, new = read_records(folder / "results" / "quick.jsonl")
-    assert same == before and (new["method"]["name"], new["seed"], new["recipe"]["epochs"]) == ("dkd+sort", 7, 3)
+    assert same == before and (new["method"]["name"], new["seed"], new["recipe"]["epochs"]) == ("kd+sort", 7, 3)
     cells = nbformat.read(folder / target, 4).cells
     assert any("1 record appended" in "".join(output.get("text", "")) for cell in cells for output in cell.get("outputs", []))
 
