@@ -122,7 +122,8 @@ def test_the_notebook_of_a_command(tmp_path, capfd):
     out = tmp_path / "out.ipynb"
     assert run([*small, "--notebook", str(out)]) == 0
     assert "kd, seed 0: epoch 1/1, loss" in capfd.readouterr().out
-    assert "Chance is 10 %" in str(nbformat.read(out, 4).cells) and len(read_records(tmp_path / "results" / "quick.jsonl")) == 1
+    first = next(cell.outputs for cell in nbformat.read(out, 4).cells if cell.get("outputs"))  # it begins with the result
+    assert "Chance is 10 %" in first[0]["data"]["text/markdown"] and len(read_records(tmp_path / "results" / "quick.jsonl")) == 1
     assert run([*small, "--notebook", str(tmp_path / "out.txt")]) == 1 and "notebook is" in capfd.readouterr().err
     assert run([*small, "--methods", "kdd", "--notebook", str(out)]) == 1
     assert "ValueError: methods is 'kdd'; give objectives (ce, kd," in capfd.readouterr().err.strip().splitlines()[-1]

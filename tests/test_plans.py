@@ -87,7 +87,9 @@ def test_the_machine_does_not_count():
     runs = measured(pd.concat([runs_of(sorting), runs_of(baseline).assign(run_id=[f"ce{n}" for n in range(6)])], ignore_index=True))
     other = runs.assign(device=np.where((runs.method == "ce") | (runs.seed > 12), "cpu", "cuda"))
     pd.testing.assert_frame_equal(planned_effects(sorting, PLANS, other), planned_effects(sorting, PLANS, runs))
-    assert describe_plans(PLANS, other).set_index("plan").exist["baseline"] == 6
+    assert (mark_planned(other, PLANS)["plan"] != "").all() and describe_plans(PLANS, other).set_index("plan").exist["baseline"] == 6
+    earlier = other.assign(started=np.where(other.device == "cpu", "2026-11-26T00-00-00.000000Z", other.started))
+    assert first_start(sorting, earlier) < first_start(sorting, runs)
     with pytest.raises(ValueError, match="precision"):
         planned_effects(sorting, PLANS, other.assign(precision=other.device))
 
