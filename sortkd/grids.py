@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .checkpoints import Stopped, fingerprint
-from .checks import choice, folder_path, listed_names, shown, whole_number
+from .checks import choice, folder_path, listed_names, listed_seeds, shown, whole_number
 from .commands import ends_cleanly
 from .experiments import Experiment, plan_experiment
 from .methods import create_method, plain_name
@@ -80,6 +80,11 @@ def _option(name: str, value):
     return type(default)(value)
 
 
+def _seeds(value) -> Sequence[int]:
+    "A number of seeds, from 0; or the seeds themselves, such as '5-64'."
+    return range(whole_number("seeds", value, 1, 1000)) if isinstance(value, int | float) else listed_seeds("seeds", value)
+
+
 def make_grid(settings: Mapping) -> Grid:
     """The grid that `settings` describe, with the keys of workflow/config.yaml; pairs, methods, seeds and preset are needed.
     `"paper"` for pairs, methods or seeds stands for those of `paper_grid`. A key `plan` is left to `sortkd.plans`.
@@ -98,7 +103,7 @@ def make_grid(settings: Mapping) -> Grid:
     load_plugins(options.get("plugin", ""))  # before the names that they register are checked
     chosen = {name: settings[name] for name in ("pairs", "methods", "seeds") if settings[name] != "paper"}
     for name, value in chosen.items():
-        chosen[name] = whole_number(name, value, 1, 1000) if name == "seeds" else listed_names(name, value)
+        chosen[name] = _seeds(value) if name == "seeds" else listed_names(name, value)
     for pair in chosen.get("pairs", ()):
         pair_for(pair)
     for method in chosen.get("methods", ()):

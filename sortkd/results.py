@@ -238,10 +238,10 @@ PAPER_METHODS = ("kd", "kd+sort", "dkd", "dkd+sort")
 
 
 def paper_grid(
-    pairs: Iterable[str] = tuple(PAIRS), methods: Iterable[str] = PAPER_METHODS, seeds: int = 5
+    pairs: Iterable[str] = tuple(PAIRS), methods: Iterable[str] = PAPER_METHODS, seeds: Iterable[int] = range(5)
 ) -> pd.DataFrame:
     "The runs that the paper's table needs, one row each: pair, seed, method."
-    cells = [(pair, seed, method) for pair in pairs for seed in range(seeds) for method in methods]
+    cells = [(pair, seed, method) for pair in pairs for seed in seeds for method in methods]
     return pd.DataFrame(cells, columns=["pair", "seed", "method"])
 
 

@@ -255,7 +255,7 @@ def test_on_a_gpu_cells_are_taught_together(taught, monkeypatch):
     monkeypatch.setattr(grids, "run_experiment", note)
     monkeypatch.setattr(grids, "describe_machine", lambda device: describe_machine("cpu"))
     grid, *_ = taught
-    cells = paper_grid(["resnet20:resnet8"], ["kd", "kd+sort", "dkd", "dkd+sort", "nkd"], 2)
+    cells = paper_grid(["resnet20:resnet8"], ["kd", "kd+sort", "dkd", "dkd+sort", "nkd"], range(2))
     state = read_state(replace(grid, cells=cells))
     state.planned = replace(state.planned, device="cuda")
     run_slice(state, at_once=4, progress=False)
