@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MINI_CLASSES', 'DATASETS', 'channel_statistics', 'ImageData', 'has_cifar100', 'load_cifar100', 'load_cifar10',
-           'load_cifar100_mini', 'load_digits', 'load_folder', 'load_tiny_imagenet', 'check_dataset', 'load_data']
+           'load_cifar100_mini', 'load_digits', 'load_folder', 'load_tiny_imagenet', 'check_dataset', 'load_data',
+           'part_in', 'part_of']
 
 # %% ../nbs/03_data.ipynb #e88eae7e
 import hashlib
@@ -24,12 +25,12 @@ from typing import Any
 
 import torch
 
-from .checks import choice, whole_number
+from .checks import choice, shown, whole_number
 from .files import exclusive, network_timeout, save_atomically
 from .imagenet import ImageFolderData, list_image_files, load_image_folder, read_image, read_images
 # Defined in the chapter on views, and importable from here, too:
 from sortkd.views import (
-    Batches, ImageSet, Views, batch_bounds, checked_tensor, crop, draw_views, normalize, number_of_views, pad_images,
+    Batches, ImageSet, Views, balanced_order, batch_bounds, checked_tensor, crop, draw_views, normalize, number_of_views, pad_images,
     seeded_generator, strong_views, view_id, views_of,
 )
 
@@ -77,6 +78,8 @@ class ImageData(ImageSet):
     std: tuple[float, ...]
     pad: int  # pixels of zero padding on each side before the random crop
     flip: bool  # whether a mirrored image is still one of its class
+    held_out_images: torch.Tensor | None = None  # more test images, for one evaluation after the last epoch
+    held_out_targets: torch.Tensor | None = None
     image_size: int = field(init=False)  # of the images
     checksum: str = field(init=False)  # SHA-256 of both splits; always computed, so it cannot be wrong
 
@@ -91,6 +94,8 @@ class ImageData(ImageSet):
                              f"{tuple(self.test_images.shape[1:])}; give one size.")
         self._check(len(self.train_images), len(self.test_images))
         splits = self.train_images, self.train_targets, self.test_images, self.test_targets
+        if self.held_out_images is not None and self.held_out_targets is not None:
+            splits += self.held_out_images, self.held_out_targets
         object.__setattr__(self, "image_size", self.train_images.shape[1])  # the way to set a field of a frozen dataclass
         object.__setattr__(self, "checksum", _checksum(*splits))
 
@@ -115,6 +120,14 @@ class ImageData(ImageSet):
     @property
     def views_per_image(self) -> int:
         return number_of_views(self.pad, self.flip)
+
+    @property
+    def held_out(self) -> "ImageData | None":
+        if self.held_out_images is None or self.held_out_targets is None:
+            return None
+        return replace(self, test_images=self.held_out_images, test_targets=self.held_out_targets,
+                       held_out_images=None, held_out_targets=None)
+
     def _images_of(self, split: str, index: torch.Tensor) -> dict[str, Any]:
         images = getattr(self, f"{split}_images")
         return {f"{split}_images": images[index.to(images.device)]}
@@ -412,19 +425,69 @@ DATASETS: dict[str, Callable[[str | Path | None], ImageSet]] = {  # by name, fro
 
 
 def check_dataset(parameter: str, name, without: Sequence[str] = ()) -> str:
-    "`name`, which must be `auto`, one of `DATASETS` but those in `without`, or folder:PATH; else `ValueError`."
+    """`name`, which must be `auto`, one of `DATASETS` but those in `without`, a part of one, or folder:PATH; else
+    `ValueError`.
+    """
     if isinstance(name, str) and name.startswith("folder:") and name != "folder:":
+        return name
+    if isinstance(name, str) and "(" in name:
+        check_dataset(parameter, part_in(name)[0], ["auto", "imagenet", *without])
         return name
     return choice(parameter, name, ["auto", *(known for known in DATASETS if known not in without), "folder:PATH"])
 
 
 def load_data(name: str = "auto", root: str | Path | None = None) -> ImageSet:
-    """The data set `name`: one of `DATASETS`, "folder:PATH" (see `load_folder`), or "auto" (cifar100 if it is on disk, else
-    digits; never downloads).
+    """The data set `name`: one of `DATASETS`, a part of one (see `part_of`), "folder:PATH" (see `load_folder`), or "auto"
+    (cifar100 if it is on disk, else digits; never downloads).
 
     `ValueError` for any other name. `root` and further errors: see `load_cifar100`.
     """
     check_dataset("the data set", name)
     if name.startswith("folder:"):
         return load_folder(name.removeprefix("folder:"))
+    if "(" in name:
+        whole, part = part_in(name)
+        return part_of(load_data(whole, root), **part)
     return DATASETS[("cifar100" if has_cifar100(root) else "digits") if name == "auto" else name](root)
+
+# %% ../nbs/03_data.ipynb #5e1f0a12
+_PLACES = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
+
+
+def part_in(name: str) -> tuple[str, dict[str, Any]]:
+    "The set and the arguments of `part_of` in a name such as `cifar100(train=0:25000,seed=1)`; else `ValueError`."
+    whole, _, inside = name.partition("(")
+    part: dict[str, Any] = {}
+    for argument in inside.removesuffix(")").split(","):
+        key, _, value = (each.strip() for each in argument.partition("="))
+        places = _PLACES.fullmatch(value)
+        if key in part or key not in ("train", "held_out", "seed") or not (value.isdecimal() if key == "seed" else places):
+            break
+        part[key] = (int(places[1]), int(places[2])) if places else int(value)
+    else:
+        if name.endswith(")") and "train" in part:
+            return whole.strip(), part
+    raise ValueError(f"the data set is {shown(name)}; a part of a set is written such as "
+                     "'cifar100(train=25000:30000,held_out=30000:50000,seed=0)', where train is needed.")
+
+
+def part_of(data: ImageData, train: tuple[int, int], held_out: tuple[int, int] | None = None, seed: int = 0) -> ImageData:
+    """`data` with the training images at the places `train` (first, and last + 1) of a random order that depends on `seed`,
+    and with those at `held_out` for one evaluation after the last epoch. The test images stay.
+
+    `ValueError` for places that the set does not have, and for places in both.
+    """
+    count, kept = len(data.train_targets), dict[str, Any]()
+    order = balanced_order(data.train_targets, seeded_generator("part", whole_number("seed", seed)))
+    for name, places in (("train", train), ("held_out", held_out or (0, 0))):
+        if places != (0, 0) and not 0 <= places[0] < places[1] <= count:
+            raise ValueError(f"{name} is {places[0]}:{places[1]}, but {data.name} has the places 0:{count}.")
+        index = order[slice(*places)].sort().values
+        kept[f"{name}_images"], kept[f"{name}_targets"] = data.train_images[index], data.train_targets[index]
+    if held_out is None:
+        kept |= {"held_out_images": None, "held_out_targets": None}
+    elif max(train[0], held_out[0]) < min(train[1], held_out[1]):
+        raise ValueError(f"train is {train[0]}:{train[1]} and held_out {held_out[0]}:{held_out[1]}; give places apart.")
+    named = [f"train={train[0]}:{train[1]}", *([f"held_out={held_out[0]}:{held_out[1]}"] if held_out else []),
+             *([f"seed={seed}"] if seed else [])]
+    return replace(data, name=f"{data.name}({','.join(named)})", **kept)

@@ -277,7 +277,7 @@ def plan_experiment(**parameters) -> Experiment:
     pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
     full_data = load_data("imagenet" if from_files and given.dataset == "auto" else _dataset_name(given))
     _check_with_data(given, pair, full_data)
-    preset = preset_for(given.preset, "imagenet" if from_files else full_data.name, pair)
+    preset = preset_for(given.preset, "imagenet" if from_files else full_data.name.partition("(")[0], pair)
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
     share = recipe.epochs / published_recipe(pair).epochs
     methods = tuple(method_for(name, pair, share) for name in listed_names("methods", given.methods))

@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 
 from .checks import choice, finite_number, shown, whole_number
+from .data import part_in
 from .experiments import recipe_changes
 from .grids import Grid, make_grid, read_yaml
 from .methods import create_method
@@ -31,7 +32,7 @@ from .statistics import compare_methods, crossed_bootstrap, verdicts
 from .training import Recipe
 
 # %% ../nbs/12a_plans.ipynb #5e0cd6a8
-OUTCOMES = ("last_top1", "best_top1")
+OUTCOMES = ("last_top1", "best_top1", "unseen_top1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,9 @@ class Plan:
     def same(self) -> dict[str, str | int]:
         "What all its runs have in common, as in `load_results`: data, train_images, test_images and recipe_changes."
         options = self.grid.options
-        return {"data": options.get("dataset", "cifar100"), "train_images": options.get("train_size") or 50_000,
+        data = options.get("dataset", "cifar100")
+        train = part_in(data)[1]["train"] if "(" in data else (0, 50_000)
+        return {"data": data, "train_images": options.get("train_size") or train[1] - train[0],
                 "test_images": options.get("test_size") or 10_000,
                 "recipe_changes": json.dumps(recipe_changes(options.get("set", "")), sort_keys=True)}
 

@@ -79,6 +79,13 @@ def _base_recipe(record: dict) -> dict:
     return recipe | {"epochs": Recipe().epochs} if has_published_length(record) else recipe
 
 
+def _unseen_top1(record: dict) -> float:
+    "Last-epoch top-1 over all images that nobody was trained with: the test images and the held-out ones."
+    result, tested = record["result"], record["data"]["test_images"]
+    held_out = result.get("held_out_images", 0)
+    return (result["last_top1"] * tested + result.get("held_out_top1", 0) * held_out) / (tested + held_out)
+
+
 def _row(record: dict) -> dict:
     "The record as plain columns; nested settings become canonical JSON, so that they can be compared."
 
@@ -93,7 +100,7 @@ def _row(record: dict) -> dict:
         **{key: record[key] for key in ("run_id", "pair", "teacher", "student")}, "method": record["method"]["name"],
         "objective": record["method"]["objective"], "repair": record["method"]["repair"], "seed": record["seed"],
         "last_top1": result["last_top1"], "best_top1": result.get("best_top1", result["last_top1"]),
-        "best_epoch": result.get("best_epoch", 0), "seconds": result.get("seconds", math.nan), "diverged": "diverged" in record, "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
+        "unseen_top1": _unseen_top1(record), "best_epoch": result.get("best_epoch", 0), "seconds": result.get("seconds", math.nan), "diverged": "diverged" in record, "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
         "changed_share": result.get("changed_rows", math.nan) / rows, "preset": record["preset"],
         "epochs": record["recipe"]["epochs"], "lr": record["recipe"]["lr"],
         "recipe": text(_base_recipe(record), without=("lr",)), "recipe_changes": text(record.get("recipe_changes", {})),
@@ -108,8 +115,8 @@ def _row(record: dict) -> dict:
 
 
 _COLUMNS = [
-    "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "best_epoch",
-    "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "recipe_changes", "method_settings", "data",
+    "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "unseen_top1",
+    "best_epoch", "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "recipe_changes", "method_settings", "data",
     "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision",
     "commit", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,6 +37,9 @@ from .checkpoints import fingerprint
 from .devices import create_fabric, precision_of
 from .training import Diverged, Outcome, Recipe, Student, evaluate, train, train_together
 from .views import STRONG_VIEWS, ImageBatches, ImageSet
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 # %% ../nbs/07c_runs.ipynb #8ecf5583
 def _initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
@@ -291,6 +294,7 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
             record["result"] = _result(outcome, len(data.train_targets) * experiment.recipe_for(run.method).epochs)
             if first and outcome.correct is not None:  # a checkpoint of an earlier version does not have it
                 record["result"]["correct_sha256"] = save_correct(experiment.records_file, outcome.correct)
+            record["result"] |= _held_out_result(experiment, outcome, fabric)
             if first:
                 _keep_weights(run.folder / run.started, outcome)
         if first:
@@ -335,6 +339,21 @@ def _result(outcome: Outcome, rows: int) -> dict:
     }
     counted = [name for name in ("teacher_wrong_rows", "changed_rows") if name in outcome.last]
     return result | {name: sum(row[name] for row in outcome.curve) for name in counted}
+
+
+def _held_out_result(experiment: Experiment, outcome: Outcome, fabric: "Fabric") -> dict:
+    "How good the weights of the last epoch are on held-out images, if there are any."
+    held_out = experiment.data.held_out
+    if held_out is None:
+        return {}
+    model = create_model(experiment.pair.student, held_out.num_classes)
+    model.load_state_dict(outcome.last_weights)
+    model = fabric.setup_module(model.to(memory_format=torch.channels_last))
+    found = evaluate(model, held_out.batches(fabric.device), fabric)
+    result = {"held_out_top1": found.top1, "held_out_loss": found.loss, "held_out_images": found.images}
+    if fabric.is_global_zero:
+        result["held_out_correct_sha256"] = save_correct(experiment.records_file, found.correct)
+    return result
 
 
 def _keep_weights(folder: Path, outcome: Outcome) -> None:

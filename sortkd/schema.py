@@ -75,7 +75,9 @@ RECORD_SCHEMA["properties"]["about_teacher"] |= {
 RECORD_SCHEMA["properties"]["data"]["properties"] |= dict.fromkeys(("mean", "std"), {  # of sets whose name does not fix them
     "type": "array", "items": _NUMBER, "minItems": 3, "maxItems": 3, "description": "three numbers, one for each channel",
 })
-RECORD_SCHEMA["properties"]["result"]["properties"]["correct_sha256"] = _CHECKSUM  # records from before it existed lack it
+RECORD_SCHEMA["properties"]["result"]["properties"] |= {  # records of before, and runs without held-out images, lack them
+    "correct_sha256": _CHECKSUM, "held_out_top1": _PERCENT, "held_out_images": _COUNT, "held_out_correct_sha256": _CHECKSUM,
+}
 # Of a run whose loss was no longer finite: it has no weights, and a curve up to the epoch before.
 _DIVERGED_SCHEMA = RECORD_SCHEMA | {"properties": RECORD_SCHEMA["properties"] | {
     "diverged": _object(epoch=_COUNT, message=_TEXT), "result": _object(last_top1=_PERCENT),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRONG_VIEWS', 'Views', 'number_of_views', 'view_id', 'views_of', 'seeded_generator', 'draw_views', 'pad_images',
-           'crop', 'normalize', 'strong_views', 'balanced_choice', 'ImageSet', 'checked_tensor', 'batch_bounds',
-           'rank_bounds', 'Block', 'ImageBatches', 'Batches']
+           'crop', 'normalize', 'strong_views', 'balanced_order', 'balanced_choice', 'ImageSet', 'checked_tensor',
+           'batch_bounds', 'rank_bounds', 'Block', 'ImageBatches', 'Batches']
 
 # %% ../nbs/03_views.ipynb #21a0e7be
 import functools
@@ -207,15 +207,20 @@ def strong_views(images: Tensor, *key: str | int) -> Tensor:
     return _cut_out(images, square[:, :1] / 2, square[:, 1:])
 
 # %% ../nbs/03_views.ipynb #6e9423c0
-def balanced_choice(targets: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    "Ascending indices of `size` images, their classes as equal in number as possible."
+def balanced_order(targets: Tensor, generator: torch.Generator) -> Tensor:
+    "All images in a random order of which every beginning has its classes as equal in number as possible."
     order = torch.randperm(len(targets), generator=generator)
     shuffled = targets[order]
     counts = torch.bincount(shuffled)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     rank = torch.empty_like(order)
     rank[torch.argsort(shuffled, stable=True)] = torch.arange(len(order)) - first
-    return order[torch.argsort(rank, stable=True)[:size]].sort().values
+    return order[torch.argsort(rank, stable=True)]
+
+
+def balanced_choice(targets: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    "Ascending indices of `size` images, their classes as equal in number as possible."
+    return balanced_order(targets, generator)[:size].sort().values
 
 # %% ../nbs/03_views.ipynb #75053967
 class ImageSet(ABC):
@@ -242,6 +247,11 @@ class ImageSet(ABC):
     @property
     def views_per_image(self) -> int | None:
         "How many different training views one image has; `None` if they have no numbers."
+        return None
+
+    @property
+    def held_out(self) -> "ImageSet | None":
+        "The same set with its held-out images in place of the test images; `None` if there are none."
         return None
 
     def __repr__(self):
