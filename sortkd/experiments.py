@@ -6,6 +6,7 @@
 __all__ = ['DATA_TITLES', 'Experiment', 'recipe_changes', 'plugins_of', 'plan_experiment', 'compute_calmly']
 
 # %% ../nbs/07_experiments.ipynb #f7ad8da1
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -24,7 +25,7 @@ from sortkd.pairs import (
 )
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
-from .records import read_records
+from .records import read_records, warn_of_another_clone
 from .teachers import load_teacher
 from .devices import create_fabric, precision_of
 from .training import Recipe
@@ -58,6 +59,7 @@ class Experiment:
     results_dir: Path
     cache: str
     cache_dir: Path
+    plan: Mapping[str, str] | None  # name and SHA-256 of the plan that the runs belong to
     workers: int
     again: bool
     tensorboard: bool
@@ -256,15 +258,26 @@ def plugins_of(method: Method, pair: Pair, data: ImageSet) -> tuple[Plugin, ...]
     return owners_of(("objective", method.objective), ("repair", method.repair), *networks, ("data set", data.name))
 
 
-def plan_experiment(**parameters) -> Experiment:
+def _plan_in(path: str) -> dict[str, str] | None:
+    "Name and checksum of the plan in the file `path`; None for an empty path."
+    if path == "":
+        return None
+    if not isinstance(path, str | Path) or not os.path.isfile(path):
+        raise ValueError(f"plan is {shown(path)}, which is no file; give a plan such as results/plans/sorting.yaml.")
+    return {"name": Path(path).stem, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+
+
+def plan_experiment(*, data: ImageSet | None = None, **parameters) -> Experiment:
     """Check the parameters of an experiment, load its data, and say what will run. Nothing is trained or written.
 
-    `parameters`: fields of `Parameters`, which explains each. Raises `ValueError` for a name or value that is not
+    `parameters`: fields of `Parameters`, which explains each. `data`: the images, whole, where they are loaded already, as in
+    the `full_data` of another experiment; `dataset` is not looked at then. Raises `ValueError` for a name or value that is not
     allowed, and what `load_data` and `load_teacher` raise for data or a teacher that cannot be used.
     """
     for name in parameters:
         choice("parameter", name, list(Parameters.__dataclass_fields__))
     given = Parameters(**parameters)
+    warn_of_another_clone()
     plugins = load_plugins(given.plugin)  # before the names that they register are checked
     given = _checked_values(given)
     fabric = create_fabric(given.device, given.precision, given.deterministic)
@@ -275,7 +288,7 @@ def plan_experiment(**parameters) -> Experiment:
     given = _checked_folders(given)
 
     pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
-    full_data = load_data("imagenet" if from_files and given.dataset == "auto" else _dataset_name(given))
+    full_data = data or load_data("imagenet" if from_files and given.dataset == "auto" else _dataset_name(given))
     _check_with_data(given, pair, full_data)
     preset = preset_for(given.preset, "imagenet" if from_files else full_data.name.partition("(")[0], pair)
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
@@ -308,6 +321,7 @@ def plan_experiment(**parameters) -> Experiment:
         results_dir=Path(given.results_dir),
         cache="off" if full_data.views_per_image is None else given.cache,
         cache_dir=Path(given.cache_dir),
+        plan=_plan_in(given.plan),
         workers=given.workers,
         again=given.again,
         tensorboard=given.tensorboard,
@@ -316,7 +330,9 @@ def plan_experiment(**parameters) -> Experiment:
 
 
 # Shown by help(plan_experiment) and by editors.
-setattr(plan_experiment, "__signature__", inspect.signature(Parameters).replace(return_annotation=Experiment))
+_DATA = inspect.Parameter("data", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ImageSet | None)
+_PARAMETERS = [*inspect.signature(Parameters).parameters.values(), _DATA]
+setattr(plan_experiment, "__signature__", inspect.Signature(_PARAMETERS, return_annotation=Experiment))
 
 
 def compute_calmly(experiment: Experiment) -> None:

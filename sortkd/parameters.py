@@ -77,6 +77,9 @@ class Parameters:
     teachers_dir: str = _place("teachers", "folder in which teachers are looked for and saved")
     results_dir: str = _place("results", "folder for records (PRESET.jsonl) and the students' weights")
     cache_dir: str = _place("auto", "folder for cached teacher logits; auto: teacher_logits in results_dir")
+    plan: str = _place(
+        "", "the plan (YAML) that the runs belong to; its checksum goes into their records", "Such as results/plans/sorting.yaml; sortkd-grid gives it itself."
+    )
     again: bool = _place(False, "repeat runs that are recorded already")
 
     device: str = _computing("auto", "cpu or cuda; auto: a GPU if there is one")

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -194,48 +195,46 @@ def _now() -> str:
 _TIME = "%Y-%m-%dT%H-%M-%S.%fZ"
 
 
-def _recorded(records: Sequence[dict], experiment: Experiment, run: Run, waited: bool | None) -> dict | None:
+def _recorded(records: Sequence[dict], experiment: Experiment, run: Run, waited: bool) -> dict | None:
     "That of a run with the same settings, data and teacher; with `again` only if an interrupted or awaited call has made it."
+    if experiment.again and not waited and not run.started:
+        return None
     wanted = run.run_id if experiment.again and not waited else f"{run.folder.name}-"
     found = [each for each in records if str(each.get("run_id", "")).startswith(wanted)]
     return found[-1 if waited else 0] if found else None
 
 
-def _started(path: Path, runs: Sequence[Run], records: Sequence[dict]) -> str:
-    "When the call with these runs was first made, kept in the file `path` until it has ended."
-    for run in runs:
-        refuse_links(run.folder, *(run.folder.iterdir() if run.folder.is_dir() else ()))
-    lock = path.with_name("started.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    refuse_links(path)
-    with exclusive(lock, "starting the same runs"):
-        if not path.exists():
-            taken = {each.get("run_id") for each in records}
-            time = datetime.strptime(_now(), _TIME)
-            while any(replace(run, started=time.strftime(_TIME)).run_id in taken for run in runs):
-                time += timedelta(microseconds=1)  # the clock stands still, or was set back
-            save_atomically(path, lambda temporary: temporary.write_text(time.strftime(_TIME)))
-            remove_leftovers(path.parent, "started")
-        started = path.read_text()
-    if not re.fullmatch(r"[0-9T.-]+Z", started):  # it becomes a part of a path
-        raise ValueError(f"{path} does not hold a time, but {started!r:.40}; remove it to start the runs again.")
-    return started
+def _with_start(run: Run) -> Run:
+    "`run` with the time at which it was first started, which its folder tells while the command that started it has not ended."
+    refuse_links(run.folder, *(run.folder.iterdir() if run.folder.is_dir() else ()))
+    path = run.folder / "started"
+    started = path.read_text() if path.exists() else None
+    if started is not None and not re.fullmatch(r"[0-9T.-]+Z", started):  # it becomes a part of a path
+        raise ValueError(f"{path} does not hold a time, but {started!r:.40}; remove it to start the run again.")
+    return replace(run, started=started or "")
+
+
+def _start(run: Run, records: Sequence[dict]) -> Run:
+    "`run`, started now unless it was started before."
+    if run.started:
+        return run
+    taken = {each.get("run_id") for each in records}
+    time = datetime.strptime(_now(), _TIME)
+    while replace(run, started=time.strftime(_TIME)).run_id in taken:
+        time += timedelta(microseconds=1)  # the clock stands still, or was set back
+    save_atomically(run.folder / "started", lambda temporary: temporary.write_text(time.strftime(_TIME)))
+    remove_leftovers(run.folder, "started")
+    return replace(run, started=time.strftime(_TIME))
 
 # %% ../nbs/07c_runs.ipynb #af17654e
 def _run_together(experiment, runs, batches, teacher_logits, fabric, progress, stop=None, callbacks=()) -> list[dict]:
     "The records of `runs`: from the file of records, or of students that are taught together."
     first = fabric.is_global_zero
     with ExitStack() as locks:
-        waited = {}
-        for run in sorted(runs, key=lambda run: run.folder) if first else ():  # one order, so that no two wait for each other
-            lock = exclusive(run.folder / "run.lock", f"training {run.method.name}, seed {run.seed}")
-            waited[run.run_id] = locks.enter_context(lock)
-        before = experiment.recorded() if first else []
-        records = fabric.broadcast({run.run_id: _recorded(before, experiment, run, waited[run.run_id]) for run in runs} if first else None)
-        for run in runs if first else ():
-            if record := records[run.run_id]:
-                print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}." + " again=True repeats it." * (not experiment.again))
-        missing = [run for run in runs if records[run.run_id] is None]
+        claimed = fabric.broadcast(_claim(experiment, runs, locks) if first else None)
+        runs = [run for run, _ in claimed]
+        records = {run.folder: record for run, record in claimed}
+        missing = [run for run in runs if records[run.folder] is None]
         if missing:
             records |= _train_and_record(experiment, missing, batches, teacher_logits, fabric, progress, stop, callbacks)
         for run in runs if first else ():
@@ -243,13 +242,30 @@ def _run_together(experiment, runs, batches, teacher_logits, fabric, progress, s
                 (run.folder / name).unlink(missing_ok=True)
             remove_leftovers(run.folder)
         fabric.barrier()
-    for record in records.values():
-        if "diverged" in record:
+    for run in runs:
+        if "diverged" in (record := records[run.folder]):
+            (run.folder / "started").unlink(missing_ok=True)
             raise FloatingPointError(f"{record['diverged']['message']} It is recorded; again=True repeats it.")
-    return [records[run.run_id] for run in runs]
+    return [records[run.folder] for run in runs]
 
 
-def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progress, stop, callbacks) -> dict[str, dict]:
+def _claim(experiment: Experiment, runs: Sequence[Run], locks: ExitStack) -> list[tuple[Run, dict | None]]:
+    "Each run with its record, or started now if it has none. Waits until no other process is at one of them."
+    waited = {}
+    for run in sorted(runs, key=lambda run: run.folder):  # one order, so that no two wait for each other
+        lock = exclusive(run.folder / "run.lock", f"training {run.method.name}, seed {run.seed}")
+        waited[run.folder] = bool(locks.enter_context(lock))
+    before, claimed = experiment.recorded(), list[tuple[Run, dict | None]]()
+    for run in map(_with_start, runs):
+        record = _recorded(before, experiment, run, waited[run.folder])
+        if record:
+            again = "" if experiment.again else " again=True repeats it."
+            print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}.{again}")
+        claimed.append((run, record) if record else (_start(run, before), None))
+    return claimed
+
+
+def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progress, stop, callbacks) -> dict[Path, dict]:
     "Train the students of `runs` together; append and return the record of each, also of those that diverged."
     data, first = experiment.data, fabric.is_global_zero
     sessions = [_Session(run.folder / "sessions.jsonl", describe_machine(fabric.device.type)) for run in runs]
@@ -272,7 +288,7 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
     for run, session, outcome in zip(runs, sessions, outcomes):
         together = {"students": len(runs)} if len(runs) > 1 else {}
         processes = {"processes": fabric.world_size} if fabric.world_size > 1 else {}
-        record = records[run.run_id] = {
+        record = records[run.folder] = {
             "schema": SCHEMA_VERSION,
             "run_id": run.run_id,
             "started": run.started,
@@ -281,6 +297,7 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
             **_about_plugins(experiment.plugins),  # all that were loaded, whether this run uses them or not
             "data": run.about_data,
             "about_teacher": run.about_teacher,
+            **({"plan": experiment.plan} if experiment.plan else {}),
             **processes,
             **together,
             **session.about,
@@ -303,17 +320,17 @@ def _train_and_record(experiment, runs, batches, teacher_logits, fabric, progres
 
 
 class _Session:
-    """Notes with the first epoch that it is called for which machine trains from there on, so that the record of a run
-    that was interrupted tells all of them.
+    """Notes with the first epoch that it is called for when and on which machine training went on from there, so that the
+    record of a run that was interrupted tells all of its sessions.
     """
 
     def __init__(self, path: Path, about: dict):
-        self.path, self.about, self.began = path, about, False
+        self.path, self.about, self.noted, self.began = path, about, False, _now()
 
     def __call__(self, row: dict) -> None:
-        if not self.began:
-            append_record(self.path, {"first_epoch": row["epoch"], **self.about})
-            self.began = True
+        if not self.noted:
+            append_record(self.path, {"first_epoch": row["epoch"], "began": self.began, **self.about})
+            self.noted = True
 
     def earlier(self) -> dict:
         "For the record: `sessions`, unless there was only one."
@@ -441,13 +458,12 @@ def run_experiment(
     kind, about_teacher = teacher_logits.kind if teacher_logits else None, teacher.as_record() if teacher else None
     runs = [plan_run(experiment, method, seed, kind, about_teacher)
             for seed in experiment.seeds for method in experiment.methods]
-    command = experiment.results_dir / "runs" / f"started-{fingerprint(sorted(run.folder.name for run in runs))}"
     before = experiment.recorded()
-    started = fabric.broadcast(_started(command, runs, before) if fabric.is_global_zero and runs else "")
-    runs = [replace(run, started=started) for run in runs]
+    runs = fabric.broadcast([_with_start(run) for run in runs] if fabric.is_global_zero else None)
     taught = [run for run in runs if run.about_teacher]
     if teacher and about_teacher and fabric.broadcast(not runs or any(_recorded(before, experiment, run, False) is None for run in taught)):
         about_teacher["top1"] = evaluate(teacher.model, batches, fabric).top1  # which the runs see, too
+        _say_how_good(teacher, about_teacher["top1"], experiment, progress and fabric.is_global_zero)
         at_first = experiment.cache == "full" or fabric.device.type == "cuda"  # which would wait for every view that is missing
         if at_first and isinstance(teacher_logits, CachedTeacherLogits):
             teacher_logits.fill(progress)
@@ -456,12 +472,23 @@ def run_experiment(
         parts = _run_at_once(experiment, groups, teacher, kind, progress, stop)
     else:
         parts = [_run_together(experiment, group, batches, teacher_logits, fabric, progress, stop, callbacks) for group in groups]
-    found = {run.run_id: record for group, part in zip(groups, parts) for run, record in zip(group, part)}
-    records = [found[run.run_id] for run in runs]
-    if fabric.is_global_zero:
-        command.unlink(missing_ok=True)
+    found = {run.folder: record for group, part in zip(groups, parts) for run, record in zip(group, part)}
+    records = [found[run.folder] for run in runs]
+    for run in runs if fabric.is_global_zero else ():  # from here on, `again` starts a new run
+        (run.folder / "started").unlink(missing_ok=True)
     known = {each.get("run_id") for each in before}
     return Results(experiment, records, teacher, batches, sum(record["run_id"] not in known for record in records))
+
+
+def _say_how_good(teacher: Teacher, top1: float, experiment: Experiment, progress: bool) -> None:
+    "Before students learn from it: a teacher near chance often belongs to other classes or another normalisation."
+    chance = 100 / experiment.data.num_classes
+    said = f"The teacher {teacher.architecture} ({teacher.file}) is right on {top1:.1f} % of the test images"
+    if top1 < 2 * chance:
+        warnings.warn(f"{said}, where chance is {chance:.3g} %. Was it trained on these classes, in this order, with this "
+                      "normalisation?", stacklevel=3)
+    elif progress:
+        print(f"{said}.", flush=True)
 
 
 def _taught_together(experiment: Experiment, runs: Sequence[Run], students: int) -> list[list[Run]]:

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from threading import Thread
 
@@ -486,11 +487,33 @@ def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
     assert [each["run_id"] for each in written] == [each["run_id"] for each in records] and len(written) == 4
     assert all(map(same_numbers, whole, records))
     assert any([session["first_epoch"] for session in each.get("sessions", [])] == [1, 2] for each in written)
-    assert all(session["machine"] == whole[0]["machine"] for each in written for session in each.get("sessions", []))
+    for each in written:
+        times = [each["started"], *(session["began"] for session in each.get("sessions", [])), each["finished"]]
+        assert times == sorted(times) and all(session["machine"] == whole[0]["machine"] for session in each.get("sessions", []))
     left = {path.name for path in (tmp_path / "broken" / "runs").rglob("*") if path.is_file()}
-    assert left == {"last.safetensors", "best.safetensors", "run.lock", "started.lock"}
+    assert left == {"last.safetensors", "best.safetensors", "run.lock"}
     run_experiment(experiment, progress=False)  # with `again`, a command that has ended is a new one
     assert len(read_records(tmp_path / "broken" / "quick.jsonl")) == 8
+
+
+def test_the_first_start_survives_every_way_of_continuing(folder, tmp_path):
+    "Begun with two seeds and two methods, continued with one of each, by a worker, and with both: a record's training fits between its times."
+    def run(stop=None, **changes):
+        experiment = small_experiment(folder, **({"methods": "kd,kd+sort", "seeds": "0,1", "epochs": 3, "results_dir": str(tmp_path)} | changes))
+        return run_experiment(experiment, progress=False, stop=stop).records
+
+    with pytest.raises(Stopped):
+        run(stop_in(1))
+    first = {path.parent.name: path.read_text() for path in tmp_path.rglob("started")}
+    for changes in ({"methods": "kd", "seeds": "0"}, {"seeds": "0"}):
+        with pytest.raises(Stopped):
+            run(stop_in(1), **changes)
+    records = run(methods="kd+sort", seeds="0") + run(seeds="0") + run()
+    times = {record["run_id"].removesuffix(f"-{record['started']}"): record["started"] for record in records}
+    assert len(first) == 2 and len(times) == 4 and {name: times[name] for name in first} == first
+    for record in records:
+        began, ended = (datetime.strptime(record[name], "%Y-%m-%dT%H-%M-%S.%fZ") for name in ("started", "finished"))
+        assert record["result"]["seconds"] <= (ended - began).total_seconds()
 
 
 @pytest.mark.slow
