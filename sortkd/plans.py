@@ -29,6 +29,7 @@ from .grids import Grid, make_grid, read_yaml
 from .methods import create_method
 from .results import select
 from .statistics import compare_methods, crossed_bootstrap, verdicts
+from .teachers import read_checkpoint, weights_checksum
 from .training import Recipe
 
 # %% ../nbs/12a_plans.ipynb #5e0cd6a8
@@ -60,6 +61,7 @@ class Plan:
     smallest_effect: float
     level: float
     looks: tuple[Look, ...]
+    teacher_sha256: str | None  # of the weights in its teacher's file; None if it names none, or the file is not there
 
     @property
     def all_comparisons(self) -> list[str]:
@@ -102,12 +104,18 @@ def read_plan(path: str | Path) -> Plan:
         path.stem, grid, str(given["question"]), given["primary"], tuple(given["comparisons"]), tuple(given["beside"]),
         choice("outcome", given["outcome"], OUTCOMES),
         finite_number("smallest_effect", given["smallest_effect"]), finite_number("level", given["level"]),
-        tuple(Look(**look) for look in given["looks"]),
+        tuple(Look(**look) for look in given["looks"]), _teacher_checksum(path, grid.options.get("teacher", "")),
     )
     for comparison in plan.all_comparisons:
         for method in split_comparison(comparison):
             choice(f"a method in {comparison!r}", method, [method] if plan.beside else methods)
     return plan
+
+
+def _teacher_checksum(path: Path, teacher: str) -> str | None:
+    "Of the weights in the file that the plan at `path` names, from where commands are given or from the plan's project."
+    files = [Path(teacher), *(folder / teacher for folder in path.resolve().parents[2:3])] if teacher else []
+    return next((weights_checksum(read_checkpoint(file)[0]) for file in files if file.is_file()), None)
 
 
 def split_comparison(comparison: str) -> tuple[str, str]:
@@ -128,14 +136,28 @@ _CELL = ["pair", "method", "seed", "preset", "epochs"]
 
 def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     """The cells of a plan, one row each: plan, pair, method, seed, preset, epochs, and the run_id among `runs`
-    (`load_results`) that fills it, or NaN.
+    (`load_results`) that fills it, or NaN. `ValueError` for two runs of one cell, or with two teachers.
     """
     options = plan.grid.options
     epochs = options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
-    teacher = Path(options["teacher"]).name if "teacher" in options else ""
-    runs = runs[(runs[list(plan.same)] == pd.Series(plan.same)).all(axis=1) & ((runs["teacher_file"] == teacher) | (runs["objective"] == "ce"))]
-    return cells.merge(runs.drop_duplicates(_CELL)[[*_CELL, "run_id"]], on=_CELL, how="left")[["plan", *_CELL, "run_id"]]
+    runs = runs[(runs[list(plan.same)] == pd.Series(plan.same)).all(axis=1)].merge(cells[_CELL], on=_CELL)
+    runs = runs[(runs["objective"] == "ce") | _with_its_teacher(plan, runs)]
+    for cell, found in runs.groupby(_CELL):
+        if len(found) > 1:
+            raise ValueError(f"the cell {cell} of the plan {plan.name} has {len(found)} runs: {', '.join(found['run_id'])}; "
+                             "leave out those that do not belong to it.")
+    return cells.merge(runs[[*_CELL, "run_id"]], on=_CELL, how="left")[["plan", *_CELL, "run_id"]]
+
+
+def _with_its_teacher(plan: Plan, runs: pd.DataFrame) -> pd.Series:
+    "Whether each of the runs learned from the plan's teacher: by its weights, and by its name where they are not at hand."
+    if plan.teacher_sha256:
+        return runs["teacher_sha256"] == plan.teacher_sha256
+    named = runs["teacher_file"] == Path(plan.grid.options.get("teacher", "")).name
+    if len(checksums := runs.loc[named & (runs["objective"] != "ce"), "teacher_sha256"].unique()) > 1:
+        raise ValueError(f"runs of the plan {plan.name} have teachers of one name and {len(checksums)} different weights.")
+    return named
 
 
 def mark_planned(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
@@ -147,13 +169,17 @@ def mark_planned(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
 
 
 def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
-    "For each plan: its methods, how many runs were planned, and how many of them exist; and all runs that no plan names."
+    """For each plan: its methods, how many runs were planned, how many of them exist, and how many name the plan by its
+    checksum; and all runs that no plan names.
+    """
     rows = []
     for plan in plans:
         cells = planned_cells(plan, runs)
-        rows.append({"plan": plan.name, "methods": ", ".join(cells["method"].unique()), "planned": len(cells), "exist": cells["run_id"].count()})
+        named = (runs.loc[runs["run_id"].isin(cells["run_id"]), "plan_sha256"] != "").sum()
+        rows.append({"plan": plan.name, "methods": ", ".join(cells["method"].unique()), "planned": len(cells),
+                     "exist": cells["run_id"].count(), "name it": named})
     others = (mark_planned(runs, plans)["plan"] == "").sum()
-    return pd.DataFrame([*rows, {"plan": "(not planned)", "methods": "", "planned": 0, "exist": others}])
+    return pd.DataFrame([*rows, {"plan": "(not planned)", "methods": "", "planned": 0, "exist": others, "name it": 0}])
 
 # %% ../nbs/12a_plans.ipynb #9664ef68
 def _found(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -108,7 +108,8 @@ def _row(record: dict) -> dict:
         "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
         "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about.get("file", ""), "device": record["device"],
         "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
-        "precision": record["precision"] + (", compiled" if record.get("compiled") else ""), "commit": record.get("commit") or "", "started": record["started"], "finished": record["finished"],
+        "precision": record["precision"] + (", compiled" if record.get("compiled") else ""), "commit": record.get("commit") or "",
+        "code_sha256": record.get("code_sha256", ""), "plan_sha256": (record.get("plan") or {}).get("sha256", ""), "started": record["started"], "finished": record["finished"],
         "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
         "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
     }
@@ -118,7 +119,7 @@ _COLUMNS = [
     "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "unseen_top1",
     "best_epoch", "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "recipe_changes", "method_settings", "data",
     "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision",
-    "commit", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
+    "commit", "code_sha256", "plan_sha256", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]  # fmt: skip
 _SAME_RUN = [
     "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",

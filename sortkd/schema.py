@@ -78,6 +78,9 @@ RECORD_SCHEMA["properties"]["data"]["properties"] |= dict.fromkeys(("mean", "std
 RECORD_SCHEMA["properties"]["result"]["properties"] |= {  # records of before, and runs without held-out images, lack them
     "correct_sha256": _CHECKSUM, "held_out_top1": _PERCENT, "held_out_images": _COUNT, "held_out_correct_sha256": _CHECKSUM,
 }
+RECORD_SCHEMA["properties"] |= {  # records of before lack them
+    "code_sha256": _CHECKSUM, "plan": _object(name=_TEXT, sha256=_CHECKSUM),
+}
 # Of a run whose loss was no longer finite: it has no weights, and a curve up to the epoch before.
 _DIVERGED_SCHEMA = RECORD_SCHEMA | {"properties": RECORD_SCHEMA["properties"] | {
     "diverged": _object(epoch=_COUNT, message=_TEXT), "result": _object(last_top1=_PERCENT),

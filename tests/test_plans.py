@@ -1,9 +1,12 @@
 "Plans are read, matched with their runs, and were committed before these."
 
+import functools
+import hashlib
 import math
 import os
 import subprocess
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,14 @@ HISTORY = Path(os.environ.get("SORTKD_HISTORY", ROOT))  # a checkout with its hi
 PLANS = read_plans(ROOT / "results" / "plans")
 
 
+@functools.cache
+def recorded():
+    return load_results(ROOT / "results")[0]
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
 def test_a_plan_was_committed_before_its_first_run_and_kept(plan):
-    runs, _ = load_results(ROOT / "results")
+    runs = recorded()
     began = first_start(plan, runs)
     if began is None:
         pytest.skip("none of its runs exists")
@@ -59,7 +67,7 @@ def test_the_date_is_that_of_the_first_commit(tmp_path):
 def runs_of(plan, **changes):
     cells = plan.grid.cells.assign(preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
     teacher = Path(plan.grid.options.get("teacher", "")).name
-    return cells.assign(teacher_file=teacher, objective=cells.method.str.split("+").str[0], run_id=[str(n) for n in range(len(cells))],
+    return cells.assign(teacher_file=teacher, teacher_sha256=plan.teacher_sha256 or "", code_sha256="", plan_sha256="", objective=cells.method.str.split("+").str[0], run_id=[str(n) for n in range(len(cells))],
                         started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000, test_images=10_000, recipe_changes="{}", **{"device": "cpu", **changes})
 
 
@@ -69,7 +77,7 @@ def measured(runs):
     return runs.assign(last_top1=60 + noise + (runs.method == "kd+sort"), repair=runs.method.str.contains("sort").map({True: "sort", False: "none"}),
                        correct=[np.arange(500) < 5 * top1 for top1 in 60 + noise + (runs.method == "kd+sort")],
                        **dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "precision", "device", "synthetic",
-                                        "teacher_sha256", "method_settings", "lr"], "same"))
+                                        "method_settings", "lr"], "same"))
 
 
 def test_a_comparison_with_the_runs_of_another_plan():
@@ -115,7 +123,7 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     runs = runs_of(plan)
     assert (mark_planned(runs, PLANS)["plan"] == "sorting").all() and planned_cells(plan, runs).run_id.notna().all()
     assert first_start(plan, runs).microsecond == 4
-    for other in ({"epochs": 5}, {"teacher_file": "another.safetensors"}, {"preset": "short"}, {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"},
+    for other in ({"epochs": 5}, {"teacher_sha256": "another's"}, {"preset": "short"}, {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"},
                   {"recipe_changes": '{"lr": 0.1}'}):
         assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
     faster = replace(plan, grid=replace(plan.grid, options=plan.grid.options | {"set": "lr=0.1"}))
@@ -125,7 +133,33 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     assert 0 < effects.images_low[0] < effects["mean"][0] < effects.images_high[0]
     assert planned_effects(plan, PLANS, measured(runs).assign(correct=None)).images_low.isna().all()
     table = describe_plans([plan], runs[runs.seed < 3])
-    assert table.methods.tolist() == ["kd, kd+sort", ""] and table.planned.tolist() == [30, 0] and table.exist.tolist() == [6, 0]
+    assert table.methods.tolist() == ["kd, kd+sort", ""] and table.planned.tolist() == [30, 0] and table.exist.tolist() == [6, 0] and table["name it"].tolist() == [0, 0]
+
+
+def test_nothing_is_chosen_in_silence():
+    plan = next(each for each in PLANS if each.name == "sorting")
+    runs = runs_of(plan)
+    with pytest.raises(ValueError, match="sorting has 2 runs: 0, x"):
+        planned_cells(plan, pd.concat([runs, runs[:1].assign(run_id="x")]))
+    unknown = replace(plan, teacher_sha256=None)  # its file is not there, so that the name must do
+    assert planned_cells(unknown, runs).run_id.notna().all()
+    with pytest.raises(ValueError, match="one name and 2 different weights"):
+        planned_cells(unknown, runs.assign(teacher_sha256=np.where(runs.seed < 3, "a", "b")))
+
+
+def test_records_name_a_version_of_their_plan_that_was_committed_before_they_began():
+    runs = recorded()
+    said = runs[runs["plan_sha256"] != ""]
+    history = subprocess.run(["git", "-C", HISTORY, "log", "--format=%H %cI", "--", "results/plans"], capture_output=True, text=True).stdout.split("\n")
+    if len(said) == 0 or len(history) < 3:
+        pytest.skip("no record names its plan, or there is no history")
+    versions = {}
+    for commit, date in (line.split() for line in history if line):
+        for plan in PLANS:
+            shown = subprocess.run(["git", "-C", HISTORY, "show", f"{commit}:results/plans/{plan.name}.yaml"], capture_output=True)
+            versions[hashlib.sha256(shown.stdout).hexdigest()] = datetime.fromisoformat(date)  # the first comes last
+    for run in said.itertuples():
+        assert versions[run.plan_sha256] < datetime.strptime(run.started, "%Y-%m-%dT%H-%M-%S.%f%z")
 
 
 @pytest.mark.parametrize(("change", "said"), [
