@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINI_CLASSES', 'DATASETS', 'channel_statistics', 'ImageData', 'has_cifar100', 'load_cifar100', 'load_cifar10',
            'load_cifar100_mini', 'load_digits', 'load_folder', 'load_tiny_imagenet', 'check_dataset', 'load_data',
-           'part_in', 'part_of']
+           'part_in', 'wrong_labels', 'part_of']
 
 # %% ../nbs/03_data.ipynb #e88eae7e
 import hashlib
@@ -80,6 +80,7 @@ class ImageData(ImageSet):
     flip: bool  # whether a mirrored image is still one of its class
     held_out_images: torch.Tensor | None = None  # more test images, for one evaluation after the last epoch
     held_out_targets: torch.Tensor | None = None
+    true_train_targets: torch.Tensor | None = None  # where some of train_targets are wrong on purpose
     image_size: int = field(init=False)  # of the images
     checksum: str = field(init=False)  # SHA-256 of both splits; always computed, so it cannot be wrong
 
@@ -120,6 +121,10 @@ class ImageData(ImageSet):
     @property
     def views_per_image(self) -> int:
         return number_of_views(self.pad, self.flip)
+
+    @property
+    def wrong_labels(self) -> int:
+        return 0 if self.true_train_targets is None else int((self.train_targets != self.true_train_targets).sum())
 
     @property
     def held_out(self) -> "ImageData | None":
@@ -451,7 +456,7 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageSet:
     return DATASETS[("cifar100" if has_cifar100(root) else "digits") if name == "auto" else name](root)
 
 # %% ../nbs/03_data.ipynb #5e1f0a12
-_PLACES = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
+_VALUES = {"train": r"([0-9]{1,9}):([0-9]{1,9})", "held_out": r"([0-9]{1,9}):([0-9]{1,9})", "seed": r"([0-9]{1,9})", "noise": r"(0?\.[0-9]{1,6})"}
 
 
 def part_in(name: str) -> tuple[str, dict[str, Any]]:
@@ -460,20 +465,31 @@ def part_in(name: str) -> tuple[str, dict[str, Any]]:
     part: dict[str, Any] = {}
     for argument in inside.removesuffix(")").split(","):
         key, _, value = (each.strip() for each in argument.partition("="))
-        places = _PLACES.fullmatch(value)
-        if key in part or key not in ("train", "held_out", "seed") or not (value.isdecimal() if key == "seed" else places):
+        found = re.fullmatch(_VALUES[key], value) if key in _VALUES and key not in part else None
+        if found is None:
             break
-        part[key] = (int(places[1]), int(places[2])) if places else int(value)
+        numbers = tuple(float(each) if key == "noise" else int(each) for each in found.groups())
+        part[key] = numbers if len(numbers) == 2 else numbers[0]
     else:
         if name.endswith(")") and "train" in part:
             return whole.strip(), part
     raise ValueError(f"the data set is {shown(name)}; a part of a set is written such as "
-                     "'cifar100(train=25000:30000,held_out=30000:50000,seed=0)', where train is needed.")
+                     "'cifar100(train=25000:30000,held_out=30000:50000,seed=0,noise=0.2)', where train is needed.")
 
 
-def part_of(data: ImageData, train: tuple[int, int], held_out: tuple[int, int] | None = None, seed: int = 0) -> ImageData:
+def wrong_labels(targets: torch.Tensor, share: float, classes: int, generator: torch.Generator) -> torch.Tensor:
+    "`targets` (N,), of which a `share` is replaced by one of the other `classes`, each as likely."
+    chosen = torch.randperm(len(targets), generator=generator)[:round(share * len(targets))]
+    shift = torch.randint(1, classes, (len(chosen),), generator=generator)
+    return targets.scatter(0, chosen, (targets[chosen] + shift) % classes)
+
+
+def part_of(
+    data: ImageData, train: tuple[int, int], held_out: tuple[int, int] | None = None, seed: int = 0, noise: float = 0.0,
+) -> ImageData:
     """`data` with the training images at the places `train` (first, and last + 1) of a random order that depends on `seed`,
-    and with those at `held_out` for one evaluation after the last epoch. The test images stay.
+    and with those at `held_out` for one evaluation after the last epoch. A share `noise` of the training labels is wrong. The
+    test images stay.
 
     `ValueError` for places that the set does not have, and for places in both.
     """
@@ -489,5 +505,9 @@ def part_of(data: ImageData, train: tuple[int, int], held_out: tuple[int, int] |
     elif max(train[0], held_out[0]) < min(train[1], held_out[1]):
         raise ValueError(f"train is {train[0]}:{train[1]} and held_out {held_out[0]}:{held_out[1]}; give places apart.")
     named = [f"train={train[0]}:{train[1]}", *([f"held_out={held_out[0]}:{held_out[1]}"] if held_out else []),
-             *([f"seed={seed}"] if seed else [])]
+             *([f"seed={seed}"] if seed else []), *([f"noise={noise:g}"] if noise else [])]
+    if noise:
+        kept["true_train_targets"] = kept["train_targets"]
+        generator = seeded_generator("wrong labels", seed)
+        kept["train_targets"] = wrong_labels(kept["train_targets"], noise, data.num_classes, generator)
     return replace(data, name=f"{data.name}({','.join(named)})", **kept)

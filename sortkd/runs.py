@@ -180,6 +180,7 @@ def plan_run(experiment: Experiment, method: Method, seed: int, kind: str | None
         "image_size": data.image_size,
         "classes": data.num_classes,
         **data.normalization,
+        **({"wrong_labels": wrong} if (wrong := data.wrong_labels) else {}),
     }
     about_teacher = about_teacher if method.uses_teacher else None
     key = fingerprint(settings, about_data, about_teacher and about_teacher["weights_sha256"])

@@ -250,6 +250,11 @@ class ImageSet(ABC):
         return None
 
     @property
+    def wrong_labels(self) -> int:
+        "How many training labels are wrong on purpose."
+        return 0
+
+    @property
     def held_out(self) -> "ImageSet | None":
         "The same set with its held-out images in place of the test images; `None` if there are none."
         return None
@@ -272,6 +277,8 @@ class ImageSet(ABC):
                 raise ValueError(f"{split}_size is {size}, but {self.name} has {len(targets)} {split} images.")
             index = balanced_choice(targets.cpu(), size, seeded_generator("subset", split, seed))
             kept |= {f"{split}_targets": targets[index.to(targets.device)], **self._images_of(split, index)}
+            if split == "train" and (true := getattr(self, "true_train_targets", None)) is not None:
+                kept["true_train_targets"] = true[index.to(true.device)]
         return replace(self, **kept)  # type: ignore[type-var]
 
     @abstractmethod
