@@ -62,6 +62,7 @@ class Parameters:
         "cifar100, cifar10, tiny-imagenet, digits, folder:PATH; auto: by the preset",
         "auto: cifar100 for paper and short; for quick ten classes of it if it is on disk (in $SORTKD_DATA), else digits. "
         "folder:PATH holds train/CLASS and val/CLASS or test/CLASS. "
+        "Part of a set: such as cifar100(train=0:25000). "
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
     epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")
