@@ -28,7 +28,7 @@ from .experiments import recipe_changes
 from .grids import Grid, make_grid, read_yaml
 from .methods import create_method
 from .results import select
-from .statistics import compare_methods, crossed_bootstrap, verdicts
+from .statistics import compare_methods, crossed_interval, verdicts
 from .teachers import read_checkpoint, weights_checksum
 from .training import Recipe
 
@@ -217,13 +217,13 @@ def _with_images(plan: Plan, found: pd.DataFrame, comparison: str, seeds: int) -
     if len(both) < 2 or pd.concat(correct).isna().any():
         return effect.assign(images_low=math.nan, images_high=math.nan)
     plain, repaired = (np.stack(list(side)) for side in correct)
-    low, high = crossed_bootstrap(plain, repaired, 1 - plan.level)
+    low, high = crossed_interval(plain, repaired, 1 - plan.level)
     return effect.assign(images_low=low, images_high=high)
 
 
 def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
     """The effects that a plan asks for, each over the seeds of the last look that was reached, with verdicts (`verdicts`), and
-    the columns plan, planned (how many seeds it planned), images_low and images_high (`crossed_bootstrap` over seeds and test
+    the columns plan, planned (how many seeds it planned), images_low and images_high (`crossed_interval` over seeds and test
     images; NaN without the runs' bits). The primary comparison comes first, and has no p_holm. Empty before the first look.
     """
     found, looks = _found(plan, plans, runs)

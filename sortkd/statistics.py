@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'paired_effects', 'compare_methods', 'sign_flip_test', 'verdicts', 'verdict_probabilities', 't_test_power',
-           'smallest_number', 'seed_deviation', 'seeds_needed', 'pool_effects', 'crossed_bootstrap',
+           'smallest_number', 'seed_deviation', 'seeds_needed', 'pool_effects', 'crossed_interval',
            'confidence_sequence']
 
 # %% ../nbs/08b_statistics.ipynb #6f2c15b3
@@ -210,21 +210,23 @@ def pool_effects(effects: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["objective", "teachers", "pairs", "mean", "low", "high", "std", "note"])
 
 # %% ../nbs/08b_statistics.ipynb #399ee790
-def crossed_bootstrap(
-    plain: np.ndarray, repaired: np.ndarray, level: float = 0.95, repetitions: int = 100_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval, in points, of the mean effect over seeds and test images.
+def crossed_interval(plain: np.ndarray, repaired: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The t interval, in points, of the mean effect over seeds and test images: for another seed and other images.
 
     `plain`, `repaired`: which images were right, bool (seeds, images), rows in the same order of seeds.
     """
-    differences = repaired.astype(float) - plain.astype(float)
-    (seeds, images), generator = differences.shape, np.random.default_rng(seed)
-    weights = generator.multinomial(seeds, np.full(seeds, 1 / seeds), repetitions) / seeds
-    means = weights @ differences.mean(1)
-    squares = ((weights @ (differences @ differences.T / images)) * weights).sum(1)  # the mean square over images
-    means += np.sqrt((squares - means**2).clip(0) / images) * generator.standard_normal(repetitions)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return 100 * low, 100 * high
+    differences = repaired.astype(float) - plain
+    (seeds, images), mean = differences.shape, differences.mean()
+    of_seeds, of_images = differences.mean(1), differences.mean(0)
+    rest = ((differences - of_seeds[:, None] - of_images + mean) ** 2).sum() / ((seeds - 1) * (images - 1))
+    # Mean squares; the last is what images add, which is never taken to be negative.
+    by_seed, by_image = images * of_seeds.var(ddof=1), seeds * of_images.var(ddof=1)
+    total = by_seed + max(0.0, by_image - rest)
+    if not total:
+        return 100 * mean, 100 * mean
+    parts = by_seed**2 / (seeds - 1) + (by_image > rest) * (by_image**2 / (images - 1) + rest**2 / ((seeds - 1) * (images - 1)))
+    half = stats.t.ppf((1 + level) / 2, total**2 / parts) * math.sqrt(total / (seeds * images))
+    return 100 * (mean - half), 100 * (mean + half)
 
 # %% ../nbs/08b_statistics.ipynb #1dae3ce4
 def confidence_sequence(differences: Sequence[float], level: float = 0.95, scale: float = 1.0) -> pd.DataFrame:

@@ -28,7 +28,7 @@ from sortkd.results import (
 )
 from sortkd.schema import RECORD_SCHEMA, RecordError, check_record
 from sortkd.statistics import (
-    confidence_sequence, crossed_bootstrap, paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number,
+    confidence_sequence, crossed_interval, paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number,
     t_test_power, verdict_probabilities, verdicts,
 )
 from sortkd.tables import comparison_title, comparison_table, read_reported, write_table
@@ -576,24 +576,16 @@ def test_a_confidence_sequence_inverts_its_bayes_factor():
     assert factor == pytest.approx(20)
 
 
-def test_the_bootstrap_agrees_with_the_t_interval_where_images_do_not_differ():
+def test_the_interval_over_seeds_and_images_is_that_of_two_random_effects():
     generator = np.random.default_rng(4)
     plain = generator.random((40, 500)) < generator.normal(0.6, 0.05, (40, 1))
     repaired = generator.random((40, 500)) < generator.normal(0.65, 0.05, (40, 1))
-    low, high = crossed_bootstrap(plain, repaired)
-    expected = stats.ttest_1samp(100 * (repaired.mean(1) - plain.mean(1)), 0).confidence_interval()
-    assert low == pytest.approx(expected.low, abs=0.8) and high == pytest.approx(expected.high, abs=0.8)
-    assert crossed_bootstrap(plain, repaired) == (low, high) and crossed_bootstrap(plain, plain) == (0, 0)
-
-
-def test_the_bootstrap_draws_seeds_and_images():
-    generator = np.random.default_rng(6)
-    hard = generator.normal(0.8, 1.0, 400)
-    plain, repaired = (hard + generator.normal(shift, 0.7, (6, 400)) > 0 for shift in (0.0, 0.1))
-    differences, means = 100 * (repaired.astype(float) - plain), []
-    for _ in range(4000):
-        means.append(differences[generator.integers(6, size=6)][:, generator.integers(400, size=400)].mean())
-    assert crossed_bootstrap(plain, repaired) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.15)
+    of_seeds = stats.ttest_1samp(100 * (repaired.mean(1) - plain.mean(1)), 0).confidence_interval()
+    assert crossed_interval(plain, repaired) == pytest.approx(of_seeds, abs=0.05), "images of one kind add nothing"
+    assert crossed_interval(plain, plain) == (0, 0)
+    helped = np.arange(500) < 100  # an effect that other images would not show is as unsure as the images are few
+    low, high = crossed_interval(np.zeros((40, 500), bool), np.tile(helped, (40, 1)))
+    assert (low, high) == pytest.approx(stats.ttest_1samp(100.0 * helped, 0).confidence_interval(), rel=1e-6)
 
 
 def test_the_deviation_interval_covers():
