@@ -19,7 +19,7 @@ import torch
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
 from .data import DATASETS, check_dataset, has_cifar100, load_data
-from .methods import Method, create_method
+from .methods import Method, create_method, try_method
 from sortkd.pairs import (
     IMAGENET_PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe, recipe_for,
 )
@@ -294,6 +294,8 @@ def plan_experiment(*, data: ImageSet | None = None, **parameters) -> Experiment
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
     share = recipe.epochs / published_recipe(pair).epochs
     methods = tuple(method_for(name, pair, share) for name in listed_names("methods", given.methods))
+    for method in methods:
+        try_method(method)  # its numbers, or a plugin's function, rather than after the teacher has been trained
     if str(given.teacher) != "auto" and any(method.uses_teacher for method in methods):
         load_teacher(given.teacher, pair.teacher, data.num_classes)  # refused now rather than later
     used = {owner for method in methods for owner in plugins_of(method, pair, full_data)}

@@ -19,7 +19,7 @@ _all_ = ["keep_logits", "leave_out_rows", "revise_logits", "skip_logits", "smoot
 
 # %% ../nbs/01_losses.ipynb #d319c0d9
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> None:
-    "Refuse logits of student and teacher, and a `target`, whose dtypes or shapes do not fit together."
+    "Refuse logits of student and teacher, and a `target` of any integer type, whose dtypes or shapes do not fit together."
     check_floating("student_logits", student_logits)
     check_floating("teacher_logits", teacher_logits)
     if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
@@ -35,32 +35,45 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor 
             "leave out a batch in which nothing counts."
         )
     if target is not None:
-        check_range(target, student_logits, check_arguments(student_logits, target, -1))
+        dim = check_arguments(student_logits, target, -1)
+        check_range(target.long(), student_logits, dim)
 
 # %% ../nbs/01_losses.ipynb #c5aa7ede
+def _expected(probs: Tensor, values: Tensor) -> Tensor:
+    "p · v, which is 0 where p is, whatever v: a masked class has the logarithm -inf."
+    return probs * values.masked_fill(probs == 0, 0)
+
+
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """Knowledge distillation: T² · KL(teacher ‖ student) of the distributions softened by `temperature`, averaged
     over rows.
 
-    `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar, in nats.
+    `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider, in nats. A class whose
+    logit is -inf has probability 0: where it is the teacher's, the class adds nothing; where it is the student's alone, the
+    loss is infinite.
     Raises `ValueError` for shapes that differ, logits without rows and a temperature that is not positive and finite,
-    `TypeError` for logits that are not floating point; so do the losses below.
+    `TypeError` for logits that are not floating point. All of this holds for the losses below, too.
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
     """
     check_logits(student_logits, teacher_logits)
     check_positive("temperature", temperature)
-    student_log_probs = F.log_softmax(student_logits / temperature, dim=-1).flatten(0, -2)  # log q
-    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)  # log p
-    return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True) * temperature**2
+    student, teacher = widened(student_logits, teacher_logits)
+    student_log_probs = F.log_softmax(student / temperature, dim=-1)  # log q
+    teacher_log_probs = F.log_softmax(teacher / temperature, dim=-1)  # log p
+    divergence = _expected(teacher_log_probs.exp(), teacher_log_probs - student_log_probs).sum()
+    return divergence / student[..., 0].numel() * temperature**2
 
 # %% ../nbs/01_losses.ipynb #1601c1a0
+_LOWEST = -1e15  # instead of -inf where all of a row's classes may be masked: its square and its multiples are finite
+
+
 def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of (target, all others), `(N, 2)`, and of the others among themselves, `(N, C)` with 0 at the
     target.
     """
-    others = logits.masked_fill(is_target, -torch.inf).logsumexp(-1, keepdim=True)  # lse(z_≠y)
+    others = logits.masked_fill(is_target, -torch.inf).clamp(min=_LOWEST).logsumexp(-1, keepdim=True)  # lse(z_≠y)
     everything = logits.logsumexp(-1, keepdim=True)  # lse(z)
-    on_target = (logits * is_target).sum(-1, keepdim=True)  # z_y
+    on_target = torch.where(is_target, logits, 0).sum(-1, keepdim=True)  # z_y
     binary = torch.cat([on_target, others], dim=-1) - everything  # log p_y, log (1 - p_y)
     return binary, (logits - others).masked_fill(is_target, 0)  # log p̂
 
@@ -78,13 +91,13 @@ def dkd_loss(
     """
     check_logits(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    classes = student_logits.shape[-1]
-    is_target = torch.arange(classes, device=target.device) == target.unsqueeze(-1)
-    student_binary, student_others = _split_target(student_logits / temperature, is_target)
-    teacher_binary, teacher_others = _split_target(teacher_logits / temperature, is_target)
+    student, teacher = widened(student_logits, teacher_logits)
+    is_target = torch.arange(student.shape[-1], device=target.device) == target.long().unsqueeze(-1)
+    student_binary, student_others = _split_target(student / temperature, is_target)
+    teacher_binary, teacher_others = _split_target(teacher / temperature, is_target)
 
-    target_term = teacher_binary.exp() * (teacher_binary - student_binary)  # TCKD
-    other_term = teacher_others.exp() * (teacher_others - student_others)  # NCKD; 0 at the target, where both logarithms are 0
+    target_term = _expected(teacher_binary.exp(), teacher_binary - student_binary)  # TCKD
+    other_term = _expected(teacher_others.exp(), teacher_others - student_others)  # NCKD; 0 at the target, where both logarithms are 0
     rows = target.numel()
     return (alpha * target_term.sum() + beta * other_term.sum()) * (temperature**2 / rows)
 
@@ -105,28 +118,32 @@ def rld_loss(
     check_positive("temperature", temperature)
     check_positive("target_temperature", target_temperature)
     student, teacher = widened(student_logits, teacher_logits)
-    classes, y = torch.arange(student.shape[-1], device=target.device), target.unsqueeze(-1)
+    classes, y = torch.arange(student.shape[-1], device=target.device), target.long().unsqueeze(-1)
     student_binary, _ = _split_target(student / target_temperature, classes == y)  # log q_y, log (1 - q_y)
     teacher_binary, _ = _split_target(teacher / target_temperature, classes == teacher.argmax(-1, keepdim=True))
-    target_term = teacher_binary.exp() * (teacher_binary - student_binary)  # SCD
+    target_term = _expected(teacher_binary.exp(), teacher_binary - student_binary)  # SCD
 
-    above = teacher >= teacher.gather(-1, y.long())  # not in M
+    above = teacher >= teacher.gather(-1, y)  # not in M
     student_below, teacher_below = (
-        (each - each.masked_fill(above, -torch.inf).logsumexp(-1, keepdim=True)).masked_fill(above, 0)
+        (each - each.masked_fill(above, -torch.inf).clamp(min=_LOWEST).logsumexp(-1, keepdim=True)).masked_fill(above, 0)
         for each in (student / temperature, teacher / temperature)
     )
-    other_term = teacher_below.exp() * (teacher_below - student_below)  # MCD; 0 outside M, where both logarithms are 0
+    other_term = _expected(teacher_below.exp(), teacher_below - student_below)  # MCD; 0 outside M, where both logarithms are 0
     return (alpha * target_temperature**2 * target_term.sum() + beta * temperature**2 * other_term.sum()) / target.numel()
 
 # %% ../nbs/01_losses.ipynb #b0384a45
 def standardize(logits: Tensor) -> Tensor:
     """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1; a row of equal values becomes 0.
+    Returns float32 or wider.
 
+    A masked class (-inf) dominates mean and deviation, so that the others become equal, as they do in the limit: leave
+    such classes out.
     Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), algorithm 1.
     """
     check_floating("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 2:
         raise ValueError(f"standardize needs logits (..., C) with at least two classes, but they have shape {tuple(logits.shape)}.")
+    logits, = (each.clamp(min=_LOWEST) for each in widened(logits))
     centred = logits - logits.mean(-1, keepdim=True)
     return centred / (1e-7 + logits.std(-1, keepdim=True))
 
@@ -161,8 +178,9 @@ def dist_loss(
     """
     check_logits(student_logits, teacher_logits)
     check_positive("temperature", temperature)
-    student_probs = F.softmax(student_logits / temperature, dim=-1).flatten(0, -2)  # Q
-    teacher_probs = F.softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)  # P
+    student_probs, teacher_probs = (  # Q and P
+        F.softmax(each / temperature, dim=-1).flatten(0, -2) for each in widened(student_logits, teacher_logits)
+    )
     inter_class = _pearson_distance(student_probs, teacher_probs)
     intra_class = _pearson_distance(student_probs.T, teacher_probs.T)
     return (inter_weight * inter_class + intra_weight * intra_class) * temperature**2
@@ -182,11 +200,11 @@ def nkd_loss(
     check_logits(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
     student, teacher = widened(student_logits, teacher_logits)
-    is_target = torch.arange(student.shape[-1], device=target.device) == target.unsqueeze(-1)
+    is_target = torch.arange(student.shape[-1], device=target.device) == target.long().unsqueeze(-1)
     student_binary, teacher_binary = (_split_target(each, is_target)[0][..., 0] for each in (student, teacher))
     student_others, teacher_others = (_split_target(each / temperature, is_target)[1] for each in (student, teacher))
-    target_term = teacher_binary.exp() * student_binary  # p_y log q_y
-    other_term = teacher_others.exp() * student_others  # p̂ log q̂; 0 at the target
+    target_term = _expected(teacher_binary.exp(), student_binary)  # p_y log q_y
+    other_term = _expected(teacher_others.exp(), student_others)  # p̂ log q̂; 0 at the target
     return -(target_term.sum() + gamma * temperature**2 * other_term.sum()) / target.numel()
 
 # %% ../nbs/01_losses.ipynb #24d66342
@@ -204,7 +222,7 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0
     student, teacher = widened(student_logits, teacher_logits)
     powers = exponent * F.log_softmax(teacher, dim=-1)  # γ log p
     teacher_log_probs = F.log_softmax(powers, dim=-1)
-    rows = F.kl_div(F.log_softmax(student, dim=-1), teacher_log_probs, reduction="none", log_target=True).sum(-1)
+    rows = _expected(teacher_log_probs.exp(), teacher_log_probs - F.log_softmax(student, dim=-1)).sum(-1)
     return (rows * powers.logsumexp(-1).exp() if weighted else rows).mean()
 
 # %% ../nbs/01_losses.ipynb #de359520
@@ -213,7 +231,8 @@ def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2
     their own, times the teacher's squared, averaged over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider, in nats. A row of
-    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0.
+    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0. With a masked class (-inf) the
+    deviation has no limit and the loss is NaN: leave such classes out.
     Raises `ValueError` for shapes that differ or a scale that is not positive.
     Source: Chi et al., NormKD: Normalized Logits for Knowledge Distillation, 2023 (arXiv 2308.00520).
     """
@@ -225,7 +244,7 @@ def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2
         F.log_softmax(logits / torch.where(temperature == 0, 1.0, temperature), dim=-1)
         for logits, temperature in ((student, student_temperature), (teacher, teacher_temperature))
     )
-    rows = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(-1)
+    rows = _expected(teacher_log_probs.exp(), teacher_log_probs - student_log_probs).sum(-1)
     return (rows * teacher_temperature.squeeze(-1) ** 2).mean()
 
 # %% ../nbs/01_losses.ipynb #97c8c93e
@@ -244,8 +263,8 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     with torch.no_grad():
         of_student, of_teacher = (F.cross_entropy(each, target.flatten().long(), reduction="none") for each in (student, teacher))
         weight = -torch.expm1(-of_student / (of_teacher + 1e-7))  # 1 - exp(-CE_s / CE_t)
-    rows = F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=-1), reduction="none")
-    return (weight * rows).mean() * temperature**2
+    student_log_probs, probs = F.log_softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
+    return -(weight * _expected(probs, student_log_probs).sum(-1)).mean() * temperature**2
 
 # %% ../nbs/01_losses.ipynb #f3fb7afd
 def _gram_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, of_classes: bool) -> Tensor:
@@ -278,13 +297,14 @@ def mlkd_loss(
         if logits[0].ndim != 2:
             raise ValueError(f"mlkd_loss needs logits (N, C), but they have shape {tuple(logits[0].shape)}.")
     check_positive("temperature", temperature)
-    confidence = F.softmax(teacher_logits, dim=-1)
+    weak, strong = tuple(widened(*weak)), tuple(widened(*strong))
+    confidence = F.softmax(weak[1], dim=-1)
     rows, classes = _share_up_to_median(confidence.amax(1)), _share_up_to_median(confidence.sum(0))
     weak_kd, strong_kd = weak, strong
     if standardized:
         weak_kd, strong_kd = ((standardize(student), standardize(teacher)) for student, teacher in (weak, strong))
 
-    loss = student_logits.new_zeros(())
+    loss = weak[0].new_zeros(())
     for place, each in enumerate((temperature, 3.0, 5.0, 2.0, 6.0)):
         instances = kd_loss(*weak_kd, each)
         loss = loss + rows * (instances + _gram_loss(*weak, each, of_classes=False))
@@ -305,7 +325,7 @@ def sld_loss(
     Raises `ValueError` for shapes that do not fit.
     Source: Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, 2025 (arXiv 2504.20108).
     """
-    loss = student_logits.new_zeros(())
+    loss = torch.zeros((), device=student_logits.device)
     for student, teacher in ((student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)):
         check_logits(student, teacher, target)
         teachers = [teacher, swap_logits(student, target)] if student_teaches else [teacher]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPAIRS', 'OBJECTIVES', 'LearnedTemperature', 'curriculum_factor', 'Objective', 'Method', 'method_name',
-           'list_methods', 'plain_name', 'repair_defaults', 'create_method']
+           'list_methods', 'plain_name', 'try_method', 'repair_defaults', 'create_method']
 
 # %% ../nbs/01a_methods.ipynb #50576adc
 import difflib
@@ -25,7 +25,7 @@ from .checks import shown
 from sortkd.losses import (
     check_logits, dist_loss, dkd_loss, kd_loss, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss, standardize, ttm_loss, wsld_loss,
 )
-from .repairs import keep_logits, leave_out_rows, revise_logits, skip_logits, smooth_logits
+from .repairs import keep_logits, leave_out_rows, revise_logits, skip_logits, smooth_logits, widened
 from .sorting import check_arguments, check_floating, check_range, sort_logits, swap_logits
 
 # %% ../nbs/01a_methods.ipynb #6b5e9d77
@@ -200,7 +200,10 @@ class Method:
             check_floating(name, logits)
             if logits.ndim != 2 or not len(logits):
                 raise ValueError(f"{name} must have shape (N, C) and at least one row, but it is {tuple(logits.shape)}.")
-            check_range(target, logits, check_arguments(logits, target, 1))
+            dim = check_arguments(logits, target, 1)
+            check_range(target.long(), logits, dim)
+        target, student_logits = target.long(), next(widened(student_logits))
+        strong = None if strong is None else (next(widened(strong[0])), strong[1])
         loss = self.ce_weight * F.cross_entropy(student_logits, target)  # w_ce CE(z^s, y)
         if self.strong_views:
             if strong is None:
@@ -272,11 +275,40 @@ def _numbers_in(part: str, known: Mapping[str, float]) -> dict[str, float]:
             value = float(text)
         except ValueError:
             value = math.nan
+        if key in numbers:
+            raise ValueError(f"methods is {part!r:.80}, but {key} of {word} is given twice; give each number once.")
         if not math.isfinite(value) or (isinstance(known[key], int) and not value.is_integer()):
             kind = "whole" if isinstance(known[key], int) else "finite"
             raise ValueError(f"methods is {part!r:.80}, but {key} of {word} is {text!r:.60}; give a {kind} number.")
         numbers[key] = int(value) if isinstance(known[key], int) else value
     return numbers
+
+
+_ABOVE_0 = ("temperature", "target_temperature", "exponent", "scale", "start", "curriculum_epochs")
+_LARGEST = 1e6  # of all numbers; of those above 0 also the inverse of the smallest
+
+
+def _check_ranges(method: str, numbers: Mapping[str, float]) -> None:
+    "`ValueError` for a number of an objective below 0, or at 0 where it divides, or beyond a million."
+    for key, value in numbers.items():
+        smallest = 1 / _LARGEST if key in _ABOVE_0 else 0
+        if not isinstance(value, Real) or not smallest <= value <= _LARGEST:
+            raise ValueError(f"{key} of {method} is {value!r:.60}; give a number from {smallest:g} to {_LARGEST:g}.")
+
+
+def try_method(method: Method, classes: int = 10) -> None:
+    "`ValueError` unless the loss and its gradient on six random rows are finite, in the first epoch and in a late one."
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(6, classes, generator=generator) for _ in range(4)]
+    target, temperature = torch.arange(6) % classes, method.create_temperature()
+    for epoch in (1, 1000):
+        student = logits[0].clone().requires_grad_()
+        repaired = [method.repair_logits(each, target) for each in logits[2:]] if method.uses_teacher else [None, None]
+        loss = method.loss(student, repaired[0], target, epoch, (logits[1], repaired[1]) if method.strong_views else None, temperature)
+        gradient, = torch.autograd.grad(loss, student)
+        if not (loss.isfinite() and gradient.isfinite().all()):
+            raise ValueError(f"the loss of {method.name} on random logits is {loss.item():g} in epoch {epoch}, or its gradient is "
+                             "not finite; give it other numbers.")
 
 
 def _with_numbers(word: str, numbers: Mapping[str, float]) -> str:
@@ -336,9 +368,7 @@ def create_method(name: str, **changes: float) -> Method:
         except ValueError as error:
             raise ValueError(f"methods is {shown(name)}: {error}") from error
     changes = changes | own
-    for key, value in changes.items():
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"{key} of {name} must be a finite number, but it is {value!r:.60}.")
+    _check_ranges(name, changes)
     numbers |= {key: value for key, value in changes.items() if key in numbers}
     settings = {key: changes.get(key, default) for key, default in entry.settings.items()}
     name = _with_numbers(objective, own) + ("+" + _with_numbers(repair, own_of_repair) if second else "")

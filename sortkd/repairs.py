@@ -51,7 +51,7 @@ def revise_logits(
     index, value, wrong = (each.unsqueeze(dim) for each in find_wrong_rows(logits, target, dim, ignore_index))
     wide, own, top = widened(logits, value, logits.amax(dim, keepdim=True))
     wrong = wrong & top.isfinite()
-    revised = wrong | (target.unsqueeze(dim) != ignore_index) & top.isfinite() if right_rows else wrong
+    revised = wrong | (target.long().unsqueeze(dim) != ignore_index) & top.isfinite() if right_rows else wrong
     total = torch.where(revised, wide / temperature, 0.0).logsumexp(dim, keepdim=True)  # lse(z / T)
     target_prob = torch.where(revised, own / temperature - total, 0.0).exp()  # p_y
     top_prob = torch.where(revised, top / temperature - total, 0.0).exp()  # p_max
@@ -99,7 +99,7 @@ def leave_out_rows(student_logits: Tensor, teacher_logits: Tensor, target: Tenso
     """Logits `(N, C)` of student and teacher with constants in the rows that `left_out` `(N,)` marks: there cross-entropy
     and every distillation loss that is a sum over rows are exactly 0, without a gradient. No shape depends on a value.
     """
-    place = (torch.arange(student_logits.shape[1], device=target.device) - target[:, None]) % student_logits.shape[1]
+    place = (torch.arange(student_logits.shape[1], device=target.device) - target.long()[:, None]) % student_logits.shape[1]
     sure = 1e4 * (2 - place).clamp(min=0)  # 20,000 for the target, 10,000 for the class after it, else 0
     student, teacher = (torch.where(left_out[:, None], sure.to(each.dtype), each) for each in (student_logits, teacher_logits))
     return student, teacher

@@ -9,7 +9,7 @@ __all__ = ['sort_topk']
 import torch
 from torch import Tensor
 
-from .sorting import check_arguments, sort_logits
+from .sorting import check_arguments, must_not_read, sort_logits
 
 # %% ../nbs/00a_topk.ipynb #730011ef
 def sort_topk(
@@ -32,10 +32,11 @@ def sort_topk(
     if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.shape != values.shape:
         described = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes).__name__
         raise ValueError(f"classes must be integers of the shape of values, {tuple(values.shape)}, but they are {described}.")
+    target, kept = target.long(), classes.dtype
     counts = target != ignore_index
-    if not (values.is_cuda or torch.compiler.is_compiling()) and bool((counts & (target < 0)).any()):
+    if not must_not_read(values, target) and bool((counts & (target < 0)).any()):
         raise ValueError(f"target holds {target[counts & (target < 0)][0].item()}; correct it, or name it as ignore_index.")
-    sought = target.unsqueeze(-1).to(classes.dtype)
+    sought, classes = target.unsqueeze(-1), classes.long()
     if insert:
         lowest = values == values.amin(-1, keepdim=True)
         last = torch.where(lowest, classes, -1).argmax(-1, keepdim=True)  # of equal values, the highest class ranks last
@@ -44,4 +45,4 @@ def sort_topk(
     order = classes.argsort(-1)  # as in a whole row, so that ties rank by class index
     found = counts.unsqueeze(-1) & (classes.gather(-1, order) == sought)
     place = torch.where(found.any(-1), found.int().argmax(-1), -100)
-    return values.scatter(-1, order, sort_logits(values.gather(-1, order), place)), classes.clone()
+    return values.scatter(-1, order, sort_logits(values.gather(-1, order), place)), classes.to(kept, copy=True)

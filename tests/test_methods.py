@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import EVERY_METHOD
 from sortkd.experiments import plan_experiment
 from sortkd.losses import dkd_loss, kd_loss, revise_logits, skip_logits, smooth_logits
-from sortkd.methods import OBJECTIVES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, list_methods
+from sortkd.methods import OBJECTIVES, REPAIRS, LearnedTemperature, create_method, try_method, curriculum_factor, list_methods
 from sortkd.pairs import IMAGENET_PAIRS, PAIRS, method_for
 from sortkd.sorting import swap_logits
 from test_losses import GOLDENS, SORTED, STRONG_STUDENT, STRONG_TEACHER, STUDENT, TARGET, TEACHER, cases
@@ -297,3 +297,21 @@ def test_own_numbers_reach_the_loss_and_the_repair():
 def test_numbers_that_do_not_exist(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         create_method(name)
+
+
+@pytest.mark.parametrize("name, said", [
+    ("kd(warmup_epochs=-5)", "warmup_epochs of .* is -5"), ("kd(temperature=4,temperature=5)", "given twice"), ("ctkd(start=-1)", "start of .* is -1"),
+    ("dkd(temperature=0)", "temperature of .* is 0"), ("kd(temperature=1e300)", "temperature of .* is 1e\\+300"), ("dkd(beta=-1)", "beta"),
+    ("ctkd(curriculum_epochs=0)", "curriculum_epochs"), ("rld(target_temperature=-1)", "target_temperature"), ("ttm(exponent=0)", "exponent"),
+    ("normkd(scale=0)", "scale"), ("dist(inter_weight=-1)", "inter_weight"), ("kd(kd_weight=-0.5)", "kd_weight"), ("ce(ce_weight=-1)", "ce_weight"),
+    ("sld(student_teaches_after=-1)", "student_teaches_after"), ("kd+revise(eta=1)", "eta"), ("kd+loca(temperature=-1)", "temperature"),
+    ("kd+smooth(confidence=0)", "confidence"), ("kd+mft(temperature=0)", "temperature"), ("nkd(gamma=1e9)", "gamma"),
+])
+def test_numbers_have_ranges(name, said):
+    with pytest.raises(ValueError, match=said):
+        create_method(name)
+
+
+def test_every_method_passes_its_trial():
+    for name in list_methods():
+        try_method(create_method(name))
