@@ -35,6 +35,28 @@ class Network(nn.Module):
         return 3 * self.classifier(torch.tanh(self.hidden(self.norm(pixel_values.flatten(1)))))
 
 
+class TokenNetwork(nn.Module):
+    "Logits `(B, T, 7)` of tokens `(B, T)`, in double precision."
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(7, 8, dtype=torch.float64), nn.Linear(8, 7, dtype=torch.float64)
+
+    def forward(self, input_ids):
+        return 3 * self.head(torch.tanh(self.embedding(input_ids)))
+
+
+@pytest.fixture
+def tokens_to_learn():
+    "Four examples of eight tokens, of which 8, 6, 1 and 1 count; of the first, the one at the start as well."
+    generator = torch.Generator().manual_seed(3)
+    tokens, labels = torch.randint(7, (2, 4, 8), generator=generator).unbind()
+    labels[1, :2] = labels[2:, 1:] = -100
+    labels[2:] = labels[2:].flip(1)
+    return [{"input_ids": one, "labels": other} for one, other in zip(tokens, labels)]
+
+
 @pytest.fixture
 def data():
     generator = torch.Generator().manual_seed(0)
@@ -251,6 +273,51 @@ def test_a_batch_in_which_nothing_counts(tokens):
         DistillationLoss("dist")(student, teacher, target)
 
 
+@pytest.fixture
+def unequal():
+    "Two micro-batches `(2, 8, V)` of which 14 and 2 rows count, in double precision."
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = 3 * torch.randn(2, 4, 8, 7, generator=generator, dtype=torch.float64)
+    target = torch.randint(7, (4, 8), generator=generator)
+    target[0, :2] = target[2:, 1:] = -100
+    return student, teacher, target
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_of_unequal_parts_add_up_to_that_of_the_whole(unequal, method):
+    "In value and gradient, also of a learned temperature; a method that relates rows has no parts."
+    student, teacher, target = unequal
+    mean, parts = DistillationLoss(method).double(), [slice(0, 2), slice(2, 4)]
+    if method.startswith("dist"):
+        with pytest.raises(ValueError, match="relates the rows.*leave out num_items"):
+            mean(student, teacher, target, 3, num_items=16)
+        with pytest.raises(ValueError, match="leave out reduction='sum'"):
+            DistillationLoss(method, reduction="sum")
+        return
+    learned = list(mean.parameters())
+
+    def gradients(loss):
+        return torch.cat([each.flatten().double() for each in torch.autograd.grad(loss, [student, *learned])])
+
+    student.requires_grad_()
+    whole = mean(student, teacher, target, 3)
+    expected = gradients(whole)
+    for count in (16, 16.0, torch.tensor(16)):
+        losses = [mean(student[each], teacher[each], target[each], 3, num_items=count) for each in parts]
+        torch.testing.assert_close(sum(losses), whole, rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradients(sum(losses)), expected, rtol=1e-6, atol=1e-9)
+    summed = DistillationLoss(method, reduction="sum")
+    torch.testing.assert_close(sum(summed(student[each], teacher[each], target[each], 3) for each in parts), 16 * whole, rtol=1e-6, atol=0)
+
+
+def test_reductions_and_numbers_that_make_no_sense(logits):
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', but it is 'none'"):
+        DistillationLoss(reduction="none")
+    for count in (0, -3, float("nan")):
+        with pytest.raises(ValueError, match="num_items must be greater than 0"):
+            DistillationLoss()(*logits, num_items=count)
+
+
 @pytest.mark.parametrize("method", ["kd+sort", "dkd+revise", "lskd", "ctkd", "dist+sort"])
 def test_autocast_and_compile_change_nothing(tokens, method):
     student, teacher, target = tokens
@@ -440,6 +507,33 @@ def test_torchdistill_says_what_is_missing(make_box, data):
         SortedKDLoss("ctkd")
 
 
+def test_torchdistill_accumulates_gradients_of_equal_parts_alone(make_box, data):
+    "Which it weighs equally; parts of which different numbers of rows count are refused, a short last batch at once."
+    def train(config):
+        box = make_box(config.replace("num_epochs: 2", "num_epochs: 1"))
+        box.pre_epoch_process(epoch=0)
+        box.student_model.eval()  # batch normalisation would tell a batch from its parts
+        for images, target, supplement in box.train_data_loader:
+            box.post_forward_process(loss=box.forward_process(images, target, supplement))
+        return box.student_model
+
+    whole = CONFIG.replace("batch_size: 16", "batch_size: 64")
+    parts = CONFIG.replace("lr: 0.05}", "lr: 0.05}, grad_accum_step: 4")
+    assert largest_difference(train(parts), train(whole)) < 1e-7
+    with pytest.raises(ValueError, match="64 rows are no multiple of batch_size 12.*drop_last: True"):
+        train(parts.replace("batch_size: 16", "batch_size: 12"))
+    train(parts.replace("batch_size: 16", "drop_last: True, batch_size: 12"))
+    with pytest.raises(ValueError, match="dist\\+sort relates the rows"):
+        train(parts.replace("kd+sort", "dist+sort"))
+
+    data.tensors[1][:14] = -100
+    with pytest.raises(ValueError, match="of one micro-batch 2 rows count, of another 16.*reduction: 'sum'"):
+        train(parts)
+    summed = parts.replace("'kd+sort'", "'kd+sort', reduction: 'sum'").replace("weight: 1.0", f"weight: {4 / 50}")
+    assert largest_difference(train(summed), train(whole)) < 1e-7
+    assert largest_difference(train(summed), Network(1)) > 1e-3
+
+
 def test_torchdistill_leaves_a_teacher_that_learns_in_its_mode(make_box):
     box = make_box(CONFIG.replace("requires_grad: False", "requires_grad: True"))
     box.pre_epoch_process(epoch=0)
@@ -489,12 +583,50 @@ def test_lightning_trains_like_the_loop_by_hand(data, tmp_path):
     Module().load_state_dict(saved, strict=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_takes_a_batch_apart(tmp_path, tokens_to_learn):
+    "With optimisation by hand; parts of which 14 and 2 tokens count make the step of the whole."
+    import lightning
+
+    class Module(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self, parts):
+            super().__init__()
+            self.student, self.teacher, self.loss = TokenNetwork(1), FrozenTeacher(TokenNetwork(0)), DistillationLoss("kd+sort")
+            self.parts = parts
+
+        def training_step(self, batch, batch_index):
+            count = (batch["labels"] != -100).sum()
+            for inputs, target in zip(batch["input_ids"].chunk(self.parts), batch["labels"].chunk(self.parts)):
+                loss = self.loss(self.student(inputs), self.teacher(inputs), target, num_items=count)
+                self.manual_backward(loss)
+            self.optimizers().step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    whole, parts = Module(1), Module(2)
+    for module in (whole, parts):
+        trainer = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+                                    enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+        trainer.fit(module, DataLoader(tokens_to_learn, 4))
+    assert largest_difference(whole.student, TokenNetwork(1)) > 1e-2
+    assert largest_difference(whole.student, parts.student) < 1e-12
+
+
 # ---- Hugging Face ----
 
 
 @pytest.fixture
-def make_trainer(data, tmp_path, monkeypatch):
+def quick_hub(monkeypatch):
+    "Nothing is downloaded, and no memory collected after each training, which takes longer than these."
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
+@pytest.fixture
+def make_trainer(data, tmp_path, quick_hub):
     import transformers
 
     class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
@@ -578,13 +710,71 @@ def test_trainer_takes_networks_that_return_logits_alone(make_trainer, data):
     assert predicted.metrics["test_loss"] == pytest.approx(F.cross_entropy(expected, target).item(), rel=1e-4)
 
 
-def test_trainer_accumulates_gradients(make_trainer, vit, data):
-    trainer = make_trainer(copy.deepcopy(vit), batch_size=BATCH // 2, gradient_accumulation_steps=2)
-    assert_trained_like(trainer.model, data, student=vit)
-    wrong = make_trainer(copy.deepcopy(vit), batch_size=BATCH // 2, gradient_accumulation_steps=2, train=False)
-    wrong.model_accepts_loss_kwargs = True  # what the Trainer finds out about this network, and the mixin withdraws
-    wrong.train()
-    assert largest_difference(wrong.model, trainer.model) > 1e-3
+class TokenNetworkWithMore(TokenNetwork):
+    "Takes any keyword, by which the Trainer believes that it scales its loss itself."
+
+    def forward(self, input_ids, **named):
+        return super().forward(input_ids)
+
+
+@pytest.fixture
+def train_on_tokens(tmp_path, tokens_to_learn, quick_hub):
+    "The student after one step of SGD at rate 1; `settings` of the Trainer."
+    import transformers
+
+    class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
+        pass
+
+    def train(student, loss, batch_size, causal_lm=False, collate=None, **settings):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, optim="sgd", lr_scheduler_type="constant", learning_rate=1.0,
+            max_grad_norm=0.0, max_steps=1, train_sampling_strategy="sequential", per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=4 // batch_size, dataloader_pin_memory=False, logging_strategy="no",
+            save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+            **settings)
+        trainer = DistillationTrainer(
+            model=student, args=arguments, train_dataset=tokens_to_learn, teacher=TokenNetwork(0), distillation_loss=loss,
+            causal_lm=causal_lm, data_collator=collate)
+        trainer.train()
+        return student
+
+    return train
+
+
+def with_shifted_labels(examples):
+    "As collators of packed sequences do: the last token of one sequence does not predict the first of the next."
+    batch = torch.utils.data.default_collate(examples)
+    batch["shift_labels"] = batch["labels"].roll(-1, 1)
+    batch["shift_labels"][:, 3::4] = -100
+    return batch
+
+
+@pytest.mark.parametrize("network", [TokenNetwork, TokenNetworkWithMore])
+@pytest.mark.parametrize(
+    ("causal_lm", "collate", "options"),
+    [(False, None, {}), (True, None, {}), (True, with_shifted_labels, {}), (False, None, {"ignore_index": 3}),
+     (True, None, {"reduction": "sum"})],
+)
+def test_trainer_accumulates_the_gradient_of_the_whole_batch(
+    train_on_tokens, tokens_to_learn, network, causal_lm, collate, options
+):
+    for example in tokens_to_learn if "ignore_index" in options else ():
+        example["labels"][example["labels"] == -100] = 3
+    loss = DistillationLoss("kd+sort", **options)
+    by_hand, batch = TokenNetwork(1), (collate or torch.utils.data.default_collate)(tokens_to_learn)
+    with torch.no_grad():
+        teacher_logits = TokenNetwork(0)(batch["input_ids"])
+    student_logits, target = by_hand(batch["input_ids"]), batch["labels"]
+    if causal_lm:
+        target = batch.get("shift_labels", target.roll(-1, 1))[:, :-1]
+        student_logits, teacher_logits = student_logits[:, :-1], teacher_logits[:, :-1]
+    DistillationLoss("kd+sort", **options)(student_logits, teacher_logits, target).backward()
+    torch.optim.SGD(by_hand.parameters(), lr=1.0).step()
+    for batch_size in (4, 2, 1):
+        trained = train_on_tokens(network(1), loss, batch_size, causal_lm, collate)
+        for one, other in zip(trained.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert largest_difference(by_hand, TokenNetwork(1)) > 1e-2
 
 
 def test_trainer_passes_the_epoch_on(make_trainer, vit):
