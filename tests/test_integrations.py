@@ -837,6 +837,7 @@ def test_trainer_refuses_what_would_have_no_effect(make_trainer, vit):
         ({"distillation_loss": DistillationLoss("ctkd")}, "learns its temperature"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"compute_loss_func": lambda outputs, labels, **_: 0.0}, "compute_loss_func"),
+        ({"distillation_loss": DistillationLoss("dist"), "gradient_accumulation_steps": 2}, "dist relates the rows"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(vit, train=False, **options)
@@ -844,3 +845,132 @@ def test_trainer_refuses_what_would_have_no_effect(make_trainer, vit):
     for mode in (True, False):
         with pytest.raises(ValueError, match="'labels', but it holds pixel_values.*remove_unused_columns=False"):
             trainer.compute_loss(vit.train(mode), {"pixel_values": torch.zeros(2, 3, 2, 2)})
+
+
+def _train_in_process(rank, processes, store, weights):
+    "One of the processes of `test_processes_make_the_step_of_one`, each with its share of eight examples."
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store)}
+    import transformers
+
+    class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
+        pass
+
+    tokens, labels = torch.randint(7, (2, 8, 8), generator=torch.Generator().manual_seed(3)).unbind()
+    for row, length in enumerate((8, 6, 1, 1, 3, 2, 8, 1)):
+        labels[row, length:] = -100
+    arguments = transformers.TrainingArguments(
+        output_dir=str(weights.parent), use_cpu=True, optim="sgd", lr_scheduler_type="constant", learning_rate=1.0,
+        max_grad_norm=0.0, max_steps=1, train_sampling_strategy="sequential", per_device_train_batch_size=2,
+        gradient_accumulation_steps=4 // processes, dataloader_pin_memory=False, save_strategy="no", report_to="none",
+        disable_tqdm=True, remove_unused_columns=False, label_names=["labels"])
+    student = TokenNetwork(1)
+    DistillationTrainer(
+        model=student, args=arguments, train_dataset=[{"input_ids": one, "labels": other} for one, other in zip(tokens, labels)],
+        teacher=TokenNetwork(0), distillation_loss=DistillationLoss("kd+sort"), causal_lm=False).train()
+    if rank == 0:
+        torch.save(student.state_dict(), weights)
+
+
+@pytest.mark.slow
+def test_processes_make_the_step_of_one(tmp_path):
+    import socket
+
+    for processes in (1, 2):
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_train_in_process, (processes, port, tmp_path / str(processes)), processes)
+    one, two = (torch.load(tmp_path / name) for name in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def pair_of_berts():
+    "A DistilBERT, which knows no token types, and a BERT, which needs them; and examples with a column for neither."
+    import datasets
+    import transformers
+
+    torch.manual_seed(4)
+    small = {"vocab_size": 11, "num_labels": CLASSES, "max_position_embeddings": 8, "initializer_range": 0.5}
+    distilbert = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(
+        dim=8, hidden_dim=8, n_layers=1, n_heads=2, dropout=0, attention_dropout=0, seq_classif_dropout=0, **small))
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0, **small))
+    columns = {"input_ids": torch.randint(11, (8, 6)), "attention_mask": torch.ones(8, 6).long(),
+               "token_type_ids": torch.arange(6).gt(2).long().repeat(8, 1), "labels": torch.randint(CLASSES, (8,))}
+    return distilbert, bert, columns, datasets.Dataset.from_dict(
+        {name: value.tolist() for name, value in columns.items()} | {"text": ["a pair; of texts"] * 8})
+
+
+@pytest.mark.parametrize("with_types", ["student", "teacher"])
+def test_each_network_has_the_columns_that_it_names(make_trainer, pair_of_berts, with_types):
+    distilbert, bert, columns, examples = pair_of_berts
+    student, teacher = (bert, distilbert) if with_types == "student" else (distilbert, bert)
+    target, parts = columns.pop("labels"), {}
+    parts[bert], parts[distilbert] = columns, {name: columns[name] for name in ("input_ids", "attention_mask")}
+    by_hand, seen = copy.deepcopy(student).train(), []
+    with torch.no_grad():
+        teacher_logits = teacher.eval()(**parts[teacher]).logits
+        untyped = bert.eval()(**parts[distilbert]).logits
+        assert (bert(**columns).logits - untyped).abs().max() > 1e-2
+    DistillationLoss("kd+sort")(by_hand(**parts[student]).logits, teacher_logits, target).backward()
+    torch.optim.SGD(by_hand.parameters(), lr=LR).step()
+    trainer = make_trainer(student, teacher=teacher, train=False, max_steps=1)
+    student.register_forward_pre_hook(lambda _, __, named: seen.append(set(named) - {"return_dict"}), with_kwargs=True)
+    trainer.train_dataset = trainer.eval_dataset = examples
+    trainer.train()
+    assert largest_difference(student, by_hand) < 1e-6
+    trainer.predict(examples.remove_columns("labels"))
+    assert all(each == set(parts[student]) for each in seen) and len(seen) == 2
+
+
+class Anything(Network):
+    def forward(self, **inputs):
+        return super().forward(**inputs)
+
+
+def test_trainer_refuses_a_teacher_that_names_nothing(make_trainer, vit, data):
+    with pytest.raises(ValueError, match="names none of its arguments.*remove_unused_columns=False"):
+        make_trainer(vit, teacher=Anything(0))
+    student = copy.deepcopy(vit)
+    make_trainer(student, teacher=Anything(0), remove_unused_columns=False)
+    assert_trained_like(student, data, student=vit)
+
+
+def test_trainer_needs_decoder_inputs(make_trainer):
+    "Without labels, BART would make them from the encoder's, and compare these logits with other labels."
+    import transformers
+
+    config = transformers.BartConfig(vocab_size=11, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                     decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=8)
+    student, teacher = (transformers.BartForConditionalGeneration(config) for _ in range(2))
+    trainer = make_trainer(student, teacher=teacher, train=False)
+    trainer.causal_lm = False
+    inputs = {"input_ids": torch.randint(11, (2, 6)), "labels": torch.randint(11, (2, 6))}
+    with pytest.raises(ValueError, match="needs decoder_input_ids.*DataCollatorForSeq2Seq"):
+        trainer.compute_loss(student, inputs)
+    inputs["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    assert trainer.compute_loss(student, inputs).isfinite()
+
+
+def test_a_loss_that_a_trainer_computes_itself_is_not_replaced(tmp_path, quick_hub):
+    "The user's own, TRL's and those of every library; transformers' and SFT's cross-entropy are."
+    import transformers
+    from trl import DistillationTrainer, SFTTrainer
+    from trl.experimental.gkd import GKDTrainer
+
+    class Weighted(transformers.Trainer):
+        def compute_loss(self, model, inputs, **named):
+            return 2 * super().compute_loss(model, inputs, **named)
+
+    for base in (Weighted, DistillationTrainer, GKDTrainer):
+        mixed = type("Mixed", (DistillationTrainerMixin, base), {})
+        with pytest.raises(ValueError, match=f"^{base.__name__} has a compute_loss of its own"):
+            mixed(teacher=None, distillation_loss=DistillationLoss("ce"))
+    mixed = type("Mixed", (DistillationTrainerMixin, SFTTrainer), {})
+    with pytest.raises(TypeError, match="model"):
+        mixed(teacher=None, distillation_loss=DistillationLoss("ce"))
