@@ -26,17 +26,17 @@ class DistillationLoss(nn.Module):
     """The training loss of a method of `create_method`, `changes` included, for logits of any shape.
 
     `dim` is the dimension of the classes: -1 for logits `(N, C)` and tokens `(B, T, V)`, 1 for dense maps
-    `(N, C, H, W)`. Rows whose target is `ignore_index` do not count. `reduction` is "mean" or "sum" over the rows that
-    count. `ctkd`'s temperature is a parameter of the module: give it to the optimizer. After a call `teacher_wrong`,
-    boolean and of the target's shape, tells in which rows the teacher ranked another class above the target; `None`
-    without a teacher.
-    Raises `ValueError` for an unknown method or reduction, for methods that compare strongly augmented views, and for the
-    sum of a method that relates rows to each other (`dist`).
+    `(N, C, H, W)`. Rows whose target is `ignore_index` do not count. `reduction` is "mean" or "sum"
+    over the rows that count. `ctkd`'s temperature is a parameter of the module: give it to the
+    optimizer. After a call `teacher_wrong`, boolean and of the target's shape, tells in which rows
+    the teacher ranked another class above the target; `None` without a teacher.
+    Raises `ValueError` for an unknown method or reduction, for methods that compare strongly
+    augmented views, and for the sum of a method that relates rows to each other (`dist`).
     """
 
     def __init__(
-        self, method: str = "kd+sort", *, dim: int = -1, ignore_index: int = -100, reduction: str = "mean",
-        **changes: float,
+        self, method: str = "kd+sort", *, dim: int = -1, ignore_index: int = -100,
+        reduction: str = "mean", **changes: float,
     ):
         super().__init__()
         self.method = create_method(method, **changes)
@@ -56,17 +56,18 @@ class DistillationLoss(nn.Module):
             self._refuse_parts("reduction='sum'")
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, epoch: int | None = None,
-        num_items: float | Tensor | None = None,
+        self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor,
+        epoch: int | None = None, num_items: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of the rows that count, a scalar in float32 or wider; 0 if none counts.
 
-        Both have logits of one shape; `target` has it without `dim`. `epoch` counts from 1 and may be left out if the
-        method does not change with it; `teacher_logits` may be None for `ce`. `num_items` divides the sum over the rows in
-        the place of the number of rows that count here. To accumulate gradients, pass the number that counts in all the
-        micro-batches of a step, and add the losses up; with processes whose gradients are averaged, its mean over them.
-        A method that relates rows to each other (`dist`) relates all that count in the call, and needs at least one.
-        Raises `ValueError` or `TypeError` for logits, targets, epochs and numbers that make no sense.
+        Both have logits of one shape; `target` has it without `dim`. `epoch` counts from 1 and may
+        be left out if the method does not change with it; `teacher_logits` may be None for `ce`.
+        `num_items` divides the sum over the rows, in place of the number of rows that count here.
+        To accumulate gradients, pass the number that counts in all micro-batches of a step, and
+        add the losses up; where the gradients of processes are averaged, its mean over them. A
+        method that relates rows (`dist`) relates all that count in the call, and needs one.
+        Raises `ValueError` or `TypeError` for logits, targets, epochs and numbers without sense.
         """
         self._check_epoch(epoch)
         if num_items is not None:
@@ -88,7 +89,8 @@ class DistillationLoss(nn.Module):
         return self._reduce(student, teacher, target.flatten(), epoch or 1, num_items)
 
     def _reduce(
-        self, student: Tensor, teacher: Tensor | None, target: Tensor, epoch: int, num_items: float | Tensor | None
+        self, student: Tensor, teacher: Tensor | None, target: Tensor, epoch: int,
+        num_items: float | Tensor | None,
     ) -> Tensor:
         counts = target != self.ignore_index
         if self._relates_rows:  # rows that do not count must be absent
@@ -101,17 +103,16 @@ class DistillationLoss(nn.Module):
             teacher = None if teacher is None else left
         repaired = None if teacher is None else self.method.repair_logits(teacher, target)
         loss = self.method.loss(student, repaired, target, epoch, temperature=self.temperature)
-        if num_items is not None:
-            divisor = torch.as_tensor(num_items, dtype=loss.dtype, device=loss.device)
-        else:
-            divisor = 1 if self.reduction == "sum" else counts.sum(dtype=loss.dtype).clamp(min=1)
-        return loss * (len(counts) / divisor)  # of the mean over all rows
+        if num_items is None:
+            num_items = 1 if self.reduction == "sum" else counts.sum(dtype=loss.dtype).clamp(min=1)
+        divisor = torch.as_tensor(num_items, dtype=loss.dtype, device=loss.device)
+        return loss * (len(counts) / divisor)
 
     def _refuse_parts(self, what: str) -> None:
         if self._relates_rows:
             raise ValueError(
-                f"{self.method.name} relates the rows of a batch to each other, so the losses of its parts do not add "
-                f"up; leave out {what} and pass whole batches."
+                f"{self.method.name} relates the rows of a batch to each other, so the losses of its "
+                f"parts do not add up; leave out {what} and pass whole batches."
             )
 
     def _check_epoch(self, epoch: int | None) -> None:
@@ -163,8 +164,8 @@ class SortedKDLoss(DistillationLoss):
 
     `*_module_path` and `*_module_io` say where the logits are recorded, as for torchdistill's own `KDLoss`; by default
     they are the output of the whole network. `changes` are those of `DistillationLoss`.
-    Raises `ValueError` as `DistillationLoss` does, for methods that learn their temperature, and for micro-batches of one
-    step of which different numbers of rows count: torchdistill weighs all of them equally.
+    Raises `ValueError` as `DistillationLoss` does, for methods that learn their temperature, and
+    for micro-batches of which different numbers of rows count: torchdistill weighs them equally.
     """
 
     def __init__(
@@ -176,7 +177,8 @@ class SortedKDLoss(DistillationLoss):
         self.student_place = student_module_path, student_module_io
         self.teacher_place = teacher_module_path, teacher_module_io
         self.epoch: int | None = None
-        self.accumulated, self._rows = 1, None  # micro-batches of a step, and the rows that count in each
+        self.accumulated = 1  # micro-batches of a step
+        self._rows: int | None = None  # that count in each of them
 
     def forward(  # type: ignore[override]  # it is torchdistill that calls it
         self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor, *_, **__
@@ -195,13 +197,16 @@ class SortedKDLoss(DistillationLoss):
             rows = int((targets != self.ignore_index).sum())
             self._rows = rows if self._rows is None else self._rows
             if rows != self._rows:
-                raise ValueError(f"of one micro-batch {self._rows} rows count, of another {rows}. {_UNEQUAL}")
+                raise ValueError(
+                    f"of one micro-batch {self._rows} rows count, of another {rows}. {_UNEQUAL}"
+                )
         return super().forward(student_logits, teacher_logits, targets, self.epoch)
 
 
 _UNEQUAL = (
-    "With grad_accum_step, torchdistill weighs all micro-batches equally, so of each the same number of rows must count: "
-    "set drop_last: True, or reduction: 'sum' and a weight of grad_accum_step / (rows of a step)."
+    "With grad_accum_step, torchdistill weighs micro-batches equally, so of each the same number "
+    "of rows must count: set drop_last: True, or reduction: 'sum' and a weight of "
+    "grad_accum_step / (rows of a step)."
 )
 
 
@@ -234,16 +239,18 @@ def _start_epoch(box, epoch: int | None = None, **named) -> None:
         box.teacher_model.eval()
     for criterion, _ in getattr(box.criterion, "term_dict", {}).values():
         if isinstance(criterion, SortedKDLoss):
-            criterion.epoch, criterion.accumulated = None if epoch is None else epoch + 1, box.grad_accum_step
+            criterion.epoch = None if epoch is None else epoch + 1
+            criterion.accumulated = box.grad_accum_step
             _refuse_short_batch(box.train_data_loader, criterion)
 
 
 def _refuse_short_batch(loader, criterion: SortedKDLoss) -> None:
     "Refuse, before an epoch rather than at its end, that the last of the micro-batches is smaller."
-    if criterion.accumulated == 1 or criterion.reduction == "sum" or loader.drop_last or not loader.batch_size:
+    size, rows = loader.batch_size, loader.sampler
+    if criterion.accumulated == 1 or criterion.reduction == "sum" or loader.drop_last or not size:
         return
-    if isinstance(loader.sampler, Sized) and len(loader.sampler) % loader.batch_size:
-        raise ValueError(f"{len(loader.sampler)} rows are no multiple of batch_size {loader.batch_size}. {_UNEQUAL}")
+    if isinstance(rows, Sized) and len(rows) % size:
+        raise ValueError(f"{len(rows)} rows are no multiple of batch_size {size}. {_UNEQUAL}")
 
 # %% ../nbs/11_bring_your_own.ipynb #ac764d1e
 class DistillationTaskMixin:
@@ -251,10 +258,10 @@ class DistillationTaskMixin:
 
     `class DistillationTask(DistillationTaskMixin, LogitDistillationTask): pass`
 
-    For a method that changes with the epoch, set `epoch`, counted from 1, at the start of each. To accumulate gradients,
-    set `num_items` at the start of each step to what `DistillationLoss` takes under this name. Raises `ValueError` for
-    methods that learn their temperature, for timm's own settings of the loss, and for its other tasks, which would have
-    no effect.
+    For a method that changes with the epoch, set `epoch`, counted from 1, at the start of each. To
+    accumulate gradients, set `num_items`, which goes to `DistillationLoss`, at the start of a step.
+    Raises `ValueError` for methods that learn their temperature, and for timm's own settings of the
+    loss and its other tasks, which would have no effect.
     """
 
     epoch: int | None = None
@@ -262,9 +269,12 @@ class DistillationTaskMixin:
 
     def __init__(self, *networks, distillation_loss: DistillationLoss, **named):
         _refuse_learned_temperature(distillation_loss, "timm's optimizer")
-        _refuse_hidden(DistillationTaskMixin, self, "forward", "LogitDistillationTask", "TrainingTask", "Module")
-        settings = "criterion", "criterion_kwargs", "loss_type", "distill_loss_weight", "task_loss_weight", "temperature"
-        unused = {name for name in settings if name in named} | {"criterion" for _ in networks[2:]}
+        tasks = "LogitDistillationTask", "TrainingTask", "Module"
+        _refuse_hidden(DistillationTaskMixin, self, "forward", *tasks)
+        unused = named.keys() & {
+            "criterion", "criterion_kwargs", "loss_type", "distill_loss_weight", "task_loss_weight",
+            "temperature",
+        } | {"criterion" for _ in networks[2:]}
         if unused:
             raise ValueError(f"{', '.join(sorted(unused))} of timm's own loss have no effect here; give DistillationLoss its numbers.")
         super().__init__(*networks, **named)
@@ -275,7 +285,8 @@ class DistillationTaskMixin:
         output = task.trainable_module(input)
         with torch.no_grad():
             teacher_logits = task.teacher(task.teacher.normalize_input(input, task.student_mean, task.student_std))
-        loss = self.distillation_loss(output, teacher_logits, target, self.epoch, **_given(self.num_items))
+        items = _given(self.num_items)
+        loss = self.distillation_loss(output, teacher_logits, target, self.epoch, **items)
         return {"loss": loss, "output": output}
 
 
@@ -284,13 +295,13 @@ def _given(num_items: float | Tensor | None) -> dict:
 
 
 def _refuse_hidden(mixin: type, instance: object, method: str, *known: str) -> None:
-    "Refuse a class in which `mixin` comes before one that is not `known` and has a `method` of its own."
+    "Refuse a class in which `mixin` stands before one, not `known`, with a `method` of its own."
     after = type(instance).__mro__[type(instance).__mro__.index(mixin) + 1 :]
     for base in after:
         if method in vars(base) and base.__name__ not in known:
             raise ValueError(
-                f"{base.__name__} has a {method} of its own, which {mixin.__name__} would replace without a word; "
-                f"put {mixin.__name__} before {known[0]}."
+                f"{base.__name__} has a {method} of its own, which {mixin.__name__} would replace "
+                f"without a word; put {mixin.__name__} before {known[0]}."
             )
 
 # %% ../nbs/11_bring_your_own.ipynb #c5eaaa78
@@ -299,21 +310,24 @@ class DistillationTrainerMixin:
 
     `class DistillationTrainer(DistillationTrainerMixin, Trainer): pass`
 
-    Both networks take the same inputs, without `labels`, and return logits or an object that has them as `logits`. An
-    input that the forward of only one of them names is for this one alone. `teacher` is frozen, moved to the model's
-    device and may be None for the method `ce`. The loss of a step is the mean over the rows that count in all its batches,
-    also where gradients are accumulated. Evaluation reports the model's cross-entropy. `causal_lm` must be given for
-    logits `(B, T, V)`: True for a language model, whose logits are compared with the label of the next position; False
-    where labels stand at their own.
-    Raises `ValueError` for methods that learn their temperature, for settings and other losses that would have no effect,
-    for accumulating with a method that relates rows, and for sequences that several devices share.
+    Both networks take the same inputs, without `labels`, and return logits or an object that has
+    them as `logits`. An input that the forward of only one of them names is for this one alone.
+    `teacher` is frozen, moved to the model's device and may be None for the method `ce`. The loss
+    of a step is the mean over the rows that count in all its batches, also where gradients are
+    accumulated. Evaluation reports the model's cross-entropy. `causal_lm` must be given for logits
+    `(B, T, V)`: True for a language model, whose logits are compared with the label of the next
+    position; False where labels stand at their own.
+    Raises `ValueError` for methods that learn their temperature, for settings and other losses that
+    would have no effect, for accumulating with a method that relates rows, and for sequences that
+    several devices share.
     """
 
-    args: Any  # these five are the Trainer's
+    args: Any  # these six are the Trainer's
     state: Any
     model: Any
     accelerator: Any
     compute_loss_func: Any
+    _signature_columns: Any
 
     def __init__(
         self, *arguments, teacher: nn.Module | None, distillation_loss: DistillationLoss, causal_lm: bool | None = None, **named
@@ -326,43 +340,58 @@ class DistillationTrainerMixin:
         self._student_names = _argument_names(self.model)
         self._teacher_names = set() if teacher is None else _argument_names(teacher)
         self._refuse_settings()
-        # The Trainer takes a loss divided by the rows of all batches of a step as it is, and divides another by the batches.
-        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = not distillation_loss._relates_rows
+        # Ours is divided by the rows of all batches of a step; the Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
     def _refuse_settings(self) -> None:
         if (
             self.args.label_smoothing_factor or self.compute_loss_func is not None
             or getattr(self.args, "loss_type", "nll") != "nll"
         ):
-            raise ValueError("label_smoothing_factor, compute_loss_func and loss_type have no effect here; leave them out.")
+            raise ValueError(
+                "label_smoothing_factor, compute_loss_func and loss_type have no effect here; "
+                "leave them out."
+            )
         if self.args.gradient_accumulation_steps > 1:
             self.distillation_loss._refuse_parts("gradient_accumulation_steps")
         parallel = getattr(self.accelerator, "parallelism_config", None)
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
-            raise ValueError("sequences must be whole on each device; leave out context and sequence parallelism.")
+            raise ValueError(
+                "each device needs whole sequences; leave out context and sequence parallelism."
+            )
         if self.teacher is not None and not self._teacher_names and self.args.remove_unused_columns:
             raise ValueError(
-                "the teacher's forward names none of its arguments, so the Trainer cannot tell which columns it needs; "
-                "name them, or set remove_unused_columns=False in TrainingArguments."
+                "the teacher's forward names none of its arguments, so the Trainer cannot tell which "
+                "columns it needs; name them, or set remove_unused_columns=False in TrainingArguments."
             )
 
-    def _set_signature_columns_if_needed(self) -> None:  # the Trainer drops all columns that are not in this list
+    def _set_signature_columns_if_needed(self) -> None:  # of the columns that are not dropped
         cast(Any, super())._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *sorted(self._teacher_names)]))
+        kept = [*self._signature_columns, *sorted(self._teacher_names)]
+        self._signature_columns = list(dict.fromkeys(kept))
 
     def get_batch_samples(self, *arguments, **named):
         batches, _ = cast(Any, super()).get_batch_samples(*arguments, **named)
-        targets = [self._take_target(dict(batch)) for batch in batches]
         loss, alone = self.distillation_loss, len(batches) == 1 and self.args.world_size == 1
-        if alone or loss._relates_rows or loss.reduction == "sum" or any(target is None for target, _ in targets):
+        if alone or loss._relates_rows or loss.reduction == "sum":
             return batches, None  # the loss of each batch is right by itself
+        targets = [self._take_target(dict(batch)) for batch in batches]
         targets = [target[:, 1:] if shifted else target for target, shifted in targets]
         return batches, _count_rows(self, targets, loss.ignore_index)
 
-    def _take_target(self, inputs: dict) -> tuple[Tensor | None, bool]:
-        "The targets, taken out of `inputs`; and whether they stand one position after the logits that predict them."
+    def _take_target(self, inputs: dict) -> tuple[Tensor, bool]:
+        "The targets (out of `inputs`), and whether they stand one position after their logits."
         target, next_target = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-        return (next_target, False) if self.causal_lm and next_target is not None else (target, bool(self.causal_lm))
+        if self.causal_lm and next_target is not None:
+            return next_target, False
+        if target is None:
+            raise ValueError(
+                "a batch needs its targets under 'labels', but it holds "
+                f"{', '.join(inputs) or 'nothing'}; if the data set has them and the model's forward "
+                "does not name them, set "
+                "remove_unused_columns=False and label_names=['labels'] in TrainingArguments."
+            )
+        return target, bool(self.causal_lm)
 
     def prediction_step(self, model, inputs, *arguments, **named):
         inputs = _own(inputs, self._student_names, self._teacher_names)
@@ -372,56 +401,55 @@ class DistillationTrainerMixin:
         inputs = dict(inputs)
         target, shifted = self._take_target(inputs)
         inputs.pop("skip_logits", None)  # with which the Trainer asks Liger for its own loss
-        self._check_inputs(inputs, target)
+        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if encoder_decoder and target.ndim == 2 and "decoder_input_ids" not in inputs:
+            raise ValueError(
+                "an encoder-decoder network needs decoder_input_ids, which it cannot make without "
+                "labels; give its collator the model: DataCollatorForSeq2Seq(tokenizer, model=model)."
+            )
         outputs = _as_mapping(model(**_own(inputs, self._student_names, self._teacher_names)))
         logits, criterion = outputs["logits"], self.distillation_loss
         if logits.ndim == 3 and self.causal_lm is None:
             raise ValueError(
-                "logits (B, T, V) need causal_lm: True for a language model, whose labels are those of the next position, "
-                "False where labels stand at their own."
+                "logits (B, T, V) need causal_lm: True for a language model, whose labels are those of "
+                "the next position, False where labels stand at their own."
             )
         if shifted:
             logits, target = next_token(logits, target)
         if model.training:
-            teacher_logits = None
-            if self.teacher is not None and criterion.method.uses_teacher:
-                teacher_logits = _as_mapping(self.teacher(**_own(inputs, self._teacher_names, self._student_names)))["logits"]
-                teacher_logits = teacher_logits[:, :-1] if shifted else teacher_logits
-            loss = criterion(logits, teacher_logits, target, int(self.state.epoch or 0) + 1, **_given(num_items_in_batch))
+            epoch, teacher_logits = int(self.state.epoch or 0) + 1, self._teach(inputs)
+            if shifted and teacher_logits is not None:
+                teacher_logits = teacher_logits[:, :-1]
+            loss = criterion(logits, teacher_logits, target, epoch, **_given(num_items_in_batch))
         else:
             rows = _as_rows(logits.float(), criterion.dim)
             loss = F.cross_entropy(rows, target.flatten(), ignore_index=criterion.ignore_index)
         return (loss, outputs) if return_outputs else loss
 
-    def _check_inputs(self, inputs: dict, target: Tensor | None) -> None:
-        if target is None:
-            raise ValueError(
-                f"a batch needs its targets under 'labels', but it holds {', '.join(inputs) or 'nothing'}; if the "
-                "data set has them and the model's forward does not name them, set remove_unused_columns=False "
-                "and label_names=['labels'] in TrainingArguments."
-            )
-        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        if encoder_decoder and target.ndim == 2 and "decoder_input_ids" not in inputs:
-            raise ValueError(
-                "an encoder-decoder network needs decoder_input_ids, which it cannot make without labels; "
-                "give its collator the model: DataCollatorForSeq2Seq(tokenizer, model=model)."
-            )
+    def _teach(self, inputs: dict) -> Tensor | None:
+        if self.teacher is None or not self.distillation_loss.method.uses_teacher:
+            return None
+        inputs = _own(inputs, self._teacher_names, self._student_names)
+        return _as_mapping(self.teacher(**inputs))["logits"]
 
 
 def _argument_names(network: nn.Module) -> set[str]:
-    "The arguments that the forward of `network` names, or of the one that PEFT wrapped in it."
-    inside = network.get_base_model() if hasattr(network, "get_base_model") else network
-    parameters = inspect.signature(cast(Any, inside).forward).parameters.values()
-    return {each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
+    "The arguments that the forward of `network` names, or of the one that PEFT or we wrapped."
+    inside: Any = network.network if isinstance(network, FrozenTeacher) else network
+    inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+    parameters = inspect.signature(inside.forward).parameters.values()
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return {each.name for each in parameters if each.kind not in several}
 
 
 def _own(inputs: Mapping, names: set[str], others: set[str]) -> dict:
-    "`inputs` without those that only the other network names; a network that names none may take all."
-    return {name: value for name, value in inputs.items() if not names or name in names or name not in others}
+    "`inputs` without those that only the other network names; a network that names none takes all."
+    foreign = others - names if names else set()
+    return {name: value for name, value in inputs.items() if name not in foreign}
 
 
 def _count_rows(trainer, targets: Iterable[Tensor], ignore_index: int) -> Tensor:
-    "How many rows count in a step; of several processes, whose gradients are averaged, the mean if all tokens weigh equally."
+    "How many rows count in a step; on average over the processes, as their gradients are averaged."
     count = sum(((target != ignore_index).sum() for target in targets), torch.tensor(0))
     if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
         count = trainer.accelerator.gather(count.to(trainer.args.device)).float().mean()
@@ -442,10 +470,10 @@ class SortedGKDMixin:
 
     `class SortedGKDTrainer(SortedGKDMixin, GKDTrainer): pass`
 
-    The divergence of a step is the mean over the tokens that count in all its batches. Raises `ValueError` unless `lmbda`
-    is 0 and `seq_kd` is False: text that a network wrote has no true tokens; and for Liger's loss and trainers without
-    this divergence. Raises `RuntimeError` for a loss that was computed without it, `TypeError` for a class in which
-    the trainer comes first.
+    The divergence of a step is the mean over the tokens that count in all its batches. Raises
+    `ValueError` unless `lmbda` is 0 and `seq_kd` is False: text that a network wrote has no true
+    tokens; and for Liger's loss and trainers without this divergence. Raises `RuntimeError` where a
+    loss was computed without it, `TypeError` for a class in which the trainer stands first.
     """
 
     args: Any  # these three are the trainer's
@@ -457,20 +485,28 @@ class SortedGKDMixin:
         super().__init_subclass__(**named)
         first = next(base for base in cls.__mro__ if "generalized_jsd_loss" in vars(base))
         if not issubclass(first, SortedGKDMixin):
-            raise TypeError(f"{first.__name__} hides the sorting; write class {cls.__name__}(SortedGKDMixin, {first.__name__}).")
+            raise TypeError(
+                f"{first.__name__} hides the sorting; "
+                f"write class {cls.__name__}(SortedGKDMixin, {first.__name__})."
+            )
 
     def __init__(self, *arguments, **named):
         if not hasattr(super(), "generalized_jsd_loss"):
             raise ValueError(
-                f"{type(self).__name__} has no generalized_jsd_loss to sort for; put SortedGKDMixin before GKDTrainer. "
-                "TRL's DistillationTrainer never holds a whole row of the teacher's logits."
+                f"{type(self).__name__} has no generalized_jsd_loss to sort for; put SortedGKDMixin "
+                "before GKDTrainer. TRL's DistillationTrainer never holds a whole row of the "
+                "teacher's logits."
             )
         super().__init__(*arguments, **named)
         if self.lmbda or self.seq_kd:
             raise ValueError("sorting needs true tokens, not sampled ones; set lmbda=0.0 and seq_kd=False in GKDConfig.")
-        if self.args.use_liger_kernel or any(getattr(self, name, False) for name in ("use_liger_gkd_loss", "use_liger_loss")):
-            raise ValueError("Liger's loss never shows the teacher's logits, so nothing would be sorted; set use_liger_kernel=False.")
-        self.model_accepts_loss_kwargs = True  # the divergence is divided by the tokens of all batches of a step
+        flags = "use_liger_gkd_loss", "use_liger_loss"
+        if self.args.use_liger_kernel or any(getattr(self, flag, False) for flag in flags):
+            raise ValueError(
+                "Liger's loss never shows the teacher's logits, so nothing would be sorted; "
+                "set use_liger_kernel=False."
+            )
+        self.model_accepts_loss_kwargs = True  # so that the Trainer does not divide by the batches
 
     def get_batch_samples(self, *arguments, **named):
         batches, _ = cast(Any, super()).get_batch_samples(*arguments, **named)
@@ -482,8 +518,8 @@ class SortedGKDMixin:
         loss = cast(Any, super()).compute_loss(model, inputs, return_outputs, num_items)
         if SortedGKDMixin._calls == calls:
             raise RuntimeError(
-                f"{type(self).__name__} computed its loss without generalized_jsd_loss, so nothing was sorted; "
-                "leave out the setting that gives it another loss."
+                f"{type(self).__name__} computed its loss without generalized_jsd_loss, so nothing "
+                "was sorted; leave out the setting that gives it another loss."
             )
         return loss
 
@@ -495,10 +531,9 @@ class SortedGKDMixin:
 
 # %% ../nbs/11_bring_your_own.ipynb #8c88f37c
 class ModelOptLoss(DistillationLoss, _Loss):
-    """`DistillationLoss` as a criterion of NVIDIA ModelOpt's distillation mode; arguments and errors are the same.
-
-    Raises `ValueError` without `labels`, too: ModelOpt passes on what `compute_kd_loss` is given, and its `KDTrainer` gives
-    none.
+    """`DistillationLoss` as a criterion of NVIDIA ModelOpt's distillation mode, with the same
+    arguments and errors. Raises `ValueError` without `labels`, which ModelOpt passes on if
+    `compute_kd_loss` is given them.
     """
 
     def __init__(self, method: str = "kd+sort", **changes: Any):
@@ -506,12 +541,12 @@ class ModelOptLoss(DistillationLoss, _Loss):
         _refuse_learned_temperature(self, "ModelOpt's optimizer")
 
     def forward(  # type: ignore[override]  # ModelOpt names the arguments
-        self, logits_s: Tensor, logits_t: Tensor, labels: Tensor | None = None, epoch: int | None = None,
-        num_items: float | Tensor | None = None,
+        self, logits_s: Tensor, logits_t: Tensor, labels: Tensor | None = None,
+        epoch: int | None = None, num_items: float | Tensor | None = None,
     ) -> Tensor:
         if labels is None:
             raise ValueError(
-                "ModelOpt passed no labels; call compute_kd_loss(labels=labels) in a loop of your own. ModelOpt's KDTrainer "
-                "cannot pass them: put DistillationTrainerMixin before transformers' Trainer instead."
+                "ModelOpt passed no labels; call compute_kd_loss(labels=labels) in your own loop. "
+                "ModelOpt's KDTrainer cannot pass them: use DistillationTrainerMixin instead."
             )
         return super().forward(logits_s, logits_t, labels, epoch, num_items)
