@@ -8,7 +8,7 @@ __all__ = ['DistillationLoss', 'FrozenTeacher', 'SortedKDLoss', 'register_torchd
 
 # %% ../nbs/11_bring_your_own.ipynb #17e9ca71
 import inspect
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping, Set, Sized
 from typing import Any, cast
 
 import torch
@@ -111,8 +111,8 @@ class DistillationLoss(nn.Module):
     def _refuse_parts(self, what: str) -> None:
         if self._relates_rows:
             raise ValueError(
-                f"{self.method.name} relates the rows of a batch to each other, so the losses of its "
-                f"parts do not add up; leave out {what} and pass whole batches."
+                f"{self.method.name} relates the rows of a batch to each other, so the losses of "
+                f"its parts do not add up; leave out {what} and pass whole batches."
             )
 
     def _check_epoch(self, epoch: int | None) -> None:
@@ -328,6 +328,7 @@ class DistillationTrainerMixin:
     accelerator: Any
     compute_loss_func: Any
     _signature_columns: Any
+    _teacher_names: Set[str] = frozenset()
 
     def __init__(
         self, *arguments, teacher: nn.Module | None, distillation_loss: DistillationLoss, causal_lm: bool | None = None, **named
@@ -338,9 +339,10 @@ class DistillationTrainerMixin:
         self.distillation_loss, self.causal_lm = distillation_loss, causal_lm
         self.teacher = None if teacher is None else FrozenTeacher(teacher).to(self.args.device)
         self._student_names = _argument_names(self.model)
-        self._teacher_names = set() if teacher is None else _argument_names(teacher)
+        if teacher is not None:
+            self._teacher_names = _argument_names(teacher)
         self._refuse_settings()
-        # Ours is divided by the rows of all batches of a step; the Trainer must not divide it again.
+        # Ours is divided by the rows of a whole step; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
     def _refuse_settings(self) -> None:
@@ -361,8 +363,8 @@ class DistillationTrainerMixin:
             )
         if self.teacher is not None and not self._teacher_names and self.args.remove_unused_columns:
             raise ValueError(
-                "the teacher's forward names none of its arguments, so the Trainer cannot tell which "
-                "columns it needs; name them, or set remove_unused_columns=False in TrainingArguments."
+                "the teacher's forward names none of its arguments, so the Trainer cannot tell "
+                "which columns it needs; name them, or set remove_unused_columns=False."
             )
 
     def _set_signature_columns_if_needed(self) -> None:  # of the columns that are not dropped
@@ -387,9 +389,9 @@ class DistillationTrainerMixin:
         if target is None:
             raise ValueError(
                 "a batch needs its targets under 'labels', but it holds "
-                f"{', '.join(inputs) or 'nothing'}; if the data set has them and the model's forward "
-                "does not name them, set "
-                "remove_unused_columns=False and label_names=['labels'] in TrainingArguments."
+                f"{', '.join(inputs) or 'nothing'}; if the data set has them and the model's "
+                "forward does not name them, set remove_unused_columns=False and "
+                "label_names=['labels'] in TrainingArguments."
             )
         return target, bool(self.causal_lm)
 
@@ -405,14 +407,14 @@ class DistillationTrainerMixin:
         if encoder_decoder and target.ndim == 2 and "decoder_input_ids" not in inputs:
             raise ValueError(
                 "an encoder-decoder network needs decoder_input_ids, which it cannot make without "
-                "labels; give its collator the model: DataCollatorForSeq2Seq(tokenizer, model=model)."
+                "labels; give the collator the network: DataCollatorForSeq2Seq(..., model=model)."
             )
         outputs = _as_mapping(model(**_own(inputs, self._student_names, self._teacher_names)))
         logits, criterion = outputs["logits"], self.distillation_loss
         if logits.ndim == 3 and self.causal_lm is None:
             raise ValueError(
-                "logits (B, T, V) need causal_lm: True for a language model, whose labels are those of "
-                "the next position, False where labels stand at their own."
+                "logits (B, T, V) need causal_lm: True for a language model, whose labels are those"
+                " of the next position, False where labels stand at their own."
             )
         if shifted:
             logits, target = next_token(logits, target)
@@ -442,7 +444,7 @@ def _argument_names(network: nn.Module) -> set[str]:
     return {each.name for each in parameters if each.kind not in several}
 
 
-def _own(inputs: Mapping, names: set[str], others: set[str]) -> dict:
+def _own(inputs: Mapping, names: Set[str], others: Set[str]) -> dict:
     "`inputs` without those that only the other network names; a network that names none takes all."
     foreign = others - names if names else set()
     return {name: value for name, value in inputs.items() if name not in foreign}
@@ -493,8 +495,8 @@ class SortedGKDMixin:
     def __init__(self, *arguments, **named):
         if not hasattr(super(), "generalized_jsd_loss"):
             raise ValueError(
-                f"{type(self).__name__} has no generalized_jsd_loss to sort for; put SortedGKDMixin "
-                "before GKDTrainer. TRL's DistillationTrainer never holds a whole row of the "
+                f"{type(self).__name__} has no generalized_jsd_loss to sort for; put SortedGKDMixin"
+                " before GKDTrainer. TRL's DistillationTrainer never holds a whole row of the "
                 "teacher's logits."
             )
         super().__init__(*arguments, **named)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import types
 
 import pytest
 import torch
@@ -842,6 +843,10 @@ def test_trainer_refuses_what_would_have_no_effect(make_trainer, vit):
         with pytest.raises(ValueError, match=message):
             make_trainer(vit, train=False, **options)
     trainer = make_trainer(vit, train=False)
+    split = types.SimpleNamespace(cp_enabled=True, sp_enabled=False)
+    trainer.accelerator = types.SimpleNamespace(parallelism_config=split)
+    with pytest.raises(ValueError, match="leave out context and sequence parallelism"):
+        trainer._refuse_settings()
     for mode in (True, False):
         with pytest.raises(ValueError, match="'labels', but it holds pixel_values.*remove_unused_columns=False"):
             trainer.compute_loss(vit.train(mode), {"pixel_values": torch.zeros(2, 3, 2, 2)})
