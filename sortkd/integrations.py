@@ -7,7 +7,8 @@ __all__ = ['DistillationLoss', 'FrozenTeacher', 'SortedKDLoss', 'register_torchd
            'DistillationTrainerMixin', 'next_token', 'SortedGKDMixin', 'ModelOptLoss']
 
 # %% ../nbs/11_bring_your_own.ipynb #17e9ca71
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping, Set, Sized
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.modules.loss import _Loss
 
 from .losses import leave_out_rows
 from .methods import OBJECTIVES, create_method
+from .repairs import check_positive
 from .sorting import check_arguments, check_range, find_wrong_rows, sort_logits
 
 # %% ../nbs/11_bring_your_own.ipynb #a4db168b
@@ -24,13 +26,18 @@ class DistillationLoss(nn.Module):
     """The training loss of a method of `create_method`, `changes` included, for logits of any shape.
 
     `dim` is the dimension of the classes: -1 for logits `(N, C)` and tokens `(B, T, V)`, 1 for dense maps
-    `(N, C, H, W)`. Rows whose target is `ignore_index` do not count. `ctkd`'s temperature is a parameter of the module:
-    give it to the optimizer. After a call `teacher_wrong`, boolean and of the target's shape, tells in which rows the
-    teacher ranked another class above the target; `None` without a teacher.
-    Raises `ValueError` for an unknown method and for those that compare strongly augmented views.
+    `(N, C, H, W)`. Rows whose target is `ignore_index` do not count. `reduction` is "mean" or "sum"
+    over the rows that count. `ctkd`'s temperature is a parameter of the module: give it to the
+    optimizer. After a call `teacher_wrong`, boolean and of the target's shape, tells in which rows
+    the teacher ranked another class above the target; `None` without a teacher.
+    Raises `ValueError` for an unknown method or reduction, for methods that compare strongly
+    augmented views, and for the sum of a method that relates rows to each other (`dist`).
     """
 
-    def __init__(self, method: str = "kd+sort", *, dim: int = -1, ignore_index: int = -100, **changes: float):
+    def __init__(
+        self, method: str = "kd+sort", *, dim: int = -1, ignore_index: int = -100,
+        reduction: str = "mean", **changes: float,
+    ):
         super().__init__()
         self.method = create_method(method, **changes)
         if self.method.strong_views:
@@ -38,23 +45,34 @@ class DistillationLoss(nn.Module):
                 f"{method} compares strongly augmented views, and this loss gets the logits of one view; "
                 "choose a method that needs no others, such as 'kd+sort' or 'dkd+sort'."
             )
-        self.dim, self.ignore_index = dim, ignore_index
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', but it is {reduction!r:.60}.")
+        self.dim, self.ignore_index, self.reduction = dim, ignore_index, reduction
         self.temperature = self.method.create_temperature()
         self.teacher_wrong: Tensor | None = None
         self._needs_epoch = self.method.schedule(1) != self.method.schedule(10**9)
         self._relates_rows = OBJECTIVES[self.method.objective].relates_rows
+        if reduction == "sum":
+            self._refuse_parts("reduction='sum'")
 
     def forward(
-        self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor, epoch: int | None = None
+        self, student_logits: Tensor, teacher_logits: Tensor | None, target: Tensor,
+        epoch: int | None = None, num_items: float | Tensor | None = None,
     ) -> Tensor:
-        """The mean loss of the rows that count, a scalar in float32 or wider; 0 if none counts.
+        """The loss of the rows that count, a scalar in float32 or wider; 0 if none counts.
 
-        Both have logits of one shape; `target` has it without `dim`. `epoch` counts from 1 and may be left out if the
-        method does not change with it; `teacher_logits` may be None for `ce`. A method that relates rows to each other
-        (`dist`) relates all that count in the call, and needs at least one. Raises `ValueError` or `TypeError` for logits,
-        targets and epochs that make no sense.
+        Both have logits of one shape; `target` has it without `dim`. `epoch` counts from 1 and may
+        be left out if the method does not change with it; `teacher_logits` may be None for `ce`.
+        `num_items` divides the sum over the rows, in place of the number of rows that count here.
+        To accumulate gradients, pass the number that counts in all micro-batches of a step, and
+        add the losses up; where the gradients of processes are averaged, its mean over them. A
+        method that relates rows (`dist`) relates all that count in the call, and needs one.
+        Raises `ValueError` or `TypeError` for logits, targets, epochs and numbers without sense.
         """
         self._check_epoch(epoch)
+        if num_items is not None:
+            self._refuse_parts("num_items")
+            check_positive("num_items", num_items)
         student_logits = _widen(student_logits, "student_logits")
         dim = check_arguments(student_logits, target, self.dim)
         check_range(torch.where(target == self.ignore_index, 0, target), student_logits, dim)
@@ -68,9 +86,12 @@ class DistillationLoss(nn.Module):
                 )
             teacher = _as_rows(teacher_logits, dim)
             self.teacher_wrong = find_wrong_rows(teacher_logits, target, dim, self.ignore_index)[2]
-        return self._mean_of_rows(student, teacher, target.flatten(), epoch or 1)
+        return self._reduce(student, teacher, target.flatten(), epoch or 1, num_items)
 
-    def _mean_of_rows(self, student: Tensor, teacher: Tensor | None, target: Tensor, epoch: int) -> Tensor:
+    def _reduce(
+        self, student: Tensor, teacher: Tensor | None, target: Tensor, epoch: int,
+        num_items: float | Tensor | None,
+    ) -> Tensor:
         counts = target != self.ignore_index
         if self._relates_rows:  # rows that do not count must be absent
             student, target = student[counts], target[counts]
@@ -82,7 +103,17 @@ class DistillationLoss(nn.Module):
             teacher = None if teacher is None else left
         repaired = None if teacher is None else self.method.repair_logits(teacher, target)
         loss = self.method.loss(student, repaired, target, epoch, temperature=self.temperature)
-        return loss * (len(counts) / counts.sum(dtype=loss.dtype).clamp(min=1))
+        if num_items is None:
+            num_items = 1 if self.reduction == "sum" else counts.sum(dtype=loss.dtype).clamp(min=1)
+        divisor = torch.as_tensor(num_items, dtype=loss.dtype, device=loss.device)
+        return loss * (len(counts) / divisor)
+
+    def _refuse_parts(self, what: str) -> None:
+        if self._relates_rows:
+            raise ValueError(
+                f"{self.method.name} relates the rows of a batch to each other, so the losses of "
+                f"its parts do not add up; leave out {what} and pass whole batches."
+            )
 
     def _check_epoch(self, epoch: int | None) -> None:
         if epoch is None and self._needs_epoch:
@@ -133,7 +164,8 @@ class SortedKDLoss(DistillationLoss):
 
     `*_module_path` and `*_module_io` say where the logits are recorded, as for torchdistill's own `KDLoss`; by default
     they are the output of the whole network. `changes` are those of `DistillationLoss`.
-    Raises `ValueError` as `DistillationLoss` does, and for methods that learn their temperature.
+    Raises `ValueError` as `DistillationLoss` does, for methods that learn their temperature, and
+    for micro-batches of which different numbers of rows count: torchdistill weighs them equally.
     """
 
     def __init__(
@@ -145,6 +177,8 @@ class SortedKDLoss(DistillationLoss):
         self.student_place = student_module_path, student_module_io
         self.teacher_place = teacher_module_path, teacher_module_io
         self.epoch: int | None = None
+        self.accumulated = 1  # micro-batches of a step
+        self._rows: int | None = None  # that count in each of them
 
     def forward(  # type: ignore[override]  # it is torchdistill that calls it
         self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor, *_, **__
@@ -158,7 +192,22 @@ class SortedKDLoss(DistillationLoss):
             recorded[path][io]
             for recorded, (path, io) in ((student_io_dict, self.student_place), (teacher_io_dict, self.teacher_place))
         )
+        if self.accumulated > 1 and self.reduction == "mean":
+            self._refuse_parts("grad_accum_step")
+            rows = int((targets != self.ignore_index).sum())
+            self._rows = rows if self._rows is None else self._rows
+            if rows != self._rows:
+                raise ValueError(
+                    f"of one micro-batch {self._rows} rows count, of another {rows}. {_UNEQUAL}"
+                )
         return super().forward(student_logits, teacher_logits, targets, self.epoch)
+
+
+_UNEQUAL = (
+    "With grad_accum_step, torchdistill weighs micro-batches equally, so of each the same number "
+    "of rows must count: set drop_last: True, or reduction: 'sum' and a weight of "
+    "grad_accum_step / (rows of a step)."
+)
 
 
 def _refuse_learned_temperature(loss: DistillationLoss, optimizer: str) -> None:
@@ -191,6 +240,17 @@ def _start_epoch(box, epoch: int | None = None, **named) -> None:
     for criterion, _ in getattr(box.criterion, "term_dict", {}).values():
         if isinstance(criterion, SortedKDLoss):
             criterion.epoch = None if epoch is None else epoch + 1
+            criterion.accumulated = box.grad_accum_step
+            _refuse_short_batch(box.train_data_loader, criterion)
+
+
+def _refuse_short_batch(loader, criterion: SortedKDLoss) -> None:
+    "Refuse, before an epoch rather than at its end, that the last of the micro-batches is smaller."
+    size, rows = loader.batch_size, loader.sampler
+    if criterion.accumulated == 1 or criterion.reduction == "sum" or loader.drop_last or not size:
+        return
+    if isinstance(rows, Sized) and len(rows) % size:
+        raise ValueError(f"{len(rows)} rows are no multiple of batch_size {size}. {_UNEQUAL}")
 
 # %% ../nbs/11_bring_your_own.ipynb #ac764d1e
 class DistillationTaskMixin:
@@ -198,15 +258,23 @@ class DistillationTaskMixin:
 
     `class DistillationTask(DistillationTaskMixin, LogitDistillationTask): pass`
 
-    For a method that changes with the epoch, set `epoch`, counted from 1, at the start of each. Raises `ValueError` for
-    methods that learn their temperature, and for timm's own settings of the loss, which would have no effect.
+    For a method that changes with the epoch, set `epoch`, counted from 1, at the start of each. To
+    accumulate gradients, set `num_items`, which goes to `DistillationLoss`, at the start of a step.
+    Raises `ValueError` for methods that learn their temperature, and for timm's own settings of the
+    loss and its other tasks, which would have no effect.
     """
 
     epoch: int | None = None
+    num_items: float | Tensor | None = None
 
     def __init__(self, *networks, distillation_loss: DistillationLoss, **named):
         _refuse_learned_temperature(distillation_loss, "timm's optimizer")
-        unused = named.keys() & {"criterion", "criterion_kwargs", "loss_type", "distill_loss_weight", "task_loss_weight", "temperature"}
+        tasks = "LogitDistillationTask", "TrainingTask", "Module"
+        _refuse_hidden(DistillationTaskMixin, self, "forward", *tasks)
+        unused = named.keys() & {
+            "criterion", "criterion_kwargs", "loss_type", "distill_loss_weight", "task_loss_weight",
+            "temperature",
+        } | {"criterion" for _ in networks[2:]}
         if unused:
             raise ValueError(f"{', '.join(sorted(unused))} of timm's own loss have no effect here; give DistillationLoss its numbers.")
         super().__init__(*networks, **named)
@@ -217,7 +285,24 @@ class DistillationTaskMixin:
         output = task.trainable_module(input)
         with torch.no_grad():
             teacher_logits = task.teacher(task.teacher.normalize_input(input, task.student_mean, task.student_std))
-        return {"loss": self.distillation_loss(output, teacher_logits, target, self.epoch), "output": output}
+        items = _given(self.num_items)
+        loss = self.distillation_loss(output, teacher_logits, target, self.epoch, **items)
+        return {"loss": loss, "output": output}
+
+
+def _given(num_items: float | Tensor | None) -> dict:
+    return {} if num_items is None else {"num_items": num_items}
+
+
+def _refuse_hidden(mixin: type, instance: object, method: str, *known: str) -> None:
+    "Refuse a class in which `mixin` stands before one, not `known`, with a `method` of its own."
+    after = type(instance).__mro__[type(instance).__mro__.index(mixin) + 1 :]
+    for base in after:
+        if method in vars(base) and base.__name__ not in known:
+            raise ValueError(
+                f"{base.__name__} has a {method} of its own, which {mixin.__name__} would replace "
+                f"without a word; put {mixin.__name__} before {known[0]}."
+            )
 
 # %% ../nbs/11_bring_your_own.ipynb #c5eaaa78
 class DistillationTrainerMixin:
@@ -225,56 +310,152 @@ class DistillationTrainerMixin:
 
     `class DistillationTrainer(DistillationTrainerMixin, Trainer): pass`
 
-    Both networks take the same inputs, without `labels`, and return logits or an object that has them as `logits`.
-    `teacher` is frozen, moved to the model's device and may be None for the method `ce`. Evaluation reports the model's
-    cross-entropy. `causal_lm` must be given for logits `(B, T, V)`: True for a language model, whose logits are compared
-    with the label of the next position; False where labels stand at their own. Raises `ValueError` for methods that
-    learn their temperature, and for label smoothing or a `compute_loss_func`, which would have no effect.
+    Both networks take the same inputs, without `labels`, and return logits or an object that has
+    them as `logits`. An input that the forward of only one of them names is for this one alone.
+    `teacher` is frozen, moved to the model's device and may be None for the method `ce`. The loss
+    of a step is the mean over the rows that count in all its batches, also where gradients are
+    accumulated. Evaluation reports the model's cross-entropy. `causal_lm` must be given for logits
+    `(B, T, V)`: True for a language model, whose logits are compared with the label of the next
+    position; False where labels stand at their own.
+    Raises `ValueError` for methods that learn their temperature, for settings and other losses that
+    would have no effect, for accumulating with a method that relates rows, and for sequences that
+    several devices share.
     """
 
-    args: Any  # these three are the Trainer's
+    args: Any  # these six are the Trainer's
     state: Any
+    model: Any
+    accelerator: Any
     compute_loss_func: Any
+    _signature_columns: Any
+    _teacher_names: Set[str] = frozenset()
 
     def __init__(
         self, *arguments, teacher: nn.Module | None, distillation_loss: DistillationLoss, causal_lm: bool | None = None, **named
     ):
         _refuse_learned_temperature(distillation_loss, "the Trainer's optimizer")
+        _refuse_hidden(DistillationTrainerMixin, self, "compute_loss", "Trainer", "SFTTrainer")
         super().__init__(*arguments, **named)
-        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise ValueError("label_smoothing_factor and compute_loss_func have no effect here; leave them out.")
         self.distillation_loss, self.causal_lm = distillation_loss, causal_lm
         self.teacher = None if teacher is None else FrozenTeacher(teacher).to(self.args.device)
-        self.model_accepts_loss_kwargs = False  # ours is a mean over the batch: let the Trainer divide by the batches
+        self._student_names = _argument_names(self.model)
+        if teacher is not None:
+            self._teacher_names = _argument_names(teacher)
+        self._refuse_settings()
+        # Ours is divided by the rows of a whole step; the Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+
+    def _refuse_settings(self) -> None:
+        if (
+            self.args.label_smoothing_factor or self.compute_loss_func is not None
+            or getattr(self.args, "loss_type", "nll") != "nll"
+        ):
+            raise ValueError(
+                "label_smoothing_factor, compute_loss_func and loss_type have no effect here; "
+                "leave them out."
+            )
+        if self.args.gradient_accumulation_steps > 1:
+            self.distillation_loss._refuse_parts("gradient_accumulation_steps")
+        parallel = getattr(self.accelerator, "parallelism_config", None)
+        if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
+            raise ValueError(
+                "each device needs whole sequences; leave out context and sequence parallelism."
+            )
+        if self.teacher is not None and not self._teacher_names and self.args.remove_unused_columns:
+            raise ValueError(
+                "the teacher's forward names none of its arguments, so the Trainer cannot tell "
+                "which columns it needs; name them, or set remove_unused_columns=False."
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:  # of the columns that are not dropped
+        cast(Any, super())._set_signature_columns_if_needed()
+        kept = [*self._signature_columns, *sorted(self._teacher_names)]
+        self._signature_columns = list(dict.fromkeys(kept))
+
+    def get_batch_samples(self, *arguments, **named):
+        batches, _ = cast(Any, super()).get_batch_samples(*arguments, **named)
+        loss, alone = self.distillation_loss, len(batches) == 1 and self.args.world_size == 1
+        if alone or loss._relates_rows or loss.reduction == "sum":
+            return batches, None  # the loss of each batch is right by itself
+        targets = [self._take_target(dict(batch)) for batch in batches]
+        targets = [target[:, 1:] if shifted else target for target, shifted in targets]
+        return batches, _count_rows(self, targets, loss.ignore_index)
+
+    def _take_target(self, inputs: dict) -> tuple[Tensor, bool]:
+        "The targets (out of `inputs`), and whether they stand one position after their logits."
+        target, next_target = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+        if self.causal_lm and next_target is not None:
+            return next_target, False
+        if target is None:
+            raise ValueError(
+                "a batch needs its targets under 'labels', but it holds "
+                f"{', '.join(inputs) or 'nothing'}; if the data set has them and the model's "
+                "forward does not name them, set remove_unused_columns=False and "
+                "label_names=['labels'] in TrainingArguments."
+            )
+        return target, bool(self.causal_lm)
+
+    def prediction_step(self, model, inputs, *arguments, **named):
+        inputs = _own(inputs, self._student_names, self._teacher_names)
+        return cast(Any, super()).prediction_step(model, inputs, *arguments, **named)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         inputs = dict(inputs)
-        target = inputs.pop("labels", None)
-        if target is None:
+        target, shifted = self._take_target(inputs)
+        inputs.pop("skip_logits", None)  # with which the Trainer asks Liger for its own loss
+        encoder_decoder = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if encoder_decoder and target.ndim == 2 and "decoder_input_ids" not in inputs:
             raise ValueError(
-                f"a batch needs its targets under 'labels', but it holds {', '.join(inputs) or 'nothing'}; if the "
-                "data set has them and the model's forward does not name them, set remove_unused_columns=False "
-                "and label_names=['labels'] in TrainingArguments."
+                "an encoder-decoder network needs decoder_input_ids, which it cannot make without "
+                "labels; give the collator the network: DataCollatorForSeq2Seq(..., model=model)."
             )
-        outputs = _as_mapping(model(**inputs))
+        outputs = _as_mapping(model(**_own(inputs, self._student_names, self._teacher_names)))
         logits, criterion = outputs["logits"], self.distillation_loss
         if logits.ndim == 3 and self.causal_lm is None:
             raise ValueError(
-                "logits (B, T, V) need causal_lm: True for a language model, whose labels are those of the next position, "
-                "False where labels stand at their own."
+                "logits (B, T, V) need causal_lm: True for a language model, whose labels are those"
+                " of the next position, False where labels stand at their own."
             )
-        if self.causal_lm:
+        if shifted:
             logits, target = next_token(logits, target)
         if model.training:
-            teacher_logits = None
-            if self.teacher is not None and criterion.method.uses_teacher:
-                teacher_logits = _as_mapping(self.teacher(**inputs))["logits"]
-                teacher_logits = teacher_logits[:, :-1] if self.causal_lm else teacher_logits
-            loss = criterion(logits, teacher_logits, target, int(self.state.epoch or 0) + 1)
+            epoch, teacher_logits = int(self.state.epoch or 0) + 1, self._teach(inputs)
+            if shifted and teacher_logits is not None:
+                teacher_logits = teacher_logits[:, :-1]
+            loss = criterion(logits, teacher_logits, target, epoch, **_given(num_items_in_batch))
         else:
             rows = _as_rows(logits.float(), criterion.dim)
             loss = F.cross_entropy(rows, target.flatten(), ignore_index=criterion.ignore_index)
         return (loss, outputs) if return_outputs else loss
+
+    def _teach(self, inputs: dict) -> Tensor | None:
+        if self.teacher is None or not self.distillation_loss.method.uses_teacher:
+            return None
+        inputs = _own(inputs, self._teacher_names, self._student_names)
+        return _as_mapping(self.teacher(**inputs))["logits"]
+
+
+def _argument_names(network: nn.Module) -> set[str]:
+    "The arguments that the forward of `network` names, or of the one that PEFT or we wrapped."
+    inside: Any = network.network if isinstance(network, FrozenTeacher) else network
+    inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+    parameters = inspect.signature(inside.forward).parameters.values()
+    several = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return {each.name for each in parameters if each.kind not in several}
+
+
+def _own(inputs: Mapping, names: Set[str], others: Set[str]) -> dict:
+    "`inputs` without those that only the other network names; a network that names none takes all."
+    foreign = others - names if names else set()
+    return {name: value for name, value in inputs.items() if name not in foreign}
+
+
+def _count_rows(trainer, targets: Iterable[Tensor], ignore_index: int) -> Tensor:
+    "How many rows count in a step; on average over the processes, as their gradients are averaged."
+    count = sum(((target != ignore_index).sum() for target in targets), torch.tensor(0))
+    if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
+        count = trainer.accelerator.gather(count.to(trainer.args.device)).float().mean()
+    return count + (count == 0)  # nothing is divided by 0
 
 
 def next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,31 +472,83 @@ class SortedGKDMixin:
 
     `class SortedGKDTrainer(SortedGKDMixin, GKDTrainer): pass`
 
-    Raises `ValueError` unless `lmbda` is 0 and `seq_kd` is False: text that a network wrote has no true tokens.
+    The divergence of a step is the mean over the tokens that count in all its batches. Raises
+    `ValueError` unless `lmbda` is 0 and `seq_kd` is False: text that a network wrote has no true
+    tokens; and for Liger's loss and trainers without this divergence. Raises `RuntimeError` where a
+    loss was computed without it, `TypeError` for a class in which the trainer stands first.
     """
 
-    lmbda: float  # these two are the trainer's
+    args: Any  # these three are the trainer's
+    lmbda: float
     seq_kd: bool
+    _calls = 0  # of the divergence
+
+    def __init_subclass__(cls, **named):
+        super().__init_subclass__(**named)
+        first = next(base for base in cls.__mro__ if "generalized_jsd_loss" in vars(base))
+        if not issubclass(first, SortedGKDMixin):
+            raise TypeError(
+                f"{first.__name__} hides the sorting; "
+                f"write class {cls.__name__}(SortedGKDMixin, {first.__name__})."
+            )
 
     def __init__(self, *arguments, **named):
+        if not hasattr(super(), "generalized_jsd_loss"):
+            raise ValueError(
+                f"{type(self).__name__} has no generalized_jsd_loss to sort for; put SortedGKDMixin"
+                " before GKDTrainer. TRL's DistillationTrainer never holds a whole row of the "
+                "teacher's logits."
+            )
         super().__init__(*arguments, **named)
         if self.lmbda or self.seq_kd:
             raise ValueError("sorting needs true tokens, not sampled ones; set lmbda=0.0 and seq_kd=False in GKDConfig.")
+        flags = "use_liger_gkd_loss", "use_liger_loss"
+        if self.args.use_liger_kernel or any(getattr(self, flag, False) for flag in flags):
+            raise ValueError(
+                "Liger's loss never shows the teacher's logits, so nothing would be sorted; "
+                "set use_liger_kernel=False."
+            )
+        self.model_accepts_loss_kwargs = True  # so that the Trainer does not divide by the batches
+
+    def get_batch_samples(self, *arguments, **named):
+        batches, _ = cast(Any, super()).get_batch_samples(*arguments, **named)
+        return batches, _count_rows(self, (batch["labels"][:, 1:] for batch in batches), -100)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        calls = SortedGKDMixin._calls
+        num_items = num_items_in_batch if model.training else None
+        loss = cast(Any, super()).compute_loss(model, inputs, return_outputs, num_items)
+        if SortedGKDMixin._calls == calls:
+            raise RuntimeError(
+                f"{type(self).__name__} computed its loss without generalized_jsd_loss, so nothing "
+                "was sorted; leave out the setting that gives it another loss."
+            )
+        return loss
 
     @classmethod
     def generalized_jsd_loss(cls, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *arguments, **named) -> Tensor:
+        SortedGKDMixin._calls += 1
         divergence = cast(Any, super()).generalized_jsd_loss
         return divergence(student_logits, sort_logits(teacher_logits, labels), labels, *arguments, **named)
 
 # %% ../nbs/11_bring_your_own.ipynb #8c88f37c
 class ModelOptLoss(DistillationLoss, _Loss):
-    "`DistillationLoss` as a criterion of NVIDIA ModelOpt's distillation mode; arguments and errors are the same."
+    """`DistillationLoss` as a criterion of NVIDIA ModelOpt's distillation mode, with the same
+    arguments and errors. Raises `ValueError` without `labels`, which ModelOpt passes on if
+    `compute_kd_loss` is given them.
+    """
 
     def __init__(self, method: str = "kd+sort", **changes: Any):
         super().__init__(method, **changes)
         _refuse_learned_temperature(self, "ModelOpt's optimizer")
 
     def forward(  # type: ignore[override]  # ModelOpt names the arguments
-        self, logits_s: Tensor, logits_t: Tensor, labels: Tensor, epoch: int | None = None
+        self, logits_s: Tensor, logits_t: Tensor, labels: Tensor | None = None,
+        epoch: int | None = None, num_items: float | Tensor | None = None,
     ) -> Tensor:
-        return super().forward(logits_s, logits_t, labels, epoch)
+        if labels is None:
+            raise ValueError(
+                "ModelOpt passed no labels; call compute_kd_loss(labels=labels) in your own loop. "
+                "ModelOpt's KDTrainer cannot pass them: use DistillationTrainerMixin instead."
+            )
+        return super().forward(logits_s, logits_t, labels, epoch, num_items)

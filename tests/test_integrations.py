@@ -2,6 +2,7 @@
 
 import copy
 import io
+import types
 
 import pytest
 import torch
@@ -33,6 +34,28 @@ class Network(nn.Module):
 
     def forward(self, pixel_values):
         return 3 * self.classifier(torch.tanh(self.hidden(self.norm(pixel_values.flatten(1)))))
+
+
+class TokenNetwork(nn.Module):
+    "Logits `(B, T, 7)` of tokens `(B, T)`, in double precision."
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(7, 8, dtype=torch.float64), nn.Linear(8, 7, dtype=torch.float64)
+
+    def forward(self, input_ids):
+        return 3 * self.head(torch.tanh(self.embedding(input_ids)))
+
+
+@pytest.fixture
+def tokens_to_learn():
+    "Four examples of eight tokens, of which 8, 6, 1 and 1 count; of the first, the one at the start as well."
+    generator = torch.Generator().manual_seed(3)
+    tokens, labels = torch.randint(7, (2, 4, 8), generator=generator).unbind()
+    labels[1, :2] = labels[2:, 1:] = -100
+    labels[2:] = labels[2:].flip(1)
+    return [{"input_ids": one, "labels": other} for one, other in zip(tokens, labels)]
 
 
 @pytest.fixture
@@ -251,6 +274,51 @@ def test_a_batch_in_which_nothing_counts(tokens):
         DistillationLoss("dist")(student, teacher, target)
 
 
+@pytest.fixture
+def unequal():
+    "Two micro-batches `(2, 8, V)` of which 14 and 2 rows count, in double precision."
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = 3 * torch.randn(2, 4, 8, 7, generator=generator, dtype=torch.float64)
+    target = torch.randint(7, (4, 8), generator=generator)
+    target[0, :2] = target[2:, 1:] = -100
+    return student, teacher, target
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_of_unequal_parts_add_up_to_that_of_the_whole(unequal, method):
+    "In value and gradient, also of a learned temperature; a method that relates rows has no parts."
+    student, teacher, target = unequal
+    mean, parts = DistillationLoss(method).double(), [slice(0, 2), slice(2, 4)]
+    if method.startswith("dist"):
+        with pytest.raises(ValueError, match="relates the rows.*leave out num_items"):
+            mean(student, teacher, target, 3, num_items=16)
+        with pytest.raises(ValueError, match="leave out reduction='sum'"):
+            DistillationLoss(method, reduction="sum")
+        return
+    learned = list(mean.parameters())
+
+    def gradients(loss):
+        return torch.cat([each.flatten().double() for each in torch.autograd.grad(loss, [student, *learned])])
+
+    student.requires_grad_()
+    whole = mean(student, teacher, target, 3)
+    expected = gradients(whole)
+    for count in (16, 16.0, torch.tensor(16)):
+        losses = [mean(student[each], teacher[each], target[each], 3, num_items=count) for each in parts]
+        torch.testing.assert_close(sum(losses), whole, rtol=1e-9, atol=0)
+        torch.testing.assert_close(gradients(sum(losses)), expected, rtol=1e-6, atol=1e-9)
+    summed = DistillationLoss(method, reduction="sum")
+    torch.testing.assert_close(sum(summed(student[each], teacher[each], target[each], 3) for each in parts), 16 * whole, rtol=1e-6, atol=0)
+
+
+def test_reductions_and_numbers_that_make_no_sense(logits):
+    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', but it is 'none'"):
+        DistillationLoss(reduction="none")
+    for count in (0, -3, float("nan")):
+        with pytest.raises(ValueError, match="num_items must be greater than 0"):
+            DistillationLoss()(*logits, num_items=count)
+
+
 @pytest.mark.parametrize("method", ["kd+sort", "dkd+revise", "lskd", "ctkd", "dist+sort"])
 def test_autocast_and_compile_change_nothing(tokens, method):
     student, teacher, target = tokens
@@ -440,6 +508,33 @@ def test_torchdistill_says_what_is_missing(make_box, data):
         SortedKDLoss("ctkd")
 
 
+def test_torchdistill_accumulates_gradients_of_equal_parts_alone(make_box, data):
+    "Which it weighs equally; parts of which different numbers of rows count are refused, a short last batch at once."
+    def train(config):
+        box = make_box(config.replace("num_epochs: 2", "num_epochs: 1"))
+        box.pre_epoch_process(epoch=0)
+        box.student_model.eval()  # batch normalisation would tell a batch from its parts
+        for images, target, supplement in box.train_data_loader:
+            box.post_forward_process(loss=box.forward_process(images, target, supplement))
+        return box.student_model
+
+    whole = CONFIG.replace("batch_size: 16", "batch_size: 64")
+    parts = CONFIG.replace("lr: 0.05}", "lr: 0.05}, grad_accum_step: 4")
+    assert largest_difference(train(parts), train(whole)) < 1e-7
+    with pytest.raises(ValueError, match="64 rows are no multiple of batch_size 12.*drop_last: True"):
+        train(parts.replace("batch_size: 16", "batch_size: 12"))
+    train(parts.replace("batch_size: 16", "drop_last: True, batch_size: 12"))
+    with pytest.raises(ValueError, match="dist\\+sort relates the rows"):
+        train(parts.replace("kd+sort", "dist+sort"))
+
+    data.tensors[1][:14] = -100
+    with pytest.raises(ValueError, match="of one micro-batch 2 rows count, of another 16.*reduction: 'sum'"):
+        train(parts)
+    summed = parts.replace("'kd+sort'", "'kd+sort', reduction: 'sum'").replace("weight: 1.0", f"weight: {4 / 50}")
+    assert largest_difference(train(summed), train(whole)) < 1e-7
+    assert largest_difference(train(summed), Network(1)) > 1e-3
+
+
 def test_torchdistill_leaves_a_teacher_that_learns_in_its_mode(make_box):
     box = make_box(CONFIG.replace("requires_grad: False", "requires_grad: True"))
     box.pre_epoch_process(epoch=0)
@@ -489,12 +584,50 @@ def test_lightning_trains_like_the_loop_by_hand(data, tmp_path):
     Module().load_state_dict(saved, strict=True)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_takes_a_batch_apart(tmp_path, tokens_to_learn):
+    "With optimisation by hand; parts of which 14 and 2 tokens count make the step of the whole."
+    import lightning
+
+    class Module(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self, parts):
+            super().__init__()
+            self.student, self.teacher, self.loss = TokenNetwork(1), FrozenTeacher(TokenNetwork(0)), DistillationLoss("kd+sort")
+            self.parts = parts
+
+        def training_step(self, batch, batch_index):
+            count = (batch["labels"] != -100).sum()
+            for inputs, target in zip(batch["input_ids"].chunk(self.parts), batch["labels"].chunk(self.parts)):
+                loss = self.loss(self.student(inputs), self.teacher(inputs), target, num_items=count)
+                self.manual_backward(loss)
+            self.optimizers().step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    whole, parts = Module(1), Module(2)
+    for module in (whole, parts):
+        trainer = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+                                    enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)
+        trainer.fit(module, DataLoader(tokens_to_learn, 4))
+    assert largest_difference(whole.student, TokenNetwork(1)) > 1e-2
+    assert largest_difference(whole.student, parts.student) < 1e-12
+
+
 # ---- Hugging Face ----
 
 
 @pytest.fixture
-def make_trainer(data, tmp_path, monkeypatch):
+def quick_hub(monkeypatch):
+    "Nothing is downloaded, and no memory collected after each training, which takes longer than these."
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
+@pytest.fixture
+def make_trainer(data, tmp_path, quick_hub):
     import transformers
 
     class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
@@ -578,13 +711,71 @@ def test_trainer_takes_networks_that_return_logits_alone(make_trainer, data):
     assert predicted.metrics["test_loss"] == pytest.approx(F.cross_entropy(expected, target).item(), rel=1e-4)
 
 
-def test_trainer_accumulates_gradients(make_trainer, vit, data):
-    trainer = make_trainer(copy.deepcopy(vit), batch_size=BATCH // 2, gradient_accumulation_steps=2)
-    assert_trained_like(trainer.model, data, student=vit)
-    wrong = make_trainer(copy.deepcopy(vit), batch_size=BATCH // 2, gradient_accumulation_steps=2, train=False)
-    wrong.model_accepts_loss_kwargs = True  # what the Trainer finds out about this network, and the mixin withdraws
-    wrong.train()
-    assert largest_difference(wrong.model, trainer.model) > 1e-3
+class TokenNetworkWithMore(TokenNetwork):
+    "Takes any keyword, by which the Trainer believes that it scales its loss itself."
+
+    def forward(self, input_ids, **named):
+        return super().forward(input_ids)
+
+
+@pytest.fixture
+def train_on_tokens(tmp_path, tokens_to_learn, quick_hub):
+    "The student after one step of SGD at rate 1; `settings` of the Trainer."
+    import transformers
+
+    class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
+        pass
+
+    def train(student, loss, batch_size, causal_lm=False, collate=None, **settings):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, optim="sgd", lr_scheduler_type="constant", learning_rate=1.0,
+            max_grad_norm=0.0, max_steps=1, train_sampling_strategy="sequential", per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=4 // batch_size, dataloader_pin_memory=False, logging_strategy="no",
+            save_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+            **settings)
+        trainer = DistillationTrainer(
+            model=student, args=arguments, train_dataset=tokens_to_learn, teacher=TokenNetwork(0), distillation_loss=loss,
+            causal_lm=causal_lm, data_collator=collate)
+        trainer.train()
+        return student
+
+    return train
+
+
+def with_shifted_labels(examples):
+    "As collators of packed sequences do: the last token of one sequence does not predict the first of the next."
+    batch = torch.utils.data.default_collate(examples)
+    batch["shift_labels"] = batch["labels"].roll(-1, 1)
+    batch["shift_labels"][:, 3::4] = -100
+    return batch
+
+
+@pytest.mark.parametrize("network", [TokenNetwork, TokenNetworkWithMore])
+@pytest.mark.parametrize(
+    ("causal_lm", "collate", "options"),
+    [(False, None, {}), (True, None, {}), (True, with_shifted_labels, {}), (False, None, {"ignore_index": 3}),
+     (True, None, {"reduction": "sum"})],
+)
+def test_trainer_accumulates_the_gradient_of_the_whole_batch(
+    train_on_tokens, tokens_to_learn, network, causal_lm, collate, options
+):
+    for example in tokens_to_learn if "ignore_index" in options else ():
+        example["labels"][example["labels"] == -100] = 3
+    loss = DistillationLoss("kd+sort", **options)
+    by_hand, batch = TokenNetwork(1), (collate or torch.utils.data.default_collate)(tokens_to_learn)
+    with torch.no_grad():
+        teacher_logits = TokenNetwork(0)(batch["input_ids"])
+    student_logits, target = by_hand(batch["input_ids"]), batch["labels"]
+    if causal_lm:
+        target = batch.get("shift_labels", target.roll(-1, 1))[:, :-1]
+        student_logits, teacher_logits = student_logits[:, :-1], teacher_logits[:, :-1]
+    DistillationLoss("kd+sort", **options)(student_logits, teacher_logits, target).backward()
+    torch.optim.SGD(by_hand.parameters(), lr=1.0).step()
+    for batch_size in (4, 2, 1):
+        trained = train_on_tokens(network(1), loss, batch_size, causal_lm, collate)
+        for one, other in zip(trained.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    assert largest_difference(by_hand, TokenNetwork(1)) > 1e-2
 
 
 def test_trainer_passes_the_epoch_on(make_trainer, vit):
@@ -647,10 +838,144 @@ def test_trainer_refuses_what_would_have_no_effect(make_trainer, vit):
         ({"distillation_loss": DistillationLoss("ctkd")}, "learns its temperature"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ({"compute_loss_func": lambda outputs, labels, **_: 0.0}, "compute_loss_func"),
+        ({"distillation_loss": DistillationLoss("dist"), "gradient_accumulation_steps": 2}, "dist relates the rows"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(vit, train=False, **options)
     trainer = make_trainer(vit, train=False)
+    split = types.SimpleNamespace(cp_enabled=True, sp_enabled=False)
+    trainer.accelerator = types.SimpleNamespace(parallelism_config=split)
+    with pytest.raises(ValueError, match="leave out context and sequence parallelism"):
+        trainer._refuse_settings()
     for mode in (True, False):
         with pytest.raises(ValueError, match="'labels', but it holds pixel_values.*remove_unused_columns=False"):
             trainer.compute_loss(vit.train(mode), {"pixel_values": torch.zeros(2, 3, 2, 2)})
+
+
+def _train_in_process(rank, processes, store, weights):
+    "One of the processes of `test_processes_make_the_step_of_one`, each with its share of eight examples."
+    import os
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(store)}
+    import transformers
+
+    class DistillationTrainer(DistillationTrainerMixin, transformers.Trainer):
+        pass
+
+    tokens, labels = torch.randint(7, (2, 8, 8), generator=torch.Generator().manual_seed(3)).unbind()
+    for row, length in enumerate((8, 6, 1, 1, 3, 2, 8, 1)):
+        labels[row, length:] = -100
+    arguments = transformers.TrainingArguments(
+        output_dir=str(weights.parent), use_cpu=True, optim="sgd", lr_scheduler_type="constant", learning_rate=1.0,
+        max_grad_norm=0.0, max_steps=1, train_sampling_strategy="sequential", per_device_train_batch_size=2,
+        gradient_accumulation_steps=4 // processes, dataloader_pin_memory=False, save_strategy="no", report_to="none",
+        disable_tqdm=True, remove_unused_columns=False, label_names=["labels"])
+    student = TokenNetwork(1)
+    DistillationTrainer(
+        model=student, args=arguments, train_dataset=[{"input_ids": one, "labels": other} for one, other in zip(tokens, labels)],
+        teacher=TokenNetwork(0), distillation_loss=DistillationLoss("kd+sort"), causal_lm=False).train()
+    if rank == 0:
+        torch.save(student.state_dict(), weights)
+
+
+@pytest.mark.slow
+def test_processes_make_the_step_of_one(tmp_path):
+    import socket
+
+    for processes in (1, 2):
+        with socket.socket() as free:
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_train_in_process, (processes, port, tmp_path / str(processes)), processes)
+    one, two = (torch.load(tmp_path / name) for name in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def pair_of_berts():
+    "A DistilBERT, which knows no token types, and a BERT, which needs them; and examples with a column for neither."
+    import datasets
+    import transformers
+
+    torch.manual_seed(4)
+    small = {"vocab_size": 11, "num_labels": CLASSES, "max_position_embeddings": 8, "initializer_range": 0.5}
+    distilbert = transformers.DistilBertForSequenceClassification(transformers.DistilBertConfig(
+        dim=8, hidden_dim=8, n_layers=1, n_heads=2, dropout=0, attention_dropout=0, seq_classif_dropout=0, **small))
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0, **small))
+    columns = {"input_ids": torch.randint(11, (8, 6)), "attention_mask": torch.ones(8, 6).long(),
+               "token_type_ids": torch.arange(6).gt(2).long().repeat(8, 1), "labels": torch.randint(CLASSES, (8,))}
+    return distilbert, bert, columns, datasets.Dataset.from_dict(
+        {name: value.tolist() for name, value in columns.items()} | {"text": ["a pair; of texts"] * 8})
+
+
+@pytest.mark.parametrize("with_types", ["student", "teacher"])
+def test_each_network_has_the_columns_that_it_names(make_trainer, pair_of_berts, with_types):
+    distilbert, bert, columns, examples = pair_of_berts
+    student, teacher = (bert, distilbert) if with_types == "student" else (distilbert, bert)
+    target, parts = columns.pop("labels"), {}
+    parts[bert], parts[distilbert] = columns, {name: columns[name] for name in ("input_ids", "attention_mask")}
+    by_hand, seen = copy.deepcopy(student).train(), []
+    with torch.no_grad():
+        teacher_logits = teacher.eval()(**parts[teacher]).logits
+        untyped = bert.eval()(**parts[distilbert]).logits
+        assert (bert(**columns).logits - untyped).abs().max() > 1e-2
+    DistillationLoss("kd+sort")(by_hand(**parts[student]).logits, teacher_logits, target).backward()
+    torch.optim.SGD(by_hand.parameters(), lr=LR).step()
+    trainer = make_trainer(student, teacher=teacher, train=False, max_steps=1)
+    student.register_forward_pre_hook(lambda _, __, named: seen.append(set(named) - {"return_dict"}), with_kwargs=True)
+    trainer.train_dataset = trainer.eval_dataset = examples
+    trainer.train()
+    assert largest_difference(student, by_hand) < 1e-6
+    trainer.predict(examples.remove_columns("labels"))
+    assert all(each == set(parts[student]) for each in seen) and len(seen) == 2
+
+
+class Anything(Network):
+    def forward(self, **inputs):
+        return super().forward(**inputs)
+
+
+def test_trainer_refuses_a_teacher_that_names_nothing(make_trainer, vit, data):
+    with pytest.raises(ValueError, match="names none of its arguments.*remove_unused_columns=False"):
+        make_trainer(vit, teacher=Anything(0))
+    student = copy.deepcopy(vit)
+    make_trainer(student, teacher=Anything(0), remove_unused_columns=False)
+    assert_trained_like(student, data, student=vit)
+
+
+def test_trainer_needs_decoder_inputs(make_trainer):
+    "Without labels, BART would make them from the encoder's, and compare these logits with other labels."
+    import transformers
+
+    config = transformers.BartConfig(vocab_size=11, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                     decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=8)
+    student, teacher = (transformers.BartForConditionalGeneration(config) for _ in range(2))
+    trainer = make_trainer(student, teacher=teacher, train=False)
+    trainer.causal_lm = False
+    inputs = {"input_ids": torch.randint(11, (2, 6)), "labels": torch.randint(11, (2, 6))}
+    with pytest.raises(ValueError, match="needs decoder_input_ids.*DataCollatorForSeq2Seq"):
+        trainer.compute_loss(student, inputs)
+    inputs["decoder_input_ids"] = student.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    assert trainer.compute_loss(student, inputs).isfinite()
+
+
+def test_a_loss_that_a_trainer_computes_itself_is_not_replaced(tmp_path, quick_hub):
+    "The user's own, TRL's and those of every library; transformers' and SFT's cross-entropy are."
+    import transformers
+    from trl import DistillationTrainer, SFTTrainer
+    from trl.experimental.gkd import GKDTrainer
+
+    class Weighted(transformers.Trainer):
+        def compute_loss(self, model, inputs, **named):
+            return 2 * super().compute_loss(model, inputs, **named)
+
+    for base in (Weighted, DistillationTrainer, GKDTrainer):
+        mixed = type("Mixed", (DistillationTrainerMixin, base), {})
+        with pytest.raises(ValueError, match=f"^{base.__name__} has a compute_loss of its own"):
+            mixed(teacher=None, distillation_loss=DistillationLoss("ce"))
+    mixed = type("Mixed", (DistillationTrainerMixin, SFTTrainer), {})
+    with pytest.raises(TypeError, match="model"):
+        mixed(teacher=None, distillation_loss=DistillationLoss("ce"))
