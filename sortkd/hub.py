@@ -13,7 +13,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .cards import create_card
+from .cards import create_card, literal
+from .checks import shown
+from .files import refuse_links, save_atomically
 from .models import create_model
 from .teachers import load_weights, read_checkpoint
 
@@ -45,19 +47,23 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
         weights, training = read_checkpoint(path)
         if "architecture" not in training:
             raise ValueError(f"{path} does not name its network; create PretrainedNetwork(architecture, ...) and load the weights into it.")
+        if num_classes not in {size for value in weights.values() for size in value.shape[:1]}:  # before they take memory
+            raise ValueError(f"{path} has no layer for num_classes={shown(num_classes)}; give the number of classes that it was trained on.")
         model = cls(training["architecture"], num_classes, training)
         load_weights(model.network, weights, str(path))
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
+        refuse_links(*(save_directory / name for name in ("model.safetensors", "config.json", "README.md")))
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
-        save_file(weights, save_directory / "model.safetensors", {"sortkd": json.dumps(self.known, allow_nan=False)})
+        content = save(weights, {"sortkd": json.dumps(self.known, allow_nan=False)})
+        save_atomically(save_directory / "model.safetensors", lambda temporary: temporary.write_bytes(content))
 
     def generate_model_card(self, repository: str = "FOLDER") -> ModelCard:
         "What `save_pretrained` writes as README.md."
-        loading = f'PretrainedNetwork.from_pretrained("{repository}")'
+        loading = f"PretrainedNetwork.from_pretrained({literal(repository)})"
         return ModelCard(create_card(self.network.state_dict(), self.known, "from sortkd.hub import PretrainedNetwork", loading))
 
     def push_to_hub(self, repo_id: str, **options) -> str:

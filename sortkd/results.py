@@ -13,9 +13,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from .checks import shown
 from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import plain_name
-from .records import read_correct
+from .records import read_correct, read_lines
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1
@@ -122,16 +123,24 @@ _SAME_RUN = [
 _DEMONSTRATION = "quick.jsonl"  # one run of a small task is no evidence
 
 
-def _lines(source) -> Iterable[tuple[Path, int, bytes]]:
+def _lines(source) -> Iterable[tuple[Path, int, object]]:
+    "File, number and JSON value of each line, None for a damaged one; of a file that is not read 0 and the reason."
     paths = [source] if isinstance(source, str | Path) else list(source)
     for path in map(Path, paths):
-        files = [path] if not path.is_dir() else sorted(path.glob("*.jsonl"))
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            yield path, 0, "the folder holds no file of records (.jsonl)"
         for file in files:
             if path.is_dir() and file.name == _DEMONSTRATION:
-                continue
-            for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-                if line.strip():
-                    yield file, number, line
+                yield file, 0, "quick runs show how everything works and are no evidence; name the file to read it"
+            elif path.is_dir() and not file.is_file():
+                yield file, 0, "it is no file"
+            else:
+                number = 0
+                for number, record in read_lines(file):
+                    yield file, number, record
+                if not number:
+                    yield file, 0, "the file holds no record"
 
 
 def _correct_images(file: Path, record: dict) -> np.ndarray | None:
@@ -151,17 +160,15 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
     or a list of either.
 
     Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for each line that
-    was left out. The column `correct` holds which test images the run got right (bool), or None if the file that says so
-    does not exist. With `synthetic`, synthetic records are read and real ones left out; the two never mix.
-    Raises `FileNotFoundError` for a file that does not exist.
+    was left out, and with line 0 for each file or folder that was. The column `correct` holds which test images the run got
+    right (bool), or None if the file that says so does not exist. With `synthetic`, synthetic records are read and real ones
+    left out; the two never mix. Raises `FileNotFoundError` for a file that does not exist.
     """
     rows, left_out = [], []
-    for file, number, line in _lines(source):
-        place = {"file": file.name, "line": number}
-        try:
-            record = json.loads(line)
-        except ValueError:
-            left_out.append({**place, "run": "", "reason": "the line is not a whole record"})
+    for file, number, record in _lines(source):
+        place = {"file": file.name or str(file), "line": number}
+        if not number or record is None:
+            left_out.append({**place, "run": "", "reason": record or "the line is not a whole record"})
             continue
         try:
             row = _row(check_record(record)) | {"correct": _correct_images(file, record)}
@@ -171,7 +178,7 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
             rows.append({**row, **place})
         except RecordError as error:
             run = record.get("run_id", "") if isinstance(record, dict) else ""
-            left_out.append({**place, "run": str(run), "reason": str(error)})
+            left_out.append({**place, "run": run if isinstance(run, str) else shown(run), "reason": str(error)})
     frame = pd.DataFrame(rows, columns=[*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
     again = frame.duplicated(_SAME_RUN)
     for row in frame[again].itertuples():
