@@ -158,7 +158,7 @@ def short_enough(name: str, value, part: str) -> None:
 EXPERIMENT_PACKAGES = (  # what the modules import of `experiments_requirements` in settings.ini
     "PIL", "filelock", "lightning_fabric", "matplotlib", "numpy", "pandas", "psutil", "safetensors", "scipy", "sklearn",
     "statsmodels", "torchmetrics", "torchvision", "yaml",
-)  # and where they are needed papermill, which executes notebooks, and jsonschema, which checks records that are read
+)  # and where it is needed papermill, which executes notebooks
 
 
 def need_experiments(*others: str) -> None:

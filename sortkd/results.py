@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from .checks import shown
+from .checks import printable, shown
 from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import plain_name
 from .records import read_correct, read_lines
@@ -155,6 +155,12 @@ def _correct_images(file: Path, record: dict) -> np.ndarray | None:
     return correct
 
 
+def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
+    "With texts that can be printed and encoded, whatever a record holds."
+    plain = [{name: printable(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
+    return pd.DataFrame(plain, columns=columns)
+
+
 def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no evidence, such as `quick.jsonl`), a file,
     or a list of either.
@@ -179,13 +185,13 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
         except RecordError as error:
             run = record.get("run_id", "") if isinstance(record, dict) else ""
             left_out.append({**place, "run": run if isinstance(run, str) else shown(run), "reason": str(error)})
-    frame = pd.DataFrame(rows, columns=[*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
+    frame = _frame(rows, [*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
     again = frame.duplicated(_SAME_RUN)
     for row in frame[again].itertuples():
         first = frame[(frame[_SAME_RUN] == frame.loc[row.Index, _SAME_RUN]).all(axis=1)].iloc[0]
         reason = f"the same run as {first.run_id}, which finished first"
         left_out.append({"file": row.file, "line": row.line, "run": row.run_id, "reason": reason})
-    left_out = pd.DataFrame(left_out, columns=["file", "line", "run", "reason"]).sort_values(["file", "line"])
+    left_out = _frame(left_out, ["file", "line", "run", "reason"]).sort_values(["file", "line"])
     order = ["preset", "pair", "method", "seed", "finished"]
     return frame[~again].sort_values(order).reset_index(drop=True), left_out.reset_index(drop=True)
 

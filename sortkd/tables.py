@@ -170,17 +170,25 @@ def _to_latex(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str]
 
 
 def _to_markdown(table: pd.DataFrame, caption: str, notes: Sequence[str]) -> str:
-    flat = _escaped(table.reset_index() if any(table.index.names) else table, markdown_text)
-    lines = [list(flat.columns), ["---"] * flat.shape[1], *flat.to_numpy().tolist()]
+    table = _escaped(table, markdown_text)
+    lines = [list(table.columns), *table.to_numpy().tolist()]
+    if any(table.index.names):
+        labels = [[name or "" for name in table.index.names], *table.index.to_frame().to_numpy().tolist()]
+        lines = [[*before, *line] for before, line in zip(labels, lines)]
+    lines.insert(1, ["---"] * len(lines[0]))
     rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return f"**{markdown_text(caption)}**\n\n{rows}" + "".join(f"\n{markdown_text(note)}\n" for note in notes)
 
 
+def _html(text) -> str:
+    return escape(one_line(text))
+
+
 def _to_html(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str]) -> str:
-    styler = _escaped(table, escape).style.set_uuid(name).set_caption(escape(caption))
+    styler = _escaped(table, _html).style.set_uuid(name).set_caption(_html(caption))
     if not any(table.index.names):
         styler.hide(axis="index")
-    return styler.to_html(cell_ids=False) + "".join(f"<p>{escape(note)}</p>\n" for note in notes)
+    return styler.to_html(cell_ids=False) + "".join(f"<p>{_html(note)}</p>\n" for note in notes)
 
 
 def write_table(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str], folder: str | Path) -> str:
