@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from .cards import create_card, literal
-from .checks import shown
+from .checks import whole_number
 from .files import refuse_links, save_atomically
 from .models import create_model
 from .teachers import load_weights, read_checkpoint
@@ -47,8 +47,8 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
         weights, training = read_checkpoint(path)
         if "architecture" not in training:
             raise ValueError(f"{path} does not name its network; create PretrainedNetwork(architecture, ...) and load the weights into it.")
-        if num_classes not in {size for value in weights.values() for size in value.shape[:1]}:  # before they take memory
-            raise ValueError(f"{path} has no layer for num_classes={shown(num_classes)}; give the number of classes that it was trained on.")
+        if whole_number("num_classes", num_classes, 2) not in {size for value in weights.values() for size in value.shape[:1]}:  # before they take memory
+            raise ValueError(f"{path} has no layer for num_classes={num_classes}; give the number of classes that it was trained on.")
         model = cls(training["architecture"], num_classes, training)
         load_weights(model.network, weights, str(path))
         return model.eval()
@@ -71,9 +71,7 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
         return super().push_to_hub(repo_id, model_card_kwargs={"repository": repo_id}, **options)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, architecture: str, num_classes: int, **options
-    ) -> "PretrainedNetwork":
+    def _from_pretrained(cls, *, model_id: str, num_classes: int = 0, **options) -> "PretrainedNetwork":  # type: ignore[override]
         names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         chosen = {name: options[name] for name in names if name in options}
         folder = model_id if os.path.isdir(model_id) else snapshot_download(model_id, **chosen)
