@@ -36,13 +36,14 @@ _LINES = {  # of the card's table: title, form, with " for a value in the style 
     "commit": ("commit", "`"),
     "data_checksum": ("SHA-256 of the training data", "`"),
 }
-_NUMBERS = ("top1", "train_top1", "train_images", "seed", "epochs")  # the other values are texts, the recipe has names with values
+_NUMBERS = ("top1", "train_top1", "train_images", "seed", "epochs")
+_TEXTS = ("architecture", "dataset", "note", "command")  # and all others of the lines
 
 
 def _checked(text: Mapping) -> dict:
-    "`text` with every value that a card shows as it should be; `ValueError` names the first that is not."
+    "`text`, in which a card finds what it expects; `ValueError` names a value that is something else."
     checked = {"architecture": "", "dataset": "", **text}
-    for name in checked.keys() & {"architecture", "dataset", "note", "command", "recipe", *_LINES, *_NUMBERS}:
+    for name in checked.keys() & {"recipe", *_TEXTS, *_LINES, *_NUMBERS}:
         value = checked[name]
         if name in _NUMBERS:
             finite_number(name, value)
@@ -65,10 +66,11 @@ def _facts(text: Mapping, weights: Mapping[str, Tensor]) -> dict[str, str]:
     for name, (title, form) in _LINES.items():
         if name in text:
             value = text[name]
-            facts[title] = _code(value) if form == "`" else form.format(markdown_text(value) if isinstance(value, str) else value)
+            plain = markdown_text(value) if isinstance(value, str) else value
+            facts[title] = _code(value) if form == "`" else form.format(plain)
     if "recipe" in text:
-        numbers = [f"{str(name).replace('_', ' ')} {value}" for name, value in text["recipe"].items()]
-        facts["recipe"] = markdown_text(", ".join(numbers))
+        items = ", ".join(f"{name} {value}".replace("_", " ") for name, value in text["recipe"].items())
+        facts["recipe"] = markdown_text(items)
     return facts | {"SHA-256 of the weights": f"`{weights_checksum(weights)}`"}
 
 
@@ -91,8 +93,8 @@ def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loadi
     """A card of `weights`: Markdown that begins with the metadata that the Hugging Face Hub reads.
 
     `text`: what is known of their training, `architecture` and `dataset` at least; `note` is a sentence of one's own.
-    `module` and `loading`: the import and the expression that load the network, shown to users. `ValueError` names a value
-    of `text` that is no text, or no number where one is expected.
+    `module` and `loading`: the import and the expression that load the network, shown to users.
+    `ValueError` names a value of `text` that is no text, or no number where one is expected.
     """
     import yaml
 
@@ -105,15 +107,17 @@ def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loadi
         metadata |= {"datasets": [on_hub], "metrics": ["accuracy"], "model-index": [{"name": architecture, "results": [{
             "task": {"type": "image-classification"}, "dataset": {"type": on_hub, "name": title, "split": "test"},
             "metrics": [{"type": "accuracy", "name": "top-1 (%), last epoch", "value": text["top1"]}]}]}]}
-    use = ["from sortkd.data import load_data, normalize", module, "", f"data = load_data({literal(name)})", f"network = {loading}",
+    use = ["from sortkd.data import load_data, normalize", module, "",
+           f"data = load_data({literal(name)})", f"network = {loading}",
            "logits = network(normalize(data.test_images[:8], data.mean, data.std))"]
-    note = text.get("note", "").strip()
+    note, command = text.get("note", "").strip(), map(printable, text.get("command", "").splitlines())
     return "\n".join([
-        "---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", "", f"# {markdown_text(architecture)} on {markdown_text(title)}", "",
+        "---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", "",
+        f"# {markdown_text(architecture)} on {markdown_text(title)}", "",
         "A network for experiments with logit distillation by sortkd ([Limantoro, 2025](https://arxiv.org/abs/2508.16544)).", "",
         "| what | value |", "| --- | --- |", *(f"| {fact} | {value} |" for fact, value in _facts(text, weights).items()), "",
         "## Use", "", *_block(use, "python"), "",
-        *(["## How it was made", "", *_block(list(map(printable, text["command"].splitlines()))), ""] if "command" in text else []),
+        *(["## How it was made", "", *_block(list(command)), ""] if "command" in text else []),
         *([markdown_text(note[0].upper() + note[1:]) + ".", ""] if note else []),
         "## Limits", "", *(f"- {limit}" for limit in _limits(text, weights)), "",
     ])
@@ -122,7 +126,8 @@ def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loadi
 def literal(text: str) -> str:
     "`text` as it is written in Python, between double quotes."
     written = json.dumps(text, ensure_ascii=False)
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in written)
+    escaped = (each if each.isprintable() else each.encode("unicode_escape").decode() for each in written)
+    return "".join(escaped)
 
 
 def _block(lines: Sequence[str], language: str = "") -> list[str]:
@@ -134,13 +139,14 @@ def _block(lines: Sequence[str], language: str = "") -> list[str]:
 def model_card(path: str | Path) -> str:
     """The card of the weights in a `.safetensors` file.
 
-    Raises what `read_checkpoint` raises, and `ValueError` for a file that does not name its architecture and data set, or
-    says something of itself that is no text or number.
+    Raises what `read_checkpoint` raises, and `ValueError` for a file that does not name its architecture and
+    data set, or says something of itself that `create_card` refuses.
     """
     weights, text = read_checkpoint(path)
     if not {"architecture", "dataset"} <= text.keys():
         raise ValueError(f"{path} does not name its architecture and data set, so it has no card; save weights with save_teacher.")
-    loading = f"load_teacher({literal(Path(path).name)}, {literal(str(text['architecture']))}, data.num_classes).model"
+    names = f"{literal(Path(path).name)}, {literal(str(text['architecture']))}"
+    loading = f"load_teacher({names}, data.num_classes).model"
     try:
         return create_card(weights, text, "from sortkd.teachers import load_teacher", loading)
     except ValueError as error:

@@ -42,8 +42,9 @@ def one_line(text) -> str:
 
 def markdown_text(text) -> str:
     "`text` on one line as Markdown shows it, in a paragraph or in a cell of a table."
-    escaped = re.sub(r"([\\`*|~$]|\](?=[(\[:])|<(?! )|&(?=[#\w])|(?<!\w)_|_(?!\w))", r"\\\1", one_line(text))
-    return re.sub(r"^(\d*)(?=[#>]|[-+=]([-=\s]|$)|(?<=\d)[.)](\s|$))", r"\1\\", escaped)  # what would begin a list or a heading
+    special = r"[\\`*|~$]|\](?=[(\[:])|<(?! )|&(?=[#\w])|(?<!\w)_|_(?!\w)"
+    beginning = r"^(\d*)(?=[#>]|[-+=]([-=\s]|$)|(?<=\d)[.)](\s|$))"  # of a list or a heading
+    return re.sub(beginning, r"\1\\", re.sub(f"({special})", r"\\\1", one_line(text)))
 
 # %% ../nbs/90_checks.ipynb #a1f6ebbf
 def whole_number(name: str, value, minimum: int = 0, maximum: int = 2**31 - 1) -> int:
@@ -110,8 +111,8 @@ def listed_seeds(name: str, value) -> tuple[int, ...]:
         match = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if not first <= last < min(2**31, first + 1000 - len(seeds)):
-            raise ValueError(f"{name} is {shown(value)}; give whole numbers from 0 to {2**31 - 1}, such as '0,1,2' or '0-4', "
-                             "at most 1,000 of them.")
+            raise ValueError(f"{name} is {shown(value)}; give whole numbers from 0 to {2**31 - 1}, such as "
+                             "'0,1,2' or '0-4', at most 1,000 of them.")
         seeds += range(first, last + 1)
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"{name} is {shown(value)}; give each number once.")
@@ -121,8 +122,8 @@ def listed_seeds(name: str, value) -> tuple[int, ...]:
 def folder_path(
     name: str, folder, within: Sequence[str] = (), written: bool = False, folders: Sequence[str] = (),
 ) -> Path:
-    """`folder` as a path that can be used. `within`: names in it that must not be links; `folders`: names in it that must
-    be folders, if they exist, and no links; `written`: whether files can be written and locked there now.
+    """`folder` as a path that can be used. `within`: names in it that must not be links; `folders`: names in it
+    that must be folders, if they exist, and no links; `written`: whether files must be writable and lockable there now.
     """
     existing = None
     try:
@@ -150,8 +151,8 @@ def folder_path(
 
 
 def short_enough(name: str, value, part: str) -> None:
-    "`ValueError` if `part`, which `value` is in, is too long to begin the name of a file; file systems allow 255 bytes."
-    if len(part.encode("utf-8", "surrogateescape")) > 190:  # the rest is for checksums, times and endings
+    "`ValueError` if `part`, made of `value`, cannot begin the name of a file, which has at most 255 bytes."
+    if len(part.encode("utf-8", "surrogateescape")) > 190:  # the rest: checksums, times and endings
         raise ValueError(f"{name} is {shown(value)}, too long for the name of a file; give a shorter one.")
 
 # %% ../nbs/90_checks.ipynb #e94c6362
@@ -166,11 +167,13 @@ def need_experiments(*others: str) -> None:
 
     In one of the commands, exit instead, so that its user sees a line and no traceback.
     """
-    missing = [name for name in ("fcntl", *EXPERIMENT_PACKAGES, *others) if importlib.util.find_spec(name) is None]
+    needed = ("fcntl", *EXPERIMENT_PACKAGES, *others)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         message = f"this part of sortkd needs {', '.join(missing)}; pip install 'sortkd[experiments]'."
         if missing[0] == "fcntl":  # of Python on Linux and macOS, which locks the file of records
-            message = "this part of sortkd needs Linux or macOS; on Windows, use the Windows Subsystem for Linux (WSL)."
+            message = ("this part of sortkd needs Linux or macOS; on Windows, use the Windows Subsystem "
+                       "for Linux (WSL).")
         if Path(sys.argv[0]).name.startswith("sortkd-"):
             sys.exit(message)
         raise ModuleNotFoundError(message, name=missing[0])

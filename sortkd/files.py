@@ -53,7 +53,9 @@ def flush_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str = "") -> None:
-    "Delete temporary files that killed writers of `name` left under `folder`. The caller must hold the lock of all that write it."
+    """Delete temporary files that killed writers of `name` left under `folder`. The caller must hold a lock that all
+    who write it take.
+    """
     for path in folder.rglob(f".{glob.escape(name)}*.tmp"):
         path.unlink(missing_ok=True)
 

@@ -94,8 +94,8 @@ def _seeds(value) -> Sequence[int]:
 def make_grid(settings: Mapping, plugin: str = "") -> Grid:
     """The grid that `settings` describe, with the keys of workflow/config.yaml; pairs, methods, seeds and preset are needed.
     `"paper"` for pairs, methods or seeds stands for those of `paper_grid`. A key `plan` is left to `sortkd.plans`.
-    `plugin`: the plugins to load. Since settings may come from a file of somebody else, those that they name are never
-    loaded unless they are named here, too.
+    `plugin`: the plugins to load. Settings may come from a file of somebody else, so those that they name are
+    loaded only if they are named here, too.
 
     Raises `ValueError` for a key that is unknown or missing, and for a value that is not allowed.
     """
@@ -109,8 +109,8 @@ def make_grid(settings: Mapping, plugin: str = "") -> Grid:
     if not isinstance(options, Mapping):
         raise ValueError(f"options is {shown(options)}; give names with values, such as {{epochs: 1}}.")
     if (named := options.get("plugin") or plugin) != plugin:
-        raise ValueError(f"the grid names the plugin {shown(named)}, which would run as a program; if you know it, name it on the "
-                         "command line: --plugin FILE (snakemake: --config plugin=FILE).")
+        raise ValueError(f"the grid names the plugin {shown(named)}, which would run as a program; if you know it, "
+                         "name it on the command line: --plugin FILE (snakemake: --config plugin=FILE).")
     options = {**options, **({"plugin": plugin} if plugin else {})}
     load_plugins(plugin)  # before the names that they register are checked
     chosen = {name: settings[name] for name in ("pairs", "methods", "seeds") if settings[name] != "paper"}
@@ -150,8 +150,8 @@ def read_grid(path: str | Path, plugin: str = "", **changes) -> Grid:
 
 
 def read_yaml(path: Path) -> dict:
-    """The names and values in a YAML file; `ValueError` for anything else, for more than 20,000 characters or 20 levels, and for
-    aliases (`*name`), of which a few lines can stand for more values than any memory holds.
+    """The names and values in a YAML file; `ValueError` for anything else, for more than 20,000 characters or 20
+    levels, and for aliases (`*name`), of which a few lines can stand for more than any memory holds.
     """
     try:
         if not path.is_file():  # nor is a pipe, which would be waited for
@@ -174,7 +174,8 @@ def _refuse_bombs(text: str) -> None:
         raise ValueError("it has more than 20,000 characters")
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"it has the alias *{event.anchor}; write out what that stands for")
         if depth > 20:
@@ -546,7 +547,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results-dir", help="instead of the grid's")
     parser.add_argument("--teachers-dir", help="instead of the grid's")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="instead of the grid's, such as cache=off")
-    parser.add_argument("--plugin", default="", help="Python files that register what the grid names; a grid's file alone runs none")
+    parser.add_argument("--plugin", default="", help="Python files that register what the grid names; its file runs none")
     parser.add_argument("--dry-run", action="store_true", help="only show what is missing and what it costs")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, and no lines about jobs")
     given = parser.parse_args(arguments)

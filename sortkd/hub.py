@@ -47,8 +47,9 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
         weights, training = read_checkpoint(path)
         if "architecture" not in training:
             raise ValueError(f"{path} does not name its network; create PretrainedNetwork(architecture, ...) and load the weights into it.")
-        if whole_number("num_classes", num_classes, 2) not in {size for value in weights.values() for size in value.shape[:1]}:  # before they take memory
-            raise ValueError(f"{path} has no layer for num_classes={num_classes}; give the number of classes that it was trained on.")
+        sizes = {size for value in weights.values() for size in value.shape[:1]}
+        if whole_number("num_classes", num_classes, 2) not in sizes:  # before so many take memory
+            raise ValueError(f"{path} has no layer for num_classes={num_classes}; give the number of its training.")
         model = cls(training["architecture"], num_classes, training)
         load_weights(model.network, weights, str(path))
         return model.eval()
@@ -56,10 +57,11 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
 
-        refuse_links(*(save_directory / name for name in ("model.safetensors", "config.json", "README.md")))
+        file = save_directory / "model.safetensors"
+        refuse_links(file, save_directory / "config.json", save_directory / "README.md")
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         content = save(weights, {"sortkd": json.dumps(self.known, allow_nan=False)})
-        save_atomically(save_directory / "model.safetensors", lambda temporary: temporary.write_bytes(content))
+        save_atomically(file, lambda temporary: temporary.write_bytes(content))
 
     def generate_model_card(self, repository: str = "FOLDER") -> ModelCard:
         "What `save_pretrained` writes as README.md."
@@ -71,7 +73,7 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
         return super().push_to_hub(repo_id, model_card_kwargs={"repository": repo_id}, **options)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, num_classes: int = 0, **options) -> "PretrainedNetwork":  # type: ignore[override]
+    def _from_pretrained(cls, *, model_id: str, num_classes: int = 0, **options) -> "PretrainedNetwork":
         names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         chosen = {name: options[name] for name in names if name in options}
         folder = model_id if os.path.isdir(model_id) else snapshot_download(model_id, **chosen)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,9 @@ def append_record(path: str | Path, record: dict) -> None:
 _LONGEST, _DEEPEST = 10_000_000, 20  # bytes of a line, and levels in it; our records have 20,000 and 5
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, object]]:
-    """The number and the JSON value of each line of a file that is not empty, None for a line that is no JSON, too long
-    (then the last that is read) or nested too deeply. `FileNotFoundError` if `path` is no file.
+def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """The number and the JSON value of each line of a file that is not blank; None for a line that is no JSON, is
+    nested too deeply, or is too long (then it is the last). `FileNotFoundError` if `path` is no file.
     """
     if not Path(path).is_file():  # nor is a pipe, which would be waited for
         raise FileNotFoundError(f"there is no file of records {str(path)!r:.200}.")
@@ -127,8 +128,8 @@ def read_correct(records_file: str | Path, checksum: str, images: int) -> np.nda
         return None
     size = (images + 7) // 8
     try:
-        with open(file, "rb") as stored:
-            bits = zlib.decompressobj().decompress(stored.read(2 * size + 100), size + 1)  # a damaged file may be of any size
+        with open(file, "rb") as stored:  # of any size, if it is damaged
+            bits = zlib.decompressobj().decompress(stored.read(2 * size + 100), size + 1)
     except zlib.error:
         bits = b""
     if hashlib.sha256(bits).hexdigest() != checksum or len(bits) != size:

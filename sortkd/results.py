@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .checks import printable, shown
 from .pairs import PAIRS, has_published_length, method_for, recipe_for
@@ -123,8 +124,8 @@ _SAME_RUN = [
 _DEMONSTRATION = "quick.jsonl"  # one run of a small task is no evidence
 
 
-def _lines(source) -> Iterable[tuple[Path, int, object]]:
-    "File, number and JSON value of each line, None for a damaged one; of a file that is not read 0 and the reason."
+def _lines(source) -> Iterable[tuple[Path, int, Any]]:
+    "File, number and JSON value of each line, None if it is damaged; 0 and the reason for what is not read."
     paths = [source] if isinstance(source, str | Path) else list(source)
     for path in map(Path, paths):
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
@@ -132,7 +133,7 @@ def _lines(source) -> Iterable[tuple[Path, int, object]]:
             yield path, 0, "the folder holds no file of records (.jsonl)"
         for file in files:
             if path.is_dir() and file.name == _DEMONSTRATION:
-                yield file, 0, "quick runs show how everything works and are no evidence; name the file to read it"
+                yield file, 0, "quick runs show how all works and are no evidence; name the file to read it"
             elif path.is_dir() and not file.is_file():
                 yield file, 0, "it is no file"
             else:
@@ -157,8 +158,10 @@ def _correct_images(file: Path, record: dict) -> np.ndarray | None:
 
 def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
     "With texts that can be printed and encoded, whatever a record holds."
-    plain = [{name: printable(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows]
-    return pd.DataFrame(plain, columns=columns)
+    def plain(value):
+        return printable(value) if isinstance(value, str) else value
+
+    return pd.DataFrame([{name: plain(value) for name, value in row.items()} for row in rows], columns=columns)
 
 
 def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -166,9 +169,9 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
     or a list of either.
 
     Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for each line that
-    was left out, and with line 0 for each file or folder that was. The column `correct` holds which test images the run got
-    right (bool), or None if the file that says so does not exist. With `synthetic`, synthetic records are read and real ones
-    left out; the two never mix. Raises `FileNotFoundError` for a file that does not exist.
+    was left out, with line 0 for a whole file or folder. The column `correct` holds which test images the run got
+    right (bool), or None if the file that says so does not exist. With `synthetic`, synthetic records are read and
+    real ones left out; the two never mix. Raises `FileNotFoundError` for a file that does not exist.
     """
     rows, left_out = [], []
     for file, number, record in _lines(source):
@@ -184,7 +187,8 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
             rows.append({**row, **place})
         except RecordError as error:
             run = record.get("run_id", "") if isinstance(record, dict) else ""
-            left_out.append({**place, "run": run if isinstance(run, str) else shown(run), "reason": str(error)})
+            run = run if isinstance(run, str) else shown(run)
+            left_out.append({**place, "run": run, "reason": str(error)})
     frame = _frame(rows, [*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
     again = frame.duplicated(_SAME_RUN)
     for row in frame[again].itertuples():

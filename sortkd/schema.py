@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 
-from .checks import shown
+from .checks import printable, shown
 from .pairs import PAIRS
 from .records import SCHEMA_VERSION
 from .methods import OBJECTIVES, method_name, plain_name
@@ -31,24 +31,30 @@ def _whole(minimum: int, maximum: int) -> dict:
 
 
 def _list(item: dict, minimum: int = 1) -> dict:
-    return {"type": "array", "items": item, "minItems": minimum, "description": f"a list, in it {item['description']}"}
+    about = f"a list, in it {item['description']}"
+    return {"type": "array", "items": item, "minItems": minimum, "description": about}
 
 
 _TEXT = {"type": "string", "minLength": 1, "description": "a text that is not empty"}
 _TEXT_OR_NULL = {"type": ["string", "null"], "description": "a text or null"}
 _CHECKSUM = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "a SHA-256 in hexadecimal"}
-_TIME = {"type": "string", "pattern": r"^\d{4}(-\d\d){2}T\d\d(-\d\d){2}\.\d{1,6}Z$", "description": "a time in UTC"}
+_TIME = {
+    "type": "string", "pattern": r"^\d{4}(-\d\d){2}T\d\d(-\d\d){2}\.\d{1,6}Z$", "description": "a time in UTC",
+}
 _COUNT, _ROWS, _SEED = _whole(1, 10**8), _whole(0, 10**12), _whole(0, 2**31 - 1)
 _ANY = {"type": "number", "description": "a number"}
 _NUMBER = {"type": "number", "minimum": 0, "description": "a number of at least 0"}
 _PERCENT = {"type": "number", "minimum": 0, "maximum": 100, "description": "a percentage from 0 to 100"}
 _YES_OR_NO = {"type": "boolean", "description": "true or false"}
 
-_SOME_RESULTS = {"training_rows": _whole(1, 10**12), "correct_sha256": _CHECKSUM, **dict.fromkeys(("teacher_wrong_rows", "changed_rows"), _ROWS)}
+_SOME_RESULTS = {
+    "training_rows": _whole(1, 10**12), "correct_sha256": _CHECKSUM, "teacher_wrong_rows": _ROWS, "changed_rows": _ROWS,
+}
 _CHANNELS = _list(_NUMBER, 3) | {"maxItems": 3}  # mean and std of sets whose name does not fix them
 RECORD_SCHEMA = _object(
     may={
-        "recipe_changes": _object() | {"additionalProperties": _ANY}, "teacher_logits": _TEXT_OR_NULL, "commit": _TEXT_OR_NULL,
+        "recipe_changes": _object() | {"additionalProperties": _ANY},
+        "teacher_logits": _TEXT_OR_NULL, "commit": _TEXT_OR_NULL,
         "plugins": _list(_object(file=_TEXT, sha256=_CHECKSUM), 0),
         **dict.fromkeys(("deterministic", "compiled", "synthetic"), _YES_OR_NO),
     },
@@ -83,7 +89,8 @@ RECORD_SCHEMA = _object(
         epoch=_list(_COUNT), train_loss=_list(_NUMBER), train_top1=_list(_PERCENT), test_top1=_list(_PERCENT),
     ) | {"additionalProperties": _list(_ANY, 0)},
     result=_object(
-        _SOME_RESULTS, last_top1=_PERCENT, best_top1=_PERCENT, best_epoch=_COUNT, seconds=_NUMBER, student_sha256=_CHECKSUM,
+        _SOME_RESULTS,
+        last_top1=_PERCENT, best_top1=_PERCENT, best_epoch=_COUNT, seconds=_NUMBER, student_sha256=_CHECKSUM,
     ),
 )
 RECORD_SCHEMA["properties"]["about_teacher"] |= {
@@ -103,7 +110,7 @@ class RecordError(ValueError):
 
 
 def _problem(value, schema: dict, path: tuple = ()) -> tuple | None:
-    "Path, value and description of the first part of `value` that the schema refuses. Knows what is used above."
+    "Path, value and description of the first part of `value` that the schema refuses. Knows the words used above."
     kinds = schema.get("type", ())
     if not any(_IS[kind](value) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         return path, value, schema["description"]
@@ -123,7 +130,8 @@ def _problem(value, schema: dict, path: tuple = ()) -> tuple | None:
     elif isinstance(value, dict):
         if absent := [name for name in schema.get("required", ()) if name not in value]:
             return (*path, absent[0]), "missing", fields[absent[0]]["description"]
-        parts = [(name, part, fields.get(name, others)) for name, part in value.items() if name in fields or others]
+        fields = dict.fromkeys(value, others) | fields if others else fields
+        parts = [(name, value[name], field) for name, field in fields.items() if name in value]
     return next((found for name, part, its in parts if (found := _problem(part, its, (*path, name)))), None)
 
 
@@ -173,8 +181,9 @@ def check_record(record: dict) -> dict:
     name = record.get("run_id", "without run_id") if isinstance(record, dict) else f"of type {type(record).__name__}"
 
     def error(field, value, expected):
-        named, where = (each if isinstance(each, str) and each.isprintable() else shown(each) for each in (name, field))
-        return RecordError(f"record {named:.200}: {where:.200} is {shown(value):.80}, expected {expected!s:.120}.")
+        named = name if isinstance(name, str) else shown(name)
+        message = f"record {named:.200}: {field:.200} is {shown(value):.80}, expected {expected!s:.120}."
+        return RecordError(printable(message))
 
     try:
         place = _not_finite(record)
@@ -182,7 +191,8 @@ def check_record(record: dict) -> dict:
         raise error("the whole", "nested without end", "a few levels") from None
     if place is not None:
         raise error(".".join(map(str, place)), "NaN or infinite", "a finite number")
-    if problem := _problem(record, _DIVERGED_SCHEMA if isinstance(record, dict) and "diverged" in record else RECORD_SCHEMA):
+    diverged = isinstance(record, dict) and "diverged" in record
+    if problem := _problem(record, _DIVERGED_SCHEMA if diverged else RECORD_SCHEMA):
         path, value, expected = problem
         raise error(".".join(map(str, path)) or "the whole", value, expected)
     for field, value, expected in _disagreements(record):
@@ -192,7 +202,7 @@ def check_record(record: dict) -> dict:
 
 
 def whole(records: Iterable[dict]) -> list[dict]:
-    "Those of `records` that are complete and consistent; a warning names every other one, and what is wrong with it."
+    "Those of `records` that are complete and consistent; a warning says of each other one what is wrong with it."
     found = []
     for record in records:
         try:

@@ -29,7 +29,8 @@ def read_reported(path: str | Path) -> pd.DataFrame:
     reported = pd.read_csv(path, dtype={"arxiv": str})
     needed = ["dataset", "method", "teacher", "student", "top1", "top1_last"]
     if absent := [name for name in needed if name not in reported]:
-        raise ValueError(f"{path} has no column {', '.join(absent)}; the columns are {', '.join(map(one_line, reported))}.")
+        there = ", ".join(map(one_line, reported))
+        raise ValueError(f"{path} has no column {', '.join(absent)}; the columns are {there}.")
     return reported.assign(method=reported["method"].str.lower().replace(_REPORTED_AS))
 
 # %% ../nbs/08c_tables.ipynb #03aabb2b
@@ -135,7 +136,8 @@ def _interval(row, prefix: str = "") -> str:
 
 # %% ../nbs/08c_tables.ipynb #30c9bcb0
 _LATEX = str.maketrans({
-    **{each: f"\\{each}" for each in "&%#_{}$"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{each: f"\\{each}" for each in "&%#_{}$"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$", "τ": r"$\tau$",
 })
 
@@ -150,8 +152,10 @@ def _escaped(table: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:
     for axis in (0, 1):
         labels = table.axes[axis]
         names = [None if name is None else escape(str(name)) for name in labels.names]
-        columns = [labels.get_level_values(level).map(lambda label: escape(str(label))) for level in range(labels.nlevels)]
-        new = pd.MultiIndex.from_arrays(columns, names=names) if labels.nlevels > 1 else columns[0].rename(names[0])
+        levels = map(labels.get_level_values, range(labels.nlevels))
+        texts = [[escape(str(label)) for label in level] for level in levels]
+        several = labels.nlevels > 1
+        new = pd.MultiIndex.from_arrays(texts, names=names) if several else pd.Index(texts[0], name=names[0])
         table = table.set_axis(new, axis=axis)
     return table
 
@@ -200,7 +204,9 @@ def write_table(table: pd.DataFrame, name: str, caption: str, notes: Sequence[st
     if not re.fullmatch(r"[\w.+-]+", name):
         raise ValueError(f"a table is called {shown(name)}; give a name of letters, digits, '-', '+', '.' and '_'.")
     if table.empty:
-        raise ValueError(f"the table {name} has no rows or no columns, so it is not written; load_results says which lines it left out, and why.")
-    for suffix, text in (("md", _to_markdown(table, caption, notes)), ("tex", _to_latex(table, name, caption, notes))):
+        raise ValueError(f"the table {name} has no rows or no columns, so it is not written; load_results says "
+                         "which lines it left out, and why.")
+    texts = {"md": _to_markdown(table, caption, notes), "tex": _to_latex(table, name, caption, notes)}
+    for suffix, text in texts.items():
         save_atomically(Path(folder) / f"{name}.{suffix}", partial(Path.write_text, data=text, encoding="utf-8"))
     return _to_html(table, name, caption, notes)
