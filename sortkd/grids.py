@@ -71,10 +71,16 @@ _GRID_DEFAULTS = {
 }
 
 
+_MOST_CELLS = 100_000
+
+
 def _option(name: str, value):
     "An option's value with the type of its default; on a command line every value is a string."
     default = _DEFAULTS[choice("an option", name, list(_DEFAULTS))]
-    text = str(value).lower()
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"option {name} is {shown(value)}; give a text, a number or true or false.")
+    value = value if isinstance(value, str) else shown(value)
+    text = value.lower()
     if isinstance(default, bool):
         return choice(f"option {name}", text, ["true", "false"]) == "true"
     if isinstance(default, int) and not re.fullmatch(r"[0-9]{1,10}", text):
@@ -87,9 +93,11 @@ def _seeds(value) -> Sequence[int]:
     return range(whole_number("seeds", value, 1, 1000)) if isinstance(value, int | float) else listed_seeds("seeds", value)
 
 
-def make_grid(settings: Mapping) -> Grid:
+def make_grid(settings: Mapping, plugin: str = "") -> Grid:
     """The grid that `settings` describe, with the keys of workflow/config.yaml; pairs, methods, seeds and preset are needed.
     `"paper"` for pairs, methods or seeds stands for those of `paper_grid`. A key `plan` is left to `sortkd.plans`.
+    `plugin`: the plugins to load. Settings may come from a file of somebody else, so those that they name are
+    loaded only if they are named here, too.
 
     Raises `ValueError` for a key that is unknown or missing, and for a value that is not allowed.
     """
@@ -102,7 +110,11 @@ def make_grid(settings: Mapping) -> Grid:
     options = settings["options"] or {}
     if not isinstance(options, Mapping):
         raise ValueError(f"options is {shown(options)}; give names with values, such as {{epochs: 1}}.")
-    load_plugins(options.get("plugin", ""))  # before the names that they register are checked
+    if (named := options.get("plugin") or plugin) != plugin:
+        raise ValueError(f"the grid names the plugin {shown(named)}, which would run as a program; if you know it, "
+                         "name it on the command line: --plugin FILE (snakemake: --config plugin=FILE).")
+    options = {**options, **({"plugin": plugin} if plugin else {})}
+    load_plugins(plugin)  # before the names that they register are checked
     chosen = {name: settings[name] for name in ("pairs", "methods", "seeds") if settings[name] != "paper"}
     for name, value in chosen.items():
         chosen[name] = _seeds(value) if name == "seeds" else listed_names(name, value)
@@ -110,6 +122,8 @@ def make_grid(settings: Mapping) -> Grid:
         pair_for(pair)
     for method in chosen.get("methods", ()):
         create_method(method)
+    if (cells := math.prod(map(len, chosen.values()))) > _MOST_CELLS:
+        raise ValueError(f"the grid has {cells:,} cells or more; a grid may have {_MOST_CELLS:,}.")
     return Grid(
         cells=paper_grid(**chosen),
         preset=choice("preset", settings["preset"], ["quick", "short", "paper"]),
@@ -120,9 +134,9 @@ def make_grid(settings: Mapping) -> Grid:
     )
 
 
-def read_grid(path: str | Path, **changes) -> Grid:
+def read_grid(path: str | Path, plugin: str = "", **changes) -> Grid:
     """The grid in the YAML file `path`. What it leaves open is taken from `config.yaml` in the same folder, if there is
-    one; `changes` replace keys, and those in `options` single options.
+    one; `changes` replace keys, and those in `options` single options. `plugin`: as for `make_grid`.
 
     Raises `FileNotFoundError`, `ValueError` for a file without names and values, and what `make_grid` raises.
     """
@@ -134,19 +148,40 @@ def read_grid(path: str | Path, **changes) -> Grid:
             settings |= read_yaml(each)
     if more := changes.pop("options", {}):
         settings["options"] = {**(settings.get("options") or {}), **more}
-    return replace(make_grid(settings | changes), plan=str(path) if "plan" in settings else "")
+    return replace(make_grid(settings | changes, plugin), plan=str(path) if "plan" in settings else "")
 
 
 def read_yaml(path: Path) -> dict:
-    "The names and values in a YAML file; `ValueError` for anything else."
+    """The names and values in a YAML file; `ValueError` for anything else, for more than 20,000 characters or 20
+    levels, and for aliases (`*name`), of which a few lines can stand for more than any memory holds.
+    """
     try:
-        content = yaml.safe_load(path.read_text())
+        if not path.is_file():  # nor is a pipe, which would be waited for
+            raise FileNotFoundError("there is no such file")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(20_001)
+        _refuse_bombs(text)
+        content = yaml.safe_load(text)
     except Exception as error:  # YAML's tags fail in many ways
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a YAML file ({type(error).__name__}: {reason:.300}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r:.40}; give names with values, as in workflow/config.yaml.")
+        raise ValueError(f"{path} holds {shown(content):.40}; give names with values, as in workflow/config.yaml.")
     return content
+
+
+def _refuse_bombs(text: str) -> None:
+    "`ValueError` for YAML that is much more than it looks like, before it is built."
+    if len(text) > 20_000:
+        raise ValueError("it has more than 20,000 characters")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"it has the alias *{event.anchor}; write out what that stands for")
+        if depth > 20:
+            raise ValueError("it has more than 20 levels")
 
 # %% ../nbs/12_grids.ipynb #6bee6b9c
 @dataclass(frozen=True, order=True)
@@ -518,13 +553,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results-dir", help="instead of the grid's")
     parser.add_argument("--teachers-dir", help="instead of the grid's")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="instead of the grid's, such as cache=off")
+    parser.add_argument("--plugin", default="", help="Python files that register what the grid names; its file runs none")
     parser.add_argument("--dry-run", action="store_true", help="only show what is missing and what it costs")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, and no lines about jobs")
     given = parser.parse_args(arguments)
 
     def work() -> int:
         changes = {name: value for name in ("results_dir", "teachers_dir") if (value := getattr(given, name))}
-        grid = read_grid(given.grid, **changes, options=dict(each.partition("=")[::2] for each in given.option))
+        grid = read_grid(given.grid, given.plugin, **changes, options=dict(each.partition("=")[::2] for each in given.option))
         budget, at_once = math.inf if given.budget is None else _seconds(given.budget), given.at_once
         if at_once is not None:
             at_once = whole_number("at_once", int(at_once) if re.fullmatch(r"[0-9]{1,10}", at_once) else at_once, 1)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .cards import create_card
+from .cards import create_card, literal
+from .checks import whole_number
+from .files import refuse_links, save_atomically
 from .models import create_model
 from .teachers import load_weights, read_checkpoint
 
@@ -45,19 +47,25 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
         weights, training = read_checkpoint(path)
         if "architecture" not in training:
             raise ValueError(f"{path} does not name its network; create PretrainedNetwork(architecture, ...) and load the weights into it.")
+        sizes = {size for value in weights.values() for size in value.shape[:1]}
+        if whole_number("num_classes", num_classes, 2) not in sizes:  # before so many take memory
+            raise ValueError(f"{path} has no layer for num_classes={num_classes}; give the number of its training.")
         model = cls(training["architecture"], num_classes, training)
         load_weights(model.network, weights, str(path))
         return model.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
+        file = save_directory / "model.safetensors"
+        refuse_links(file, save_directory / "config.json", save_directory / "README.md")
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
-        save_file(weights, save_directory / "model.safetensors", {"sortkd": json.dumps(self.known, allow_nan=False)})
+        content = save(weights, {"sortkd": json.dumps(self.known, allow_nan=False)})
+        save_atomically(file, lambda temporary: temporary.write_bytes(content))
 
     def generate_model_card(self, repository: str = "FOLDER") -> ModelCard:
         "What `save_pretrained` writes as README.md."
-        loading = f'PretrainedNetwork.from_pretrained("{repository}")'
+        loading = f"PretrainedNetwork.from_pretrained({literal(repository)})"
         return ModelCard(create_card(self.network.state_dict(), self.known, "from sortkd.hub import PretrainedNetwork", loading))
 
     def push_to_hub(self, repo_id: str, **options) -> str:
@@ -65,9 +73,7 @@ class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
         return super().push_to_hub(repo_id, model_card_kwargs={"repository": repo_id}, **options)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, architecture: str, num_classes: int, **options
-    ) -> "PretrainedNetwork":
+    def _from_pretrained(cls, *, model_id: str, num_classes: int = 0, **options) -> "PretrainedNetwork":
         names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         chosen = {name: options[name] for name in names if name in options}
         folder = model_id if os.path.isdir(model_id) else snapshot_download(model_id, **chosen)

@@ -12,10 +12,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from .checks import printable, shown
 from .pairs import PAIRS, has_published_length, method_for, recipe_for
 from .methods import plain_name
-from .records import read_correct
+from .records import read_correct, read_lines
 from .schema import RecordError, check_record
 from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from .teachers import PUBLISHED_TOP1
@@ -130,16 +132,24 @@ _SAME_RUN = [
 _DEMONSTRATION = "quick.jsonl"  # one run of a small task is no evidence
 
 
-def _lines(source) -> Iterable[tuple[Path, int, bytes]]:
+def _lines(source) -> Iterable[tuple[Path, int, Any]]:
+    "File, number and JSON value of each line, None if it is damaged; 0 and the reason for what is not read."
     paths = [source] if isinstance(source, str | Path) else list(source)
     for path in map(Path, paths):
-        files = [path] if not path.is_dir() else sorted(path.glob("*.jsonl"))
+        files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            yield path, 0, "the folder holds no file of records (.jsonl)"
         for file in files:
             if path.is_dir() and file.name == _DEMONSTRATION:
-                continue
-            for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-                if line.strip():
-                    yield file, number, line
+                yield file, 0, "quick runs show how all works and are no evidence; name the file to read it"
+            elif path.is_dir() and not file.is_file():
+                yield file, 0, "it is no file"
+            else:
+                number = 0
+                for number, record in read_lines(file):
+                    yield file, number, record
+                if not number:
+                    yield file, 0, "the file holds no record"
 
 
 def _correct_images(file: Path, record: dict) -> np.ndarray | None:
@@ -154,22 +164,28 @@ def _correct_images(file: Path, record: dict) -> np.ndarray | None:
     return correct
 
 
+def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
+    "With texts that can be printed and encoded, whatever a record holds."
+    def plain(value):
+        return printable(value) if isinstance(value, str) else value
+
+    return pd.DataFrame([{name: plain(value) for name, value in row.items()} for row in rows], columns=columns)
+
+
 def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no evidence, such as `quick.jsonl`), a file,
     or a list of either.
 
     Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for each line that
-    was left out. The column `correct` holds which test images the run got right (bool), or None if the file that says so
-    does not exist. With `synthetic`, synthetic records are read and real ones left out; the two never mix.
-    Raises `FileNotFoundError` for a file that does not exist.
+    was left out, with line 0 for a whole file or folder. The column `correct` holds which test images the run got
+    right (bool), or None if the file that says so does not exist. With `synthetic`, synthetic records are read and
+    real ones left out; the two never mix. Raises `FileNotFoundError` for a file that does not exist.
     """
     rows, left_out = [], []
-    for file, number, line in _lines(source):
-        place = {"file": file.name, "line": number}
-        try:
-            record = json.loads(line)
-        except ValueError:
-            left_out.append({**place, "run": "", "reason": "the line is not a whole record"})
+    for file, number, record in _lines(source):
+        place = {"file": file.name or str(file), "line": number}
+        if not number or record is None:
+            left_out.append({**place, "run": "", "reason": record or "the line is not a whole record"})
             continue
         try:
             row = _row(check_record(record)) | {"correct": _correct_images(file, record)}
@@ -179,14 +195,15 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
             rows.append({**row, **place})
         except RecordError as error:
             run = record.get("run_id", "") if isinstance(record, dict) else ""
-            left_out.append({**place, "run": str(run), "reason": str(error)})
-    frame = pd.DataFrame(rows, columns=[*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
+            run = run if isinstance(run, str) else shown(run)
+            left_out.append({**place, "run": run, "reason": str(error)})
+    frame = _frame(rows, [*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
     again = frame.duplicated(_SAME_RUN)
     for row in frame[again].itertuples():
         first = frame[(frame[_SAME_RUN] == frame.loc[row.Index, _SAME_RUN]).all(axis=1)].iloc[0]
         reason = f"the same run as {first.run_id}, which finished first"
         left_out.append({"file": row.file, "line": row.line, "run": row.run_id, "reason": reason})
-    left_out = pd.DataFrame(left_out, columns=["file", "line", "run", "reason"]).sort_values(["file", "line"])
+    left_out = _frame(left_out, ["file", "line", "run", "reason"]).sort_values(["file", "line"])
     order = ["preset", "pair", "method", "seed", "finished"]
     return frame[~again].sort_values(order).reset_index(drop=True), left_out.reset_index(drop=True)
 

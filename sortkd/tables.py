@@ -8,11 +8,12 @@ __all__ = ['NOT_MEASURED', 'read_reported', 'method_title', 'comparison_title', 
 
 # %% ../nbs/08c_tables.ipynb #71af3f9f
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
 
+from .checks import markdown_text, one_line, shown
 from .files import save_atomically
 from .results import PAPER_METHODS
 import pandas as pd  # after our modules, which say what is not installed
@@ -26,6 +27,10 @@ def read_reported(path: str | Path) -> pd.DataFrame:
     epoch), top1_last, runs, source, paper, arxiv.
     """
     reported = pd.read_csv(path, dtype={"arxiv": str})
+    needed = ["dataset", "method", "teacher", "student", "top1", "top1_last"]
+    if absent := [name for name in needed if name not in reported]:
+        there = ", ".join(map(one_line, reported))
+        raise ValueError(f"{path} has no column {', '.join(absent)}; the columns are {there}.")
     return reported.assign(method=reported["method"].str.lower().replace(_REPORTED_AS))
 
 # %% ../nbs/08c_tables.ipynb #03aabb2b
@@ -130,45 +135,78 @@ def _interval(row, prefix: str = "") -> str:
     return NOT_MEASURED if pd.isna(low) else f"{signed(low)} to {signed(high)}"
 
 # %% ../nbs/08c_tables.ipynb #30c9bcb0
-_LATEX = {
-    "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$",
-    "τ": r"$\tau$",
-}
+_LATEX = str.maketrans({
+    **{each: f"\\{each}" for each in "&%#_{}$"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "→": r"$\to$", "±": r"$\pm$", "−": "$-$", "–": "--", "≤": r"$\le$", "≥": r"$\ge$", "×": r"$\times$", "τ": r"$\tau$",
+})
 
 
-def _latex(text: str) -> str:
-    for character in "&%#_":
-        text = text.replace(character, f"\\{character}")
-    return text
+def _latex(text) -> str:
+    return one_line(text).translate(_LATEX)
 
 
-def _markdown(table: pd.DataFrame) -> str:
-    flat = table.reset_index() if any(table.index.names) else table
-    lines = [list(map(str, flat.columns)), ["---"] * flat.shape[1], *flat.astype(str).to_numpy().tolist()]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+def _escaped(table: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:
+    "The table with all that it shows escaped: its cells, its labels, and the names of these."
+    table = table.map(lambda cell: escape(str(cell)))
+    for axis in (0, 1):
+        labels = table.axes[axis]
+        names = [None if name is None else escape(str(name)) for name in labels.names]
+        levels = map(labels.get_level_values, range(labels.nlevels))
+        texts = [[escape(str(label)) for label in level] for level in levels]
+        several = labels.nlevels > 1
+        new = pd.MultiIndex.from_arrays(texts, names=names) if several else pd.Index(texts[0], name=names[0])
+        table = table.set_axis(new, axis=axis)
+    return table
+
+
+def _to_latex(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str]) -> str:
+    styler = _escaped(table, _latex).style
+    if not any(table.index.names):
+        styler.hide(axis="index")
+    text = styler.to_latex(
+        hrules=True, environment="table*", caption=_latex(caption), label=f"tab:{name}", position_float="centering",
+        clines="skip-last;data" if table.index.nlevels > 1 else None, multirow_align="t",
+    )
+    text = re.sub(r"\\cline\{[^}]*\}\n\\bottomrule", r"\\bottomrule", text).removesuffix("\\end{table*}\n")
+    below = "".join(f"\n{_latex(note)}\n" for note in notes)
+    return f"% needs booktabs and multirow\n{text}\n\\footnotesize\n{below}\\end{{table*}}\n"
+
+
+def _to_markdown(table: pd.DataFrame, caption: str, notes: Sequence[str]) -> str:
+    table = _escaped(table, markdown_text)
+    lines = [list(table.columns), *table.to_numpy().tolist()]
+    if any(table.index.names):
+        labels = [[name or "" for name in table.index.names], *table.index.to_frame().to_numpy().tolist()]
+        lines = [[*before, *line] for before, line in zip(labels, lines)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    rows = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return f"**{markdown_text(caption)}**\n\n{rows}" + "".join(f"\n{markdown_text(note)}\n" for note in notes)
+
+
+def _html(text) -> str:
+    return escape(one_line(text))
+
+
+def _to_html(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str]) -> str:
+    styler = _escaped(table, _html).style.set_uuid(name).set_caption(_html(caption))
+    if not any(table.index.names):
+        styler.hide(axis="index")
+    return styler.to_html(cell_ids=False) + "".join(f"<p>{_html(note)}</p>\n" for note in notes)
 
 
 def write_table(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str], folder: str | Path) -> str:
-    "Write a table of texts as NAME.md and NAME.tex into `folder`, and return it as HTML."
-    styler = table.style.set_uuid(name)
-    for axis, labels in enumerate((table.index, table.columns)):
-        styler.format_index(escape="latex", axis=axis)
-        if axis == 0 and not any(labels.names):
-            styler.hide(axis="index")
-    latex = styler.format(escape="latex").to_latex(
-        hrules=True, environment="table*", caption=_latex(caption), label=f"tab:{name}", position_float="centering",
-        clines="skip-last;data" if table.index.nlevels > 1 else None, multirow_align="t",
-    )  # fmt: skip
-    latex = re.sub(r"\\cline\{[^}]*\}\n\\bottomrule", r"\\bottomrule", latex).removesuffix("\\end{table*}\n")
-    below = "".join(f"\n{_latex(note)}\n" for note in notes)
-    latex = f"% needs booktabs and multirow\n{latex}\n\\footnotesize\n{below}\\end{{table*}}\n"
-    for character, spelling in _LATEX.items():
-        latex = latex.replace(character, spelling)
-    for axis in (0, 1):
-        styler.format_index(escape="html", axis=axis)
-    html = styler.format(escape="html").set_caption(escape(caption)).to_html(cell_ids=False)
-    html += "".join(f"<p>{escape(note)}</p>\n" for note in notes)
-    markdown = f"**{caption}**\n\n{_markdown(table)}" + "".join(f"\n{note}\n" for note in notes)
-    for suffix, text in (("md", markdown), ("tex", latex)):
+    """Write a table of texts as NAME.md and NAME.tex into `folder`, and return it as HTML. All texts are shown as they
+    are, and obeyed in none of the three.
+
+    `ValueError` for a table without rows, and for a name that is not made of letters, digits and `-+._`.
+    """
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise ValueError(f"a table is called {shown(name)}; give a name of letters, digits, '-', '+', '.' and '_'.")
+    if table.empty:
+        raise ValueError(f"the table {name} has no rows or no columns, so it is not written; load_results says "
+                         "which lines it left out, and why.")
+    texts = {"md": _to_markdown(table, caption, notes), "tex": _to_latex(table, name, caption, notes)}
+    for suffix, text in texts.items():
         save_atomically(Path(folder) / f"{name}.{suffix}", partial(Path.write_text, data=text, encoding="utf-8"))
-    return html
+    return _to_html(table, name, caption, notes)

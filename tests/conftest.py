@@ -1,5 +1,7 @@
 "What all tests share: where the data is, and one thread, so that small networks do not wait for each other."
 import os
+import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,6 +23,25 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def patient():
+    "A block that fails when it has computed for more than so many seconds, on however busy a machine."
+    def give_up(number, frame):
+        raise TimeoutError("this takes too long")
+
+    @contextmanager
+    def limit(seconds):
+        before = signal.signal(signal.SIGPROF, give_up)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.signal(signal.SIGPROF, before)
+
+    return limit
 
 
 needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not under SORTKD_DATA")

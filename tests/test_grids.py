@@ -42,7 +42,7 @@ def grid_in(folder, **changes):
 def test_the_papers_grid_is_the_workflows():
     grid = read_grid(WORKFLOW / "paper.yaml")
     assert grid.cells.equals(paper_grid()) and grid.preset == "paper" and grid.options == {"cache": "full"}
-    assert "make_grid(config)" in (WORKFLOW / "Snakefile").read_text()
+    assert "make_grid(config, NAMED)" in (WORKFLOW / "Snakefile").read_text()
     changed = read_grid(WORKFLOW / "paper.yaml", results_dir="elsewhere", options={"epochs": "2", "deterministic": "True"})
     assert changed.shared == {"preset": "paper", "teachers_dir": "teachers", "results_dir": "elsewhere", "cache": "full", "epochs": 2, "deterministic": True}
 

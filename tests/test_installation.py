@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from sortkd.checks import EXPERIMENT_PACKAGES
+from sortkd.checks import EXPERIMENT_PACKAGES, need_experiments
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,7 +99,6 @@ def test_the_package_page_and_citations(package, settings):
 
 
 OPTIONAL = {"huggingface_hub", "tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
-LATER = {"jsonschema"}  # asked for where records are read; training does not need it
 
 
 def imports_of(path):
@@ -117,7 +116,7 @@ def test_what_is_imported_is_required(settings):
     "Though other requirements may bring it along."
     required = {Requirement(each).name for each in settings["experiments_requirements"].split()}
     foreign = set().union(*map(imports_of, (ROOT / "sortkd").glob("*.py"))) - {"torch"}
-    assert foreign == set(EXPERIMENT_PACKAGES) | LATER, "list what modules import in sortkd.checks"
+    assert foreign == set(EXPERIMENT_PACKAGES), "list what modules import in sortkd.checks"
     providers = packages_distributions()
     assert not {name for name in foreign if not {each.lower() for each in providers[name]} & required}
 
@@ -126,7 +125,7 @@ BASE = ["", ".sorting", ".topk", ".losses", ".methods", ".integrations", ".check
 # A package that is not installed: neither found nor imported.
 BLOCKED = f"""
 import importlib, sys
-for name in {(*EXPERIMENT_PACKAGES, *OPTIONAL, *LATER)!r}:
+for name in {(*EXPERIMENT_PACKAGES, *OPTIONAL)!r}:
     if name not in ("numpy", "filelock"):  # torch looks for the first, and brings the second
         sys.modules[name] = None
 """
@@ -138,7 +137,8 @@ def python(code):
 
 def test_the_method_needs_torch_alone():
     done = python(f"""
-for name in {BASE!r}:
+sys.modules["fcntl"] = None  # as on Windows
+for name in {[*BASE, ".records"]!r}:
     importlib.import_module("sortkd" + name)
 import torch
 from sortkd import DistillationLoss, create_method, kd_loss, sort_logits, swap_logits
@@ -172,6 +172,26 @@ for command, module, _ in {commands!r}:  # which end with a line, and without a 
     assert done.returncode == 0, done.stderr
     modules = {"commands", "data", "experiments", "grids", "plots", "results", "runs", "statistics", "tables", "teachers", "training"}
     assert modules | {"sortkd-run", "sortkd-grid", "sortkd-eval"} <= set(done.stdout.split())
+
+
+def test_windows_is_told_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    line = "this part of sortkd needs Linux or macOS; on Windows, use the Windows Subsystem for Linux (WSL)."
+    with pytest.raises(ModuleNotFoundError) as error:
+        need_experiments()
+    assert str(error.value) == line and error.value.name == "fcntl"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/sortkd-run"])
+    with pytest.raises(SystemExit, match=re.escape(line)):
+        need_experiments()
+
+
+def test_the_container_does_not_run_as_root():
+    "And owns what it writes: git reads no repository of another user, and Snakemake installs into the environment."
+    steps = [line.split(maxsplit=1) for line in (ROOT / "workflow" / "Dockerfile").read_text().splitlines() if re.match("[A-Z]", line)]
+    users = [number for number, (step, _) in enumerate(steps) if step == "USER"]
+    assert [steps[number][1] for number in users] == ["1000:1000"]
+    assert all(step != "COPY" or "--chown=1000:1000" in what for step, what in steps)
+    assert all("pip install" not in what or number > users[0] for number, (_, what) in enumerate(steps))
 
 
 FLAW = {"id": "GHSA-0000", "summary": "runs what it reads", "schema_version": "1.0.0", "affected": [

@@ -132,11 +132,11 @@ def test_in_workers(mine, tmp_path):
 def test_in_grids(mine, tmp_path):
     content = {
         "pairs": ["tiny:tiny"], "methods": ["kd+boost", "mse"], "seeds": 1, "preset": "quick", "cell": "command", "threads": 1,
-        "options": {"plugin": str(mine), "dataset": "digits", "train_size": 40},
+        "options": {"dataset": "digits", "train_size": 40},
         **{name: str(tmp_path / name) for name in ("cells_dir", "teachers_dir", "results_dir")},
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content))
-    state = read_state(read_grid(tmp_path / "grid.yaml"))
+    state = read_state(read_grid(tmp_path / "grid.yaml", str(mine)))
     assert {job.method for job in state.missing} == {"", "kd+boost", "mse"}
     assert [each.file for each in state.planned.plugins] == ["mine.py"]
 
@@ -160,7 +160,7 @@ def test_own_pair_numbers_and_methods(mine, tmp_path, through, capsys):
         grid = {"pairs": ["resnet20:resnet8"], "methods": methods, "seeds": 1, "preset": "quick", "cell": "command", "threads": 1,
                 "cells_dir": str(tmp_path / "cells"), "options": settings, **folders}
         (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
-        assert main([str(tmp_path / "grid.yaml"), "--quiet"]) == 0
+        assert main([str(tmp_path / "grid.yaml"), "--quiet", "--plugin", str(mine)]) == 0
     records = records_of(tmp_path)
     assert {each["method"]["name"] for each in records} == set(methods) and len(records) == 3
     for record in records:

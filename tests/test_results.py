@@ -1,8 +1,12 @@
 "What is refused, what is left out of tables, and whether the statistics hold what they promise."
 
+import hashlib
 import itertools
 import json
 import math
+import os
+import re
+import tracemalloc
 import zlib
 from collections import Counter
 from functools import partial
@@ -17,7 +21,7 @@ from scipy import stats
 from sortkd.experiments import plan_experiment
 from sortkd.pairs import PAIRS
 from sortkd.plots import summarize
-from sortkd.records import append_record, read_records, save_correct
+from sortkd.records import append_record, read_correct, read_records, save_correct
 from sortkd.runs import run_experiment
 from sortkd.results import (
     load_curves,
@@ -26,12 +30,12 @@ from sortkd.results import (
     select,
     select_paper,
 )
-from sortkd.schema import RECORD_SCHEMA, RecordError, check_record
+from sortkd.schema import RECORD_SCHEMA, RecordError, check_record, whole
 from sortkd.statistics import (
     confidence_sequence, crossed_interval, paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number,
     t_test_power, verdict_probabilities, verdicts,
 )
-from sortkd.tables import comparison_title, comparison_table, read_reported, write_table
+from sortkd.tables import comparison_title, comparison_table, effect_table, read_reported, write_table
 from synthetic import synthetic_record, synthetic_records
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
@@ -102,6 +106,17 @@ def test_every_missing_field_is_named(path):
         ("curve.test_top1", []),
         ("curve.test_top1", [1.0, None, 2.0]),
         ("pair", ""),
+        ("machine.threads", 10**9),
+        ("recipe.epochs", 10**12),
+        ("recipe.lr", 10**400),
+        ("seed", 10**4000),
+        ("data.test_images", 10**15),
+        ("data.checksum", "0" * 64 + "\n"),
+        ("about_teacher.training.epochs", "240"),
+        ("curve.more", [None]),
+        ("result.training_rows", "many"),
+        ("plugins", ["p.py"]),
+        ("started", "soon"),
     ],
 )
 def test_every_bad_value_is_named(path, value):
@@ -134,9 +149,91 @@ def test_parts_that_disagree_are_found(path, value):
 def test_a_number_that_is_none_is_found_wherever_it_hides():
     with pytest.raises(RecordError, match="more.deep.1 is 'NaN or infinite'"):
         check_record(synthetic_record(more={"deep": [1.0, 2.0]}) | {"more": {"deep": [1.0, math.nan]}})
-    for value in ("a text", None, [], 7):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    for value in ("a text", None, [], 7, nested, {"run_id": nested}, {"run_id": "only"}):
         with pytest.raises(RecordError):
             check_record(value)
+
+
+def leaves(value, path=()):
+    "Paths to all parts of nested values."
+    for key, part in value.items() if isinstance(value, dict) else ():
+        yield ".".join((*path, key))
+        yield from leaves(part, (*path, key))
+
+
+def test_no_value_anywhere_ends_in_a_traceback(tmp_path):
+    "Each part of a record and of what else it may hold, replaced by values of every kind; each line is used or named."
+    record = synthetic_record() | {"plugins": [], "recipe_changes": {}, "commit": "c", "compiled": False}
+    record["about_teacher"]["training"] = {"epochs": 240, "train_images": 50_000}
+    strange = ("", "\x1b[2J\n<b>", [], {}, [[1]], True, -1, 0.5, 10**300, 1e308, {"a": None})
+    lines = [changed(record, path, value) for path in leaves(record) for value in strange]
+    frame, left_out = load_results(write_lines(tmp_path / "runs.jsonl", lines), synthetic=True)
+    assert len(frame) + len(left_out) == len(lines) and all(map(str.isprintable, left_out.reason))
+    frame.groupby(["pair", "machine", "precision", "commit"]).size(), load_curves(tmp_path / "runs.jsonl", synthetic=True)
+    with pytest.warns(UserWarning, match="It does not count"):
+        assert 0 < len(whole(lines)) < len(lines)
+
+
+BOMBS = {  # lines that are short or compress well, and are more than they look like
+    "lists": b"[" * 1_000_000, "objects": b'{"a":' * 100_000, "closed lists": b"[" * 900 + b"]" * 900, "deep record": b'{"run_id": ' + b"[" * 300 + b"]" * 300 + b"}",
+    "digits": b'{"seed": ' + b"9" * 5000 + b"}", "beyond a float": b'{"recipe": {"lr": 1e400}}', "nan": b'{"seed": NaN}', "bytes": b"\xff\xfe", "null": b"null",
+    "longest text": b'"' + b"a" * 20_000_000 + b'"', "blank": b" " * 20_000_000, "lone surrogate": b'{"run_id": "\\udc80"}',
+}
+
+
+@pytest.mark.parametrize("name", [*BOMBS, "sparse"])
+def test_lines_that_are_bombs_are_left_out(tmp_path, name, patient):
+    file = tmp_path / "runs.jsonl"
+    append_record(file, synthetic_record())
+    with open(file, "ab") as more:
+        more.write(BOMBS.get(name, b""))
+        more.truncate(2**34 if name == "sparse" else None)
+    with patient(2):
+        frame, left_out = load_results(file, synthetic=True)
+        with pytest.warns(UserWarning, match="line 2, is not a whole record|does not count"):
+            assert len(whole(read_records(file))) == 1
+    assert len(frame) == 1 and left_out.line.tolist() == [2]
+
+
+def test_the_bits_of_a_run_are_never_more_than_its_images(tmp_path):
+    "A megabyte can unpack to a gigabyte."
+    bits = bytes(200_000_000)
+    checksum = hashlib.sha256(bits).hexdigest()
+    file = tmp_path / "runs.correct" / f"{checksum}.bits"
+    file.parent.mkdir()
+    file.write_bytes(zlib.compress(bits))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="does not hold the 10000 bits"):
+        read_correct(tmp_path / "runs.jsonl", checksum, 10_000)
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+HOSTILE = r"\input{/etc/passwd}%&#$_^~ | `code` **b** <img src=x onerror=alert(1)> [click](http://x) ![p](http://x) &lt; {x}" + "\n\n# head\x1b"
+
+
+def test_names_are_text_in_every_form_of_a_table(tmp_path):
+    import mistune
+
+    index = pd.MultiIndex.from_tuples([(HOSTILE, "a"), (HOSTILE, HOSTILE)], names=[HOSTILE, "method"])
+    for table in (pd.DataFrame({HOSTILE: [HOSTILE, "70.66"], "plain": ["1", "2"]}, index), pd.DataFrame({HOSTILE: [HOSTILE]})):
+        html = write_table(table, "names", HOSTILE, [HOSTILE, "1. " + HOSTILE], tmp_path)
+        nodes = mistune.create_markdown(renderer="ast", plugins=["table"])((tmp_path / "names.md").read_text())
+        assert [node["type"] for node in nodes if node["type"] != "blank_line"] == ["paragraph", "table", "paragraph", "paragraph"]
+        kinds = Counter(re.findall(r"'type': '(\w+)'", str(nodes)))
+        assert not kinds.keys() & {"link", "image", "inline_html", "block_html", "codespan", "emphasis"} and kinds["strong"] == 1
+        assert re.findall(r"</?(\w+)", html.partition("</style>")[2]) and not re.search("<(img|b|h1)|onerror=alert[^&]*>", re.sub("&lt;.*?&gt;", "", html))
+        latex = (tmp_path / "names.tex").read_text()
+        ours = r"begin|end|centering|caption|label|toprule|midrule|bottomrule|cline|multirow|footnotesize|textbackslash|textasciitilde|textasciicircum"
+        assert set(re.findall(r"\\([a-zA-Z]+)", latex)) <= set(ours.split("|")), "no command but ours"
+        assert "\x1b" not in latex + html and "\n\n#" not in latex
+    for name in ("../names", "a/b", "", "x}", 'a"b', "a\n"):
+        with pytest.raises(ValueError, match="a table is called"):
+            write_table(table, name, "Names", [], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"names.md", "names.tex"}
 
 
 def test_curves_are_one_row_an_epoch(tmp_path):
@@ -294,7 +391,8 @@ def test_nothing_planted_reaches_a_table(tmp_path):
         and frame[frame.run_id.str.startswith("foreign")].not_paper.notna().all()
     )
     reasons = left_out.reason.str.cat(sep="\n")
-    assert len(left_out) == 1 + len(broken) + 3, reasons
+    assert len(left_out) == 1 + len(broken) + 3 + 1, reasons
+    assert reasons.count("quick runs show how all works and are no evidence") == 1
     assert reasons.count("the same run as synthetic-r56_r20-kd-seed0, which finished first") == 1
     assert (
         reasons.count("is not a whole record") == 3
@@ -342,15 +440,29 @@ def test_mixed_runs_cannot_be_selected(path, value, column, tmp_path):
     assert len(select(frame, **{column: chosen})) == 1
 
 
-def test_an_empty_folder_gives_empty_frames_and_tables(tmp_path):
-    frame, left_out = load_results(tmp_path)
-    assert frame.empty and left_out.empty and select_paper(frame).empty and select(frame, preset="short").empty
+def test_a_folder_without_runs_says_why_and_gives_no_table(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "quick").mkdir()
+    write_lines(tmp_path / "quick" / "quick.jsonl", [synthetic_record()])
+    os.mkfifo(tmp_path / "quick" / "pipe.jsonl")
+    (tmp_path / "quick" / "blank.jsonl").write_text("\n\n")
+    frame, left_out = load_results(tmp_path / "quick")
+    assert frame.empty and dict(zip(left_out.file, left_out.reason)).keys() == {"quick.jsonl", "pipe.jsonl", "blank.jsonl"}
+    assert left_out.reason.str.contains("no evidence|is no file|holds no record").all() and (left_out.line == 0).all()
+    frame, left_out = load_results(tmp_path / "empty")
+    assert left_out[["file", "reason"]].values.tolist() == [["empty", "the folder holds no file of records (.jsonl)"]]
+    assert frame.empty and select_paper(frame).empty and select(frame, preset="short").empty
     effects = paired_effects(select_paper(frame))
     assert effects.empty and pool_effects(effects).empty and seeds_needed(effects).empty
+    for nothing in (effect_table(verdicts(effects)), frame.astype(str), pd.DataFrame(index=["a row"])):
+        with pytest.raises(ValueError, match="the table nothing has no rows"):
+            write_table(nothing, "nothing", "Nothing", [], tmp_path)
+    assert not list(tmp_path.glob("nothing.*"))
     table = comparison_table(select_paper(frame), REPORTED, [("resnet56", "resnet20")])
     assert set(table.index.get_level_values(1)) == {"reported, best"}, "what is not measured has no row"
-    with pytest.raises(FileNotFoundError):
-        load_results(tmp_path / "absent.jsonl")
+    for absent in (tmp_path / "absent.jsonl", tmp_path / "quick" / "pipe.jsonl"):
+        with pytest.raises(FileNotFoundError, match="there is no file of records"):
+            load_results(absent)
 
 
 def test_a_frame_says_what_its_record_says(tmp_path):
@@ -672,9 +784,8 @@ def synthetic_folder(tmp_path_factory):
 def test_tables_are_made_from_records(synthetic_folder):
     text, first = run_notebook("paper_tables", synthetic_folder)
     assert "24 of the published recipe, 12 short ones, 0 others; 1 lines left out" in text
-    assert {Path(name).stem for name in first} == {
-        "answer",
-        "answer_runs",
+    assert "no table, since it has no row" in text
+    assert {Path(name).stem for name in first} == {  # no planned effect can be shown
         "plans",
         "dose",
         "same_architecture",
@@ -732,6 +843,7 @@ def test_notebooks_run_where_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(tmp_path / "no data"))
     (tmp_path / "results").mkdir()
     text, tables = run_notebook("paper_tables", tmp_path, synthetic=False)
-    assert "0 runs in" in text and "No short runs are recorded yet." in tables["short_runs.md"].decode()
+    assert "0 runs in" in text and "No short runs are recorded yet." in text and "the folder holds no file of records" in tables["left_out.md"].decode()
+    assert "short_runs.md" not in tables and all(content.decode().count("\n| ") > 2 for name, content in tables.items() if name.endswith("md"))
     text, figures = run_notebook("paper_figures", tmp_path, synthetic=False)
     assert "answer is not drawn" in text and {Path(name).stem for name in figures} == {"diagram", "repairs"}

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -22,11 +23,16 @@ from test_data import fake_cifar100
 from torchvision.datasets import CIFAR100
 
 import sortkd
+import sortkd.plugins
 import sortkd.teachers
 from sortkd.commands import evaluate_command, run
 from sortkd.data import load_cifar100, load_digits
+from sortkd.checks import folder_path, short_enough
 from sortkd.experiments import plan_experiment
-from sortkd.records import read_records
+from sortkd.files import save_atomically
+from sortkd.grids import main, make_grid, read_yaml
+from sortkd.plans import read_plan, read_plans
+from sortkd.records import append_record, read_correct, read_records, save_correct
 from sortkd.runs import run_experiment
 from sortkd.models import create_model
 from sortkd.teachers import fetch_published, find_teacher, get_teacher, load_teacher, read_checkpoint, save_teacher
@@ -368,7 +374,7 @@ LINKS = {
     "results": "results", "runs": "results/runs", "kept logits": "results/teacher_logits", "records": "results/quick.jsonl", "a run's folder": "results/runs/RUN", "its checkpoint": "results/runs/RUN/checkpoint.pt",
     "its lock": "results/runs/RUN/run.lock", "the start": "results/runs/RUN/started", "its sessions": "results/runs/RUN/sessions.jsonl", "its weights": "results/runs/RUN/weights",
     "logits of a teacher": "results/teacher_logits/LOGITS", "one of its files": "results/teacher_logits/LOGITS/computed.bin", "its making": "results/teacher_logits/.LOGITS.making", "its lock, too": "results/teacher_logits/.LOGITS.lock",
-    "tensorboard": "results/tensorboard", "wandb": "results/wandb", "teachers": "teachers", "trained teachers": "teachers/local",
+    "which images it got right": "results/quick.correct", "tensorboard": "results/tensorboard", "wandb": "results/wandb", "teachers": "teachers", "trained teachers": "teachers/local",
 }
 
 
@@ -424,6 +430,102 @@ def test_links_in_the_folder_of_teachers(tmp_path, web, link):
             fetch_published(tmp_path / "teachers", f"{address}/teachers.tar")
         get_teacher("resnet8", load_digits(), tmp_path / "teachers", {}, lambda: pytest.fail("trained"))
     assert not list((tmp_path / "outside").iterdir())
+
+
+def test_what_is_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "quick.correct").write_text("a file")
+    (tmp_path / "runs").mkdir()
+    assert folder_path("results_dir", tmp_path, folders=["runs", "absent"], written=True) == tmp_path
+    with pytest.raises(ValueError, match="results_dir is .*quick.correct is no folder"):
+        folder_path("results_dir", tmp_path, folders=["runs", "quick.correct"])
+
+
+@pytest.mark.parametrize("failure", [OSError(37, "No locks available"), OSError(38, "Function not implemented")])
+def test_a_file_system_without_locks_is_found_before_any_work(tmp_path, monkeypatch, failure):
+    import fcntl
+
+    def flock(*_):
+        raise failure
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match=f"results_dir is .*nothing can be written in .*no locks: {failure.strerror}.*name another folder"):
+        plan_experiment(**SMALL | {"results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path)})
+
+
+def test_names_that_no_file_can_have():
+    short_enough("methods", "kd", "r56_r20-kd-seed0")
+    for name in ("k" * 191, "é" * 96, "\udcff" * 191):
+        with pytest.raises(ValueError, match="methods is .*too long for the name of a file"):
+            short_enough("methods", name, name)
+
+
+# Files that would run code, or are more than they look like
+
+PLUGIN = """
+from pathlib import Path
+Path({mark!r}).touch()
+from sortkd.plugins import register_repair
+register_repair("boost")(lambda logits, target: logits)
+"""
+GRID = {"pairs": ["resnet8:resnet8"], "methods": ["kd"], "seeds": 1, "preset": "quick", "options": {"dataset": "digits", "teacher": "none.pth"}}
+PLAN = {"question": "?", "primary": None, "comparisons": [], "beside": [], "outcome": "last_top1", "smallest_effect": 0.5, "level": 0.05, "looks": []}
+
+
+@pytest.mark.parametrize("way", ["grid", "config.yaml beside it", "plan", "plans", "a list", "another", "a key of its own"])
+def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, way):
+    "Not on a dry run either; the command line does, and then the file may name the same one."
+    mark, plugin = tmp_path / "executed", tmp_path / "mine.py"
+    plugin.write_text(PLUGIN.format(mark=str(mark)))
+    named = {"options": GRID["options"] | {"plugin": [str(plugin)] if way == "a list" else str(plugin)}}
+    content = GRID | named if way != "a key of its own" else GRID | {"plugin": str(plugin)}
+    if way == "config.yaml beside it":
+        (tmp_path / "config.yaml").write_text(json.dumps(GRID | named))
+        content = {name: value for name, value in GRID.items() if name != "options"}
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(json.dumps(content | ({"plan": PLAN} if way.startswith("plan") else {})))
+
+    def fine(*_):
+        raise RuntimeError("fine")
+
+    monkeypatch.setattr("sortkd.grids.read_state", fine)
+    if way.startswith("plan"):
+        with pytest.raises(ValueError, match="names the plugin .*mine.py"):
+            read_plan(grid) if way == "plan" else read_plans(tmp_path)
+    else:
+        other = tmp_path / "other.py"
+        other.write_text(PLUGIN.format(mark=str(tmp_path / "other")))
+        assert main([str(grid), "--dry-run", *(["--plugin", str(other)] if way == "another" else [])]) == 1
+        assert re.search("names the plugin .*mine.py|a key of the grid is 'plugin'", capsys.readouterr().err)
+    assert not mark.exists() and not (tmp_path / "other").exists()
+    if way in ("grid", "config.yaml beside it"):
+        assert main([str(grid), "--dry-run", "--plugin", str(plugin)]) == 1 and "fine" in capsys.readouterr().err
+        sortkd.plugins._forget(str(plugin))
+        assert mark.exists(), "the planted file does nothing, so this test shows nothing"
+
+
+YAML_BOMBS = {
+    "aliases": "a: &a [x, x]\n" + "".join(f"{each}: &{each} [{','.join(9 * ['*' + chr(ord(each) - 1)])}]\n" for each in "bcdefghi"),
+    "merges": "a: &a {x: 1}\nb: {<<: [*a, *a]}", "lists": "[" * 20_000, "objects": "{a: " * 5000, "dashes": "- " * 9000, "keys": "? " * 9000,
+    "size": "a: b\n" * 2_000_000, "text": "a: " + "b" * 10_000_000, "digits": "seeds: " + "9" * 5000, "hexadecimal": "seeds: 0x" + "f" * 19_000,
+    "sixties": "seeds: 1" + ":59" * 6000, "threads": "threads: 0x" + "f" * 19_000, "seeds": "seeds: '" + ",".join(f"{each}-{each + 999}" for each in range(0, 1_500_000, 1000)) + "'",
+    "cells": f"seeds: 1000\nmethods: [{','.join(f'kd(temperature={each})' for each in range(2, 300))}]", "option": "options: {epochs: 0x" + "f" * 19_000 + "}",
+    "list as option": "options: {dataset: [[a]]}", "a pipe": None, "sparse": 0,
+}
+
+
+@pytest.mark.parametrize("name", YAML_BOMBS)
+def test_grids_that_are_bombs_are_refused(tmp_path, name, patient):
+    grid, content = tmp_path / "grid.yaml", YAML_BOMBS[name]
+    if content is None:
+        os.mkfifo(grid)
+    elif content == 0:
+        with open(grid, "wb") as file:
+            file.truncate(2**34)
+    else:
+        grid.write_text(content)
+    with patient(2), pytest.raises(ValueError) as error:
+        make_grid(GRID | read_yaml(grid))
+    assert len(str(error.value)) < 1000 and re.search(r"grid.yaml is not a YAML file|^(seeds|threads|the grid|option \w+) (is|has) ", str(error.value)), error.value
 
 
 # Parameters that a shell would obey
@@ -550,6 +652,45 @@ def test_the_source_holds_nothing_that_runs_a_file(path):
             assert keywords.get("weights_only") == "True", f"line {node.lineno}"
         if name.endswith("extractall"):
             assert keywords.get("filter") == "'data'", f"line {node.lineno}"
+
+
+# In which order, and by several at once
+
+
+def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    "Else a power failure leaves an empty file under the name, or none."
+    steps, file, fsync, replace = [], tmp_path / "new" / "file", os.fsync, os.replace
+
+    def note_fsync(opened):
+        about = os.fstat(opened)
+        steps.append(("folder" if stat.S_ISDIR(about.st_mode) else "file", about.st_size if stat.S_ISREG(about.st_mode) else sorted(os.listdir(opened))))
+        assert stat.S_ISDIR(about.st_mode) or os.write(opened, b"") == 0, "a handle that can write, as Windows asks for"
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", lambda source, target: (steps.append(("rename", Path(target).name)), replace(source, target)))
+    save_atomically(file, lambda temporary: temporary.write_bytes(b"content"))
+    assert steps == [("file", 7), ("rename", "file"), ("folder", ["file"])]
+    steps.clear()
+    for _ in range(2):
+        append_record(tmp_path / "records.jsonl", {"a": 1})
+    assert steps == [("file", 9), ("folder", ["new", "records.jsonl"]), ("file", 18)], "a new name is flushed, once"
+
+
+def test_two_writers_of_the_same_bits_do_not_meet(tmp_path, monkeypatch):
+    "The second writes while the first is between its content and its name."
+    correct, fsync, nested = torch.arange(100) % 3 == 0, os.fsync, []
+
+    def meet(opened):
+        if not nested:
+            nested.append(True)
+            nested.append(save_correct(tmp_path / "quick.jsonl", correct))
+        fsync(opened)
+
+    monkeypatch.setattr(os, "fsync", meet)
+    checksum = save_correct(tmp_path / "quick.jsonl", correct)
+    assert nested[1] == checksum and read_correct(tmp_path / "quick.jsonl", checksum, 100).tolist() == correct.tolist()
+    assert [path.name for path in (tmp_path / "quick.correct").iterdir()] == [f"{checksum}.bits"]
 
 
 # Several processes
