@@ -103,8 +103,8 @@ def _entries(folder: Path) -> list[os.DirEntry]:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
-    """The names of the folders, of the images, and of all else in `folder`, without hidden names; no file is opened.
-    `ValueError` for a link, `OSError` if there is no such folder.
+    """The names of the folders, of the images, and of all else in `folder`, without hidden names.
+    No file is opened. `ValueError` for a link, `OSError` if there is no such folder.
     """
     folders, images, others = list[str](), list[str](), list[str]()
     for entry in _entries(folder):
@@ -120,13 +120,13 @@ def _list_split(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
     if not classes:
         raise FileNotFoundError("there is not any class folder in it")
     if len({class_key(name) for name in classes}) < len(classes):
-        raise ValueError(f"{folder} holds a class twice, in two Unicode forms of its name; join the two folders.")
+        raise ValueError(f"{folder} holds a class twice, in two Unicode forms of its name; join them.")
     found = dict[str, list[str]]()
     for name in classes:
         folders, found[name], others = list_folder(folder / name)
         if folders:
-            raise ValueError(f"{folder / name / folders[0]} is a folder within a class folder; move its images to "
-                             "the folder of their class, or remove it.")
+            raise ValueError(f"{folder / name / folders[0]} is a folder within a class folder; move its "
+                             "images to the folder of their class, or remove it.")
         left += [str(folder / name / other) for other in others]
     if empty := [name for name, files in found.items() if not files]:
         raise FileNotFoundError(f"there are no images in the classes {', '.join(empty):.80}")
@@ -152,16 +152,18 @@ def list_image_files(root: Path, test: str = "val", layout: str = _LAYOUT) -> di
         names = found.setdefault("class_names", tuple(files))
         numbers = {class_key(name): number for number, name in enumerate(names)}
         if alone := {*map(class_key, files)} ^ numbers.keys():
-            raise ValueError(f"{folder} must have the same class folders as {root / 'train'}; {min(alone)!r} is in one of them alone.")
+            raise ValueError(f"{folder} must have the same class folders as {root / 'train'}; "
+                             f"{min(alone)!r} is in one of them alone.")
         by_number = sorted((numbers[class_key(name)], name) for name in files)
         found[f"{split}_files"] = tuple(
             os.path.join(folder.name, name, file) for _, name in by_number for file in files[name])
-        found[f"{split}_targets"] = torch.tensor([number for number, name in by_number for _ in files[name]])
+        targets = [number for number, name in by_number for _ in files[name]]
+        found[f"{split}_targets"] = torch.tensor(targets)
     if os.path.samefile(root / "train", root / test):
-        raise ValueError(f"{root / test} and {root / 'train'} are the same folder; give test images of their own.")
+        raise ValueError(f"{root / test} and {root / 'train'} are one folder; give other test images.")
     if left:
-        warnings.warn(f"{len(left)} files in {root} are left out, such as {left[0]}: images end in {', '.join(_ENDINGS)}.",
-                      stacklevel=2)
+        warnings.warn(f"{len(left)} files in {root} are left out, such as {left[0]}: images end in "
+                      f"{', '.join(_ENDINGS)}.", stacklevel=2)
     return found
 
 
@@ -192,7 +194,7 @@ def to_rgb(image):
 
         image = Image.fromarray((numpy.asarray(image) // 256).astype(numpy.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its mode is {image.mode}, whose values have no fixed range; save it with 8 or 16 bits")
+        raise ValueError(f"mode {image.mode} has no fixed range of values; save it with 8 or 16 bits")
     elif image.mode in ("La", "RGBa"):  # multiplied by their opacity
         image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
     if image.has_transparency_data:
@@ -235,7 +237,8 @@ class _ImageReader(torch.utils.data.Dataset):
 
         image = read_image(os.path.join(self.root, file))
         if self.key is None and self.resize**2 * max(image.size) > _LARGEST * min(image.size):
-            raise ValueError(f"{file} has {image.width}×{image.height} pixels, too narrow to be resized; crop or remove it.")
+            raise ValueError(f"{file} has {image.width}×{image.height} pixels, too narrow to be "
+                             "resized; crop or remove it.")
         if self.key is not None:  # the CPU's generator only: torch.manual_seed would set those of GPUs as well
             torch.default_generator.manual_seed(seeded_generator(*self.key, number).initial_seed())
         return pil_to_tensor(self.transform(image)).permute(1, 2, 0)
