@@ -27,7 +27,10 @@ import torch
 
 from .checks import choice, shown, whole_number
 from .files import exclusive, network_timeout, save_atomically
-from .imagenet import ImageFolderData, list_image_files, load_image_folder, read_image, read_images
+from sortkd.imagenet import (
+    ImageFolderData, class_key, list_folder, list_image_files, load_image_folder, read_image, read_images,
+    to_rgb,
+)
 # Defined in the chapter on views, and importable from here, too:
 from sortkd.views import (
     Batches, ImageSet, Views, balanced_order, batch_bounds, checked_tensor, crop, draw_views, normalize, number_of_views, pad_images,
@@ -105,18 +108,19 @@ class ImageData(ImageSet):
                     pad: int | None = None, flip: bool = True) -> "ImageData":
         """Two splits of torchvision, of Hugging Face's `datasets`, or any other sequences of (image, label).
 
-        An example may also be a mapping with `image` or `img`, and `label` or `fine_label`. Images are PIL images or uint8
-        arrays (H, H) or (H, H, 3) of one size; labels are whole numbers from 0. Class names are by default those that
-        `train` knows; `pad` is by default an eighth of the size. `ValueError` names the example that does not fit.
+        An example may also be a mapping with one column of images, such as `image` or `img`, and one
+        of labels, such as `label` or `fine_label`. Images are PIL images or uint8 arrays (H, H) or
+        (H, H, 3) of one size; labels are whole numbers from 0 to 999,999. Where a split knows the
+        names of its classes, its labels are taken by name: classes are those of `class_names`, else
+        of `train`, in their order. As many other `class_names` are new names for the same classes.
+        `pad` is by default an eighth of the size. `ValueError` names what does not fit.
         """
-        train_images, train_targets = _stacked("train", train)
-        test_images, test_targets = _stacked("test", test)
-        features = getattr(train, "features", None) or {}
-        known = next((features[key].names for key in _LABELS if hasattr(features.get(key), "names")), None)
-        names = class_names or known or getattr(train, "classes", None) or range(int(train_targets.max()) + 1)
-        mean, std = channel_statistics(train_images)
-        pad = _default_pad(train_images.shape[1]) if pad is None else pad
-        return cls(name, train_images, train_targets, test_images, test_targets, tuple(map(str, names)), mean, std, pad, flip)
+        images, targets = zip(_stacked("train", train), _stacked("test", test))
+        known = _class_names(train), _class_names(test)
+        names, (train_targets, test_targets) = _common_classes(targets, known, class_names)
+        mean, std = channel_statistics(images[0])
+        pad = _default_pad(images[0].shape[1]) if pad is None else pad
+        return cls(name, images[0], train_targets, images[1], test_targets, names, mean, std, pad, flip)
 
     @property
     def views_per_image(self) -> int:
@@ -146,15 +150,25 @@ class ImageData(ImageSet):
         return Batches(self, device)
 
 # %% ../nbs/03_data.ipynb #575c3593
-_IMAGES, _LABELS = ("image", "img"), ("label", "fine_label")  # what mappings call them
+_IMAGES = ("image", "img", "images", "pixel_values")  # what mappings call them
+_LABELS = ("label", "labels", "fine_label", "coarse_label", "target", "targets", "y")
+_MOST_CLASSES = 1_000_000
 
 
 def _image_and_label(split: str, number: int, example) -> tuple[Any, int]:
     if isinstance(example, Mapping):
-        example = tuple(next((example[key] for key in names if key in example), None) for names in (_IMAGES, _LABELS))
+        known = [[key for key in names if key in example] for names in (_IMAGES, _LABELS)]
+        if "fine_label" in known[1]:  # CIFAR-100 has both
+            known[1] = [key for key in known[1] if key != "coarse_label"]
+        if [len(keys) for keys in known] != [1, 1]:
+            raise ValueError(f"example {number} of {split} has the columns "
+                             f"{', '.join(map(str, example)):.200}; give one of {', '.join(_IMAGES)} and "
+                             f"one of {', '.join(_LABELS)}, and rename or remove the others.")
+        example = tuple(example[key] for (key,) in known)
     if not isinstance(example, tuple | list) or len(example) != 2:
         raise ValueError(f"example {number} of {split} is of type {type(example).__name__}; give pairs of image and label.")
-    return example[0], whole_number(f"the label of example {number} of {split}", example[1])
+    name = f"the label of example {number} of {split}"
+    return example[0], whole_number(name, example[1], maximum=_MOST_CLASSES - 1)
 
 
 def _stacked(split: str, examples: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +179,10 @@ def _stacked(split: str, examples: Sequence) -> tuple[torch.Tensor, torch.Tensor
     targets: list[int] = []
     for number in range(len(examples)):
         image, label = _image_and_label(split, number, examples[number])
-        pixels = numpy.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+        try:
+            pixels = numpy.asarray(to_rgb(image) if hasattr(image, "convert") else image)
+        except (ValueError, OSError) as error:  # of Pillow, which may read the file only now
+            raise ValueError(f"image {number} of {split} cannot be read ({error}).") from error
         pixels = numpy.stack([pixels] * 3, axis=2) if pixels.ndim == 2 else pixels
         size = len(images[0]) if images else len(pixels) if pixels.ndim else 0
         if pixels.dtype != numpy.uint8 or pixels.shape != (size, size, 3):
@@ -176,6 +193,55 @@ def _stacked(split: str, examples: Sequence) -> tuple[torch.Tensor, torch.Tensor
     if not images:
         raise ValueError(f"{split} is empty; give at least one example.")
     return torch.from_numpy(numpy.stack(images)), torch.tensor(targets)
+
+
+def _class_names(examples) -> tuple[str, ...] | None:
+    """The names of the classes of a split of torchvision or Hugging Face, or of a part or a chain of
+    such splits. `None` if they are not known, or if a `target_transform` changes the labels.
+    """
+    if getattr(examples, "target_transform", None) is not None:
+        return None
+    features = getattr(examples, "features", None) or {}
+    names = next((features[key].names for key in _LABELS if hasattr(features.get(key), "names")), None)
+    names = getattr(examples, "classes", None) if names is None else names
+    if names is not None and len(names):
+        return tuple(map(class_key, names))
+    parts = getattr(examples, "datasets", [examples.dataset] if hasattr(examples, "dataset") else [])
+    found = {_class_names(part) for part in parts}
+    if len(found) > 1:
+        raise ValueError("the parts of a split know different classes; give parts with the same ones.")
+    return found.pop() if found else None
+
+
+def _common_classes(
+    targets: Sequence[torch.Tensor], known: Sequence[tuple[str, ...] | None],
+    class_names: Sequence[str],
+) -> tuple[tuple[str, ...], list[torch.Tensor]]:
+    """The names of all classes, and `targets` of training and test, which count in the names that each
+    split knows, counted in them.
+    """
+    given = tuple(map(class_key, class_names))
+    base = known[0] or known[1] or given or tuple(map(str, range(int(targets[0].max()) + 1)))
+    renamed = len(given) == len(base) and not {*given} & {*base}  # other names for the same classes
+    order = base if renamed or not given else given
+    numbers = {name: number for number, name in enumerate(order)}
+    counted = list[torch.Tensor]()
+    for split, labels, names in zip(("train", "test"), targets, known):
+        if names is not None and names != order:
+            if int(labels.max()) >= len(names):
+                raise ValueError(f"{split} has the label {int(labels.max())}, but names of {len(names)} "
+                                 "classes; give a name for each.")
+            if len({*names}) < len(names) or len(numbers) < len(order):
+                raise ValueError(f"two classes have one name, so those of {split} cannot be matched "
+                                 f"with {shown(order)}; give pairs of image and number.")
+            present = [names[label] for label in labels.unique().tolist()]
+            if missing := [name for name in present if name not in numbers]:
+                raise ValueError(f"{split} has images of the class {shown(missing[0])}, which is none "
+                                 f"of {shown(order)}; give splits with the same classes.")
+            labels = torch.tensor([numbers.get(name, -1) for name in names])[labels]
+        counted.append(labels)
+    return given or order, counted
+
 
 # %% ../nbs/03_data.ipynb #afd4829d
 def _data_root(root) -> Path:
@@ -196,33 +262,46 @@ def _cifar_folder(title: str, root) -> Path:
     return _data_root(root) / _CIFAR_FOLDERS[title]
 
 
+def _cifar_archive(title: str, root) -> Path:
+    "Where the published archive may lie, not yet unpacked."
+    return _data_root(root) / f"{title.lower()}-python.tar.gz"
+
+
 def has_cifar100(root: str | Path | None = None) -> bool:
-    "Whether the folder `cifar-100-python` is under `root`; `load_cifar100` checks the files in it."
-    return _cifar_folder("CIFAR-100", root).is_dir()
+    "Whether the folder `cifar-100-python` or its archive is under `root`; `load_cifar100` checks them."
+    return _cifar_folder("CIFAR-100", root).is_dir() or _cifar_archive("CIFAR-100", root).is_file()
 
 
-def _download_cifar(title: str, folder: Path) -> None:
-    "Place the published files at `folder`, whole or not at all."
-    from torchvision.datasets.utils import download_url
+def _place_cifar(title: str, folder: Path) -> None:
+    "Place the published files at `folder`, whole or not at all: from an archive beside it, or downloaded."
+    from torchvision.datasets.utils import check_integrity, download_url
 
     published, prefix = _cifar_class(title), f"{title.lower()}-download-"
+    archive = _cifar_archive(title, folder.parent)
+    source, way = (archive, "unpacked") if archive.is_file() else (published.url, "downloaded")
     try:
-        with exclusive(folder.with_name(f".{folder.name}.lock"), f"downloading {title}"), network_timeout():
+        with exclusive(folder.with_name(f".{folder.name}.lock"), f"placing {title}"), network_timeout():
             if folder.exists():
                 return
             for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as staging:
-                download_url(published.url, staging, "archive.tar.gz", published.tgz_md5)
-                with tarfile.open(Path(staging) / "archive.tar.gz") as archive:
-                    archive.extractall(staging, filter="data")  # refuses what would leave the folder
+                if source is not archive:
+                    archive = Path(staging) / "archive.tar.gz"
+                    download_url(published.url, staging, archive.name, published.tgz_md5)
+                elif not check_integrity(archive, published.tgz_md5):
+                    raise RuntimeError(f"its MD5 is not the published {published.tgz_md5}; "
+                                       "remove it to download another")
+                with tarfile.open(archive) as content:
+                    content.extractall(staging, filter="data")  # refuses what would leave the folder
                 (Path(staging) / folder.name).rename(folder)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError, zlib.error) as error:
         raise FileNotFoundError(
-            f"{title} is not at {folder} and could not be downloaded from {published.url}: "
+            f"{title} is not at {folder} and could not be {way} from {source}: "
             f"{type(error).__name__}: {error}. Set SORTKD_DATA to the folder that holds {folder.name}, "
             "or use load_data('digits'), which needs no download."
         ) from error
+
 
 # %% ../nbs/03_data.ipynb #0dcca57b
 def _check_cifar(title: str, folder: Path) -> None:
@@ -241,10 +320,10 @@ def _check_cifar(title: str, folder: Path) -> None:
 def _load_cifar(title: str, root: str | Path | None, download: bool, **statistics) -> ImageData:
     folder = _cifar_folder(title, root)
     if not folder.exists():
-        if not download:
+        if not download and not _cifar_archive(title, root).is_file():
             raise FileNotFoundError(f"{title} is not at {folder}. Set SORTKD_DATA to the folder that holds "
                                     f"{folder.name}, or allow the download.")
-        _download_cifar(title, folder)
+        _place_cifar(title, folder)
     _check_cifar(title, folder)
     train, test = (_cifar_class(title)(folder.parent, train=is_train) for is_train in (True, False))
     train_images = torch.from_numpy(train.data).contiguous()
@@ -385,6 +464,29 @@ def load_folder(path: str | Path) -> ImageData | ImageFolderData:
     return ImageFolderData(name, root, **found, mean=mean, std=std)
 
 # %% ../nbs/03_data.ipynb #17ee22d4
+def _named_folders(folder: Path) -> list[str]:
+    "The classes that `wnids.txt` names, in order; `ValueError` for a name that is no folder in `train`."
+    classes = {*(folder / "wnids.txt").read_text().split()}
+    if unknown := sorted(classes - {*list_folder(folder / "train")[0]}):
+        raise ValueError(f"{folder / 'wnids.txt'} names {shown(unknown[0])}, which is no folder in "
+                         f"{folder / 'train'}; unpack the archive again.")
+    return sorted(classes)
+
+
+def _annotated_files(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    "The test images that `val_annotations.txt` names, and the numbers of their classes."
+    there = {*list_folder(folder / "val" / "images")[1]}
+    numbers = {name: number for number, name in enumerate(classes)}
+    annotations, found = folder / "val" / "val_annotations.txt", list[tuple[str, int]]()
+    for line in annotations.read_text().splitlines():
+        file, name, *_ = (*line.split("\t"), "")
+        if name not in numbers or file not in there:
+            raise ValueError(f"{annotations} says {line!r:.80}; expected are an image in val/images and a "
+                             "class of wnids.txt, separated by a tab.")
+        found.append((f"val/images/{file}", numbers[name]))
+    return found
+
+
 def load_tiny_imagenet(root: str | Path | None = None) -> ImageData:
     """Tiny ImageNet (Stanford's CS231n), from `root`/tiny-imagenet-200 as the archive is laid out, into memory.
 
@@ -393,30 +495,27 @@ def load_tiny_imagenet(root: str | Path | None = None) -> ImageData:
     """
     folder = _data_root(root) / "tiny-imagenet-200"
     for part in ("wnids.txt", "words.txt", "train", "val/val_annotations.txt", "val/images"):
-        if not (folder / part).exists():
-            raise FileNotFoundError(f"there is no {folder / part}; unpack http://cs231n.stanford.edu/tiny-imagenet-200.zip "
-                                    "in the folder that SORTKD_DATA names.")
-    classes = sorted((folder / "wnids.txt").read_text().split())
-    numbers = {name: number for number, name in enumerate(classes)}
-    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
-    train, test = list[tuple[str, int]](), list[tuple[str, int]]()
-    for name in classes:
-        files = sorted(path.name for path in (folder / "train" / name / "images").glob("*.JPEG"))
+        if not ((folder / part).is_file() if part.endswith(".txt") else (folder / part).is_dir()):
+            archive = folder.with_suffix(".zip")
+            cure = (f"run: python -m zipfile -e {archive} {folder.parent}" if archive.is_file() else
+                    f"unpack http://cs231n.stanford.edu/{archive.name} where SORTKD_DATA leads.")
+            raise FileNotFoundError(f"there is no {folder / part}; {cure}")
+    classes, train = _named_folders(folder), list[tuple[str, int]]()
+    for number, name in enumerate(classes):
+        place = folder / "train" / name / "images"
+        files = list_folder(place)[1] if place.is_dir() else []
         if not files:
-            raise ValueError(f"there are no images *.JPEG in {folder / 'train' / name / 'images'}; unpack the archive again.")
-        train += [(f"train/{name}/images/{file}", numbers[name]) for file in files]
-    for line in (folder / "val" / "val_annotations.txt").read_text().splitlines():
-        file, name, *_ = (*line.split("\t"), "")
-        if name not in numbers:
-            raise ValueError(f"{folder / 'val' / 'val_annotations.txt'} says {line!r:.80}; expected are a file and a class of "
-                             "wnids.txt, separated by a tab.")
-        test.append((f"val/images/{file}", numbers[name]))
+            raise ValueError(f"there are no images *.JPEG in {place}; unpack the archive again.")
+        train += [(f"train/{name}/images/{file}", number) for file in files]
+    test = _annotated_files(folder, classes)
     images = _kept_squares(folder, [file for file, _ in (*train, *test)]) if test else None
     if images is None:
         raise ValueError(f"the images in {folder} are not all squares of 64 pixels; unpack the archive again.")
     train_targets, test_targets = (torch.tensor([number for _, number in part]) for part in (train, test))
+    words = dict(line.split("\t", 1) for line in (folder / "words.txt").read_text().splitlines() if "\t" in line)
     class_names = [words.get(name, name).split(",")[0] for name in classes]
     return _data_in_memory("tiny-imagenet", images, train_targets, test_targets, class_names)
+
 
 # %% ../nbs/03_data.ipynb #c1ee5a35
 DATASETS: dict[str, Callable[[str | Path | None], ImageSet]] = {  # by name, from the folder that holds it
