@@ -19,6 +19,7 @@ from pathlib import Path
 
 from . import __version__
 from .checks import need_experiments
+from .files import refuse_links
 from .parameters import Parameters, parameter_groups
 
 need_experiments()
@@ -103,8 +104,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if source is not None:
             return _repeat(source, changed, progress)
         if notebook is not None:
-            return _execute_notebook(Path(notebook), changed | {"progress": progress})
+            _check_notebook(Path(notebook))
         experiment = plan_experiment(**given)
+        if notebook is not None:
+            return _execute_notebook(Path(notebook), changed | {"progress": progress})
         compute_calmly(experiment)
         if first:
             print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
@@ -121,27 +124,69 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _execute_notebook(path: Path, parameters: dict) -> int:
-    "Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed."
-    need_experiments("papermill")
+    """Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed. Until it has
+    ended, and if it fails, what was executed is in a file beside `path`.
+    """
     source = Path(__file__).resolve().parents[1] / "nbs" / "run_experiment.ipynb"
-    if not source.is_file():
-        raise FileNotFoundError(f"--notebook needs a copy of the project: there is no {source}.")
-    if path.suffix != ".ipynb" or not path.absolute().parent.is_dir():
-        raise ValueError(f"notebook is {str(path)!r:.200}; give the path of an .ipynb file in a folder that exists.")
+    unfinished = path.with_name(f"{path.stem}.unfinished.ipynb")
     options = ["--no-progress-bar", "--stdout-file", "-", "--kernel", "python3", "--parameters_yaml", json.dumps(parameters)]
-    command = [sys.executable, "-m", "papermill", str(source), str(path), *options]
-    # In a session of its own, so that Ctrl-C reaches this process alone: papermill's messages about it are many.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as papermill:
-        try:
-            _, said = papermill.communicate()
-        except KeyboardInterrupt:
-            papermill.send_signal(signal.SIGINT)
-            papermill.communicate()
-            raise
-    if papermill.returncode:
-        raise RuntimeError((said.strip().splitlines() or ["papermill ended without a message"])[-1])
+    start = "from sortkd.commands import _papermill; _papermill()"
+    unfinished.unlink(missing_ok=True)
+    try:
+        status, said = _run_bound([sys.executable, "-c", start, str(source), str(unfinished), *options])
+        if status:
+            raise RuntimeError((said.strip().splitlines() or ["papermill ended without a message"])[-1])
+    except BaseException:
+        if unfinished.exists():
+            print(f"What was executed is in {unfinished}.", flush=True)
+        raise
+    os.replace(unfinished, path)
     print(f"The executed notebook is {path}.")
     return 0
+
+
+def _check_notebook(path: Path) -> None:
+    "Refuse a place for the executed notebook where it cannot be, or where something else would be lost."
+    need_experiments("papermill")
+    notebooks = Path(__file__).resolve().parents[1] / "nbs"
+    if not (notebooks / "run_experiment.ipynb").is_file():
+        raise FileNotFoundError(f"--notebook needs a copy of the project: there is no {notebooks}/run_experiment.ipynb.")
+    refuse_links(path)
+    if path.suffix != ".ipynb" or not path.absolute().parent.is_dir() or (path.exists() and not path.is_file()):
+        raise ValueError(f"notebook is {str(path)!r:.200}; give the path of an .ipynb file in a folder that exists.")
+    if notebooks in path.resolve().parents:
+        raise ValueError(f"notebook is {str(path)!r:.200}, but {notebooks} holds the sources of the project; name another folder.")
+
+
+def _run_bound(command: list[str]) -> tuple[int, str]:
+    """The exit status of a command, and what it wrote to stderr. Its standard input ends with this process, or with Ctrl-C;
+    it should end then. A second Ctrl-C kills it.
+    """
+    # In a session of its own, so that Ctrl-C reaches this process alone: papermill's messages about it are many.
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
+        try:
+            said = process.stderr.read()
+            return process.wait(), said
+        except KeyboardInterrupt:
+            process.stdin.close()
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.kill()
+            raise
+
+
+def _papermill() -> None:
+    "Papermill, which is interrupted at the end of its standard input, and ends its kernel."
+    from papermill.__main__ import papermill
+
+    def interrupt():
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    papermill()
 
 
 def _repeat(source: str, given: dict, progress: bool) -> int:

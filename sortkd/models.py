@@ -491,7 +491,9 @@ def create_model(name: str, num_classes: int = 100) -> nn.Module:
     if library == "torchvision":
         import torchvision
 
-        return torchvision.models.get_model(its_name, num_classes=num_classes)
+        # Two of its networks have auxiliary heads, which turn the logits into a tuple in training mode.
+        heads = {"aux_logits": False, "init_weights": True} if its_name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(its_name, num_classes=num_classes, **heads)
     return (NETWORKS | _imagenet_networks)[name](num_classes=num_classes)
 
 

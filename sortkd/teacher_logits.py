@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,11 +76,16 @@ def _identity(teacher: TeacherLogits, data) -> dict:
     "The plain values that determine every number in a cache."
     images = data.train_images.cpu().contiguous()
     return {
-        "format": 1, "teacher_sha256": weights_checksum(teacher.network.state_dict()),
+        "format": 2, "teacher_sha256": weights_checksum(teacher.network.state_dict()),
         "images_sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(), "images": len(images),
         "image_size": data.image_size, "classes": data.num_classes, "mean": list(data.mean), "std": list(data.std),
         "pad": data.pad, "flip": data.flip, "precision": teacher.precision,
     }
+
+
+def _key(identity: dict) -> str:
+    "The name of a cache's folder."
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/05_teacher_logits.ipynb #d2535eec
 def _create_folder(folder: Path, identity: dict) -> None:
@@ -95,7 +99,7 @@ def _create_folder(folder: Path, identity: dict) -> None:
             staging = folder.parent / f".{folder.name}.making"
             shutil.rmtree(staging, ignore_errors=True)  # from a process that was killed here
             staging.mkdir()
-            for name, size in (("logits.bin", rows * identity["classes"] * 2), ("computed.bin", rows)):
+            for name, size in (("logits.bin", rows * identity["classes"] * 2), ("checksums.bin", rows * 4)):
                 with open(staging / name, "wb") as file:
                     reserve = getattr(os, "posix_fallocate", None)  # not on every system
                     reserve(file.fileno(), 0, size) if reserve else file.truncate(size)
@@ -105,7 +109,7 @@ def _create_folder(folder: Path, identity: dict) -> None:
         shutil.rmtree(folder.parent / f".{folder.name}.making", ignore_errors=True)
         raise OSError(
             error.errno,
-            f"the cache of teacher logits needs {rows * (identity['classes'] * 2 + 1) / 1e9:.2f} GB under "
+            f"the cache of teacher logits needs {rows * (identity['classes'] * 2 + 4) / 1e9:.2f} GB under "
             f"{folder.parent} and could not be created ({error.strerror}); free space, name another folder, or run "
             "without it (cache='off')",
         ) from error
@@ -126,13 +130,13 @@ def _map_file(path: Path, dtype: torch.dtype, count: int) -> tuple[mmap.mmap, Te
 class CachedTeacherLogits(TeacherLogits):
     """`TeacherLogits` that are computed once for each view and stored under `cache_dir`, in half precision.
 
-    Read from the device's memory where they fit, else from the file, which is mapped into memory.
-    Raises `OSError` if there is not enough space, and `ValueError` for a folder that is damaged or holds another
-    teacher's logits, and for logits beyond half precision (65504).
+    Read from the device's memory where they fit, else from the file, which is mapped into memory. Each row has a
+    checksum; a row that has changed on the disk is computed again, and the first time a line says so.
+    Raises `OSError` if there is not enough space, and `ValueError` for a folder whose files have another size or that
+    holds another teacher's logits, and for logits beyond half precision (65504).
     """
 
     kind = "cached"
-    seconds_between_marks = 10.0
 
     def __init__(
         self, network: nn.Module, batches: ImageBatches, cache_dir: str | Path, precision: str = "float32",
@@ -142,27 +146,46 @@ class CachedTeacherLogits(TeacherLogits):
         identity = _identity(self, batches.data)
         self.pad, self.flip = identity["pad"], identity["flip"]
         self.num_views = number_of_views(self.pad, self.flip)
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.folder = Path(cache_dir) / key[:16]
+        self.folder, earlier = (Path(cache_dir) / _key(each) for each in (identity, identity | {"format": 1}))
         refuse_links(self.folder, *Path(cache_dir).glob(f".{self.folder.name}.*"), *self.folder.glob("*"))
         if not self.folder.exists():
+            if earlier.exists():
+                print(f"{earlier} is a cache of an earlier version, without checksums. The teacher's logits are "
+                      f"computed anew, in {self.folder}; the earlier folder can be deleted.", flush=True)
             _create_folder(self.folder, identity)
-        rows = identity["images"] * self.num_views
-        self._file, stored = _map_file(self.folder / "logits.bin", torch.float16, rows * identity["classes"])
-        self._marks_file, self._marks = _map_file(self.folder / "computed.bin", torch.uint8, rows)
-        self._stored = stored.view(rows, identity["classes"])
-        self._computed = self._marks.clone()  # with what this process has computed and not marked yet
-        self._unmarked: list[Tensor] = []
-        self._last_marks = time.monotonic()
+        rows, classes = identity["images"] * self.num_views, identity["classes"]
+        self._file, stored = _map_file(self.folder / "logits.bin", torch.float16, rows * classes)
+        self._sums_file, self._sums = _map_file(self.folder / "checksums.bin", torch.int32, rows)
+        self._stored = stored.view(rows, classes)
+        self._factors = torch.tensor([pow(0x9E3779B1, place, 2**32) for place in range(1, classes + 1)])
+        self._found_damage = self._unwritten = False
         self._on_device = self._stored
         if self.device.type == "cuda" and 2 * self.bytes < torch.cuda.mem_get_info(self.device)[0]:
-            self._on_device = self._stored.to(self.device)
+            self._on_device = torch.empty_like(self._stored, device=self.device)
+        self._copied = torch.zeros(rows, dtype=torch.bool)  # to the device, where no file can change them
         self._compare_with_teacher()
+
+    def _checksums(self, logits: Tensor) -> Tensor:
+        "A checksum, never 0, of each row of `logits` (N, C) in half precision: int32 (N,)."
+        sums = (logits.view(torch.int16).long() @ self._factors).to(torch.int32)  # the last 32 bits
+        return sums.masked_fill(sums == 0, 1)
+
+    def _sound(self, rows: Tensor) -> Tensor:
+        "Which of `rows` have been computed and are as they were stored (bool)."
+        sums = self._sums[rows]
+        sound = sums == self._checksums(self._stored[rows])
+        damaged = int(((sums != 0) & ~sound).sum())
+        if damaged and not self._found_damage:
+            print(f"{self.folder} is damaged: {damaged} of {len(rows):,} rows are not as they were stored. "
+                  "Such rows are computed again.", flush=True)
+            self._found_damage = True
+        return sound
 
     def _compare_with_teacher(self, count: int = 8) -> None:
         "Compute a few of the stored logits again. Devices differ in rounding, another teacher in everything."
-        rows = self._marks.nonzero()[:, 0]
+        rows = self._sums.nonzero()[:, 0]
         rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
+        rows = rows[self._sound(rows)]
         if len(rows):
             kept, now = self._stored[rows].float(), super().__call__(self._views(rows)).cpu()
             if not (kept - now).abs().max() <= 0.1 * now.std():
@@ -182,7 +205,7 @@ class CachedTeacherLogits(TeacherLogits):
     @property
     def share_computed(self) -> float:
         "The share of all views that have been computed, from 0 to 1."
-        return (self._computed | self._marks).count_nonzero().item() / len(self._marks)
+        return self._sums.count_nonzero().item() / len(self._sums)
 
     def __call__(self, views: Views) -> Tensor:
         # On the CPU, where the views are drawn: asking a GPU what is missing would stall it.
@@ -194,7 +217,7 @@ class CachedTeacherLogits(TeacherLogits):
         """Compute the missing views of all images. An interrupted call continues where it stopped. Another process that does
         the same is waited for.
         """
-        step, total = 32 * self.batch_size, len(self._marks)
+        step, total = 32 * self.batch_size, len(self._sums)
         with exclusive(self.folder / "fill.lock", "computing these teacher logits"):
             report = Progress("teacher logits", total, "view", pause=10.0, shown=progress)
             for start in range(0, total, step):
@@ -203,32 +226,29 @@ class CachedTeacherLogits(TeacherLogits):
             self.close()
 
     def _fill(self, rows: Tensor) -> None:
-        missing = rows[(self._computed[rows] | self._marks[rows]) == 0].unique()
-        if self._on_device is not self._stored:  # what other processes have computed since is not in this one's copy
-            others = rows[self._computed[rows] < self._marks[rows]].unique()
-            if len(others):
-                self._on_device[others.to(self.device)] = self._stored[others].to(self.device)
-                self._computed[others] = 1
+        "Check `rows`, compute those that are missing or damaged, and copy all to the device."
+        rows = rows[~self._copied[rows]]
+        missing = rows[~self._sound(rows)].unique()
         for start, stop, logits in self.compute(self._views(missing)):
-            part, half = missing[start:stop], logits.half()
+            half = logits.half()
             if not half.isfinite().all():
                 raise ValueError(
                     f"a teacher logit is {logits.abs().max().item():.4g}, which half precision cannot hold; "
                     "run without the cache (cache='off')."
                 )
-            self._stored[part] = half.cpu()
-            if self._on_device is not self._stored:
-                self._on_device[part.to(self.device)] = half
-            self._computed[part] = 1
-            self._unmarked.append(part)
-        if self._unmarked and time.monotonic() - self._last_marks > self.seconds_between_marks:
-            self.close()
+            self._store(missing[start:stop], half.cpu())
+        if self._on_device is not self._stored and len(rows):
+            self._on_device[rows.to(self.device)] = self._stored[rows].to(self.device)
+            self._copied[rows] = True
+
+    def _store(self, rows: Tensor, logits: Tensor) -> None:
+        self._stored[rows] = logits
+        self._sums[rows] = self._checksums(logits)
+        self._unwritten = True
 
     def close(self) -> None:
-        "Make sure that what was computed is on disk and marked. The cache stays usable."
-        if self._unmarked:
+        "Make sure that what was computed is on disk. The cache stays usable."
+        if self._unwritten:
             self._file.flush()
-            self._marks[torch.cat(self._unmarked)] = 1
-            self._marks_file.flush()
-            self._unmarked = []
-        self._last_marks = time.monotonic()
+            self._sums_file.flush()
+            self._unwritten = False

@@ -6,10 +6,11 @@
 __all__ = ['Recipe', 'Evaluation', 'evaluate', 'Student', 'Outcome', 'Diverged', 'Learner', 'train_together', 'teach', 'train']
 
 # %% ../nbs/06_training.ipynb #9b87fcf0
+import copy
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .capture import CapturedStep, on_stream, side_stream, wait_for
-from .checkpoints import Checkpoint, Stopped, fingerprint, weights_on_cpu
+from .checkpoints import Checkpoint, Stopped, ends_after_saving, fingerprint, weights_on_cpu
 from .checks import finite_number, whole_number
 from .devices import Ranks, precision_of, synchronize_batch_norm
 from .lessons import Lesson, LessonBlock, Lessons
@@ -96,7 +97,8 @@ def evaluate(model: nn.Module, batches: ImageBatches, fabric: "Fabric") -> Evalu
 class Student:
     """A network, how it is trained, and where its state is saved.
 
-    `checkpoint`: a file to continue from if it exists, and to write at most every `checkpoint_seconds` and at the end.
+    `checkpoint`: a file to continue from if it exists, and to write at most every `checkpoint_seconds`, at the end, and when the
+    training is interrupted.
     `context`: what the checkpoint must also agree in, such as the checksum of the teacher's weights.
     `keep_best`: keep the weights of the best test epoch, too; without them a checkpoint is a third smaller.
     `compile`: run the network through `torch.compile`, which fuses its operations and rounds differently.
@@ -176,8 +178,10 @@ class Learner:
             self._captured, self.stream = CapturedStep(self._step, self.optimizer), torch.cuda.Stream(fabric.device)
         self._steps = self.epoch = 0
         self._random_state: list[Tensor] = []
+        self._unsaved: dict | None = None
         self._checkpoint_seconds, self._last_save = student.checkpoint_seconds, time.monotonic()
         self._checkpoint = None if student.checkpoint is None else Checkpoint(student.checkpoint, identity)
+        self.saved_epoch = None if self._checkpoint is None or self.ranks.index > 0 else 0
         self._restore()
 
     @property
@@ -275,19 +279,23 @@ class Learner:
             self.outcome.best_weights = weights_on_cpu(self.model)
         return row
 
+    def remember(self) -> None:
+        "Keep a copy of the state after a whole epoch, which `save` writes, though the next epoch may have begun."
+        if self.saved_epoch is None:
+            return
+        outcome, weights = self.outcome, {name: value.clone() for name, value in self.model.state_dict().items()}
+        self._unsaved = {"model": weights, "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+                         "temperature": None if self.temperature is None else weights_on_cpu(self.temperature),
+                         "curve": [*outcome.curve], "best_weights": outcome.best_weights, "correct": outcome.correct,
+                         "seconds": outcome.seconds}
+
     def save(self, now: bool) -> bool:
-        "Save the state, if `now` or if it is time to; whether it was saved."
+        "Write what was remembered, if `now` or if it is time to; whether it was written."
         due = time.monotonic() - self._last_save >= self._checkpoint_seconds
-        if self._checkpoint is None or not (now or due):
+        if self._unsaved is None or not (now or due):
             return False
-        outcome = self.outcome
-        state = {"model": weights_on_cpu(self.model), "optimizer": self.optimizer.state_dict(),
-                 "temperature": None if self.temperature is None else weights_on_cpu(self.temperature),
-                 "curve": outcome.curve, "best_weights": outcome.best_weights, "correct": outcome.correct,
-                 "seconds": outcome.seconds}
-        if self.ranks.index == 0:
-            self._checkpoint.save(state)
-        self._last_save = time.monotonic()
+        self._checkpoint.save(self._unsaved)
+        self.saved_epoch, self._unsaved, self._last_save = len(self._unsaved["curve"]), None, time.monotonic()
         return True
 
     def _restore(self) -> None:
@@ -301,6 +309,7 @@ class Learner:
                 self.temperature.load_state_dict(state["temperature"])
             curve = [dict(row) for row in state["curve"]]
             self.outcome = Outcome(curve, {}, dict(state["best_weights"]), state.get("correct"), float(state["seconds"]))
+            self.saved_epoch = None if self.ranks.index > 0 else len(curve)
         except Exception as error:  # it has the fingerprint of this run, and yet something else in it
             raise ValueError(
                 f"the checkpoint {self._checkpoint.path} does not hold the state of this run "
@@ -338,6 +347,7 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
         side_stream(fabric.device),
         nullcontext() if teacher is None else closing(teacher),
+        _saved_if_interrupted(learners, title),
     ):
         for epoch in range(first, last + 1):
             start = time.monotonic()
@@ -356,6 +366,7 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
             for learner, row in rows.items():
                 row["seconds"] = seconds
                 learner.outcome.seconds += seconds
+                learner.remember()
             stops = epoch < last and stop is not None and fabric.broadcast(ranks.index == 0 and stop())
             saved = [learner.save(stops or epoch == learner.recipe.epochs) for learner in rows]
             if any(saved) and teacher is not None:
@@ -370,6 +381,23 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
     for learner in learners:
         learner.outcome.last_weights, learner.outcome.captured = weights_on_cpu(learner.model), learner.captured
     return [failed.get(number, learner.outcome) for number, learner in enumerate(learners)]
+
+
+@contextmanager
+def _saved_if_interrupted(learners: Sequence[Learner], title: str) -> Iterator[None]:
+    "However the block ends, the last whole epoch of each of the learners is saved; says so after an interruption."
+    with ends_after_saving():
+        try:
+            yield
+        except BaseException as error:
+            for learner in learners:
+                learner.save(now=True)
+            saved = [learner.saved_epoch for learner in learners if learner.saved_epoch is not None]
+            if saved and not isinstance(error, Exception):
+                kept = f"all up to epoch {min(saved)} is saved" if min(saved) else "no epoch had been finished"
+                with suppress(OSError):  # the terminal may be gone
+                    print(f"{title}: stopped; {kept}.", flush=True)
+            raise
 
 
 def teach(classes: Sequence[tuple[Lessons, Sequence[Learner]]], epoch: int) -> None:

@@ -119,26 +119,20 @@ def killed_in_half_a_record(number, folder):
 
 
 def killed_in_the_cache(when, folder):
-    "SIGKILL with some teacher logits stored and not marked, or on disk and half of them marked."
+    "SIGKILL with some teacher logits stored; or with half of them, though all have their checksums; or the other way round."
     from sortkd.teacher_logits import CachedTeacherLogits
-    compute = CachedTeacherLogits.compute
+    store = CachedTeacherLogits._store
 
-    def stops_early(self, views):
-        for number, part in enumerate(compute(self, views)):
-            if number or len(views.index) <= self.batch_size:
-                yield part
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield part
-
-    def marks_half(self):
-        if self._unmarked:
-            self._file.flush()
-            self._marks[self._unmarked[0][::2]] = 1
-            os.kill(os.getpid(), signal.SIGKILL)
-    if when == "stored":
-        CachedTeacherLogits.compute = stops_early
-    else:
-        CachedTeacherLogits.close = marks_half
+    def stops(self, rows, logits):
+        if when == "stored":
+            store(self, rows, logits)
+        else:
+            some = slice(None, None, 2)
+            self._stored[rows if when == "half summed" else rows[some]] = logits if when == "half summed" else logits[some]
+            sums = self._checksums(logits)
+            self._sums[rows[some] if when == "half summed" else rows] = sums[some] if when == "half summed" else sums
+        os.kill(os.getpid(), signal.SIGKILL)
+    CachedTeacherLogits._store = stops
 
 
 def full_disk(size, folder):
@@ -402,7 +396,7 @@ class Harness:
             self._broken("killed with half a file written", partial(killed_in_half_a_file, pattern), -9)
         for number in (1, 2, 4):
             self._broken(HALF_A_RECORD, partial(killed_in_half_a_record, number), -9)
-        for when in ("stored", "marked"):
+        for when in ("stored", "half stored", "half summed"):
             self._broken("killed while the cache fills", partial(killed_in_the_cache, when), -9)
 
     def _broken(self, kind, break_it, status, words="", victim=None, **more):

@@ -6,9 +6,10 @@ import os
 import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -23,13 +24,13 @@ from sortkd.records import append_record, compare_runs, differences, read_record
 from sortkd.results import load_results
 from sortkd.pairs import method_for, published_recipe, recipe_for
 from sortkd.repetition import plan_repetition
-from sortkd.runs import run_experiment
+from sortkd.runs import plan_run, run_experiment
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teachers import read_checkpoint, save_atomically, weights_checksum
 from sortkd.checkpoints import Stopped
 from sortkd.devices import create_fabric
-from sortkd.training import Recipe, train, train_together
+from sortkd.training import Outcome, Recipe, train, train_together
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "resnet20:resnet8", "methods": "kd,kd+sort", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 100, "test_size": 60}
@@ -271,6 +272,66 @@ def test_runs_at_once_are_the_runs_alone(folder, tmp_path):
     assert [record["result"]["student_sha256"] for record in at_once] == [record["result"]["student_sha256"] for record in alone]
     assert len({record["result"]["student_sha256"] for record in alone}) == 4
     assert sorted(record["run_id"] for record in read_records(tmp_path / "at_once" / "quick.jsonl")) == sorted(record["run_id"] for record in at_once)
+
+
+def test_runs_at_once_come_back_in_their_order(folder, tmp_path, monkeypatch):
+    "Whichever ends first: here the first of three, in a process of its own, ends after the others."
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers, *of_processes):
+            super().__init__(workers)
+
+    def last_first(runs):
+        first, last = runs[0].seed == 0, runs[0].seed == 2
+        assert not first or others_ended.wait(20)
+        if last:
+            others_ended.set()
+        return [{"run_id": run.run_id, "seed": run.seed, "about_teacher": None} for run in runs]
+
+    others_ended = Event()
+    monkeypatch.setattr("sortkd.runs.ProcessPoolExecutor", Threads)
+    monkeypatch.setattr("sortkd.runs._run_in_worker", last_first)
+    records = run_experiment(small_experiment(folder, methods="ce", seeds="0,1,2", workers=2, results_dir=str(tmp_path)), progress=False).records
+    assert [record["seed"] for record in records] == [0, 1, 2] and all(f"-seed{record['seed']}-" in record["run_id"] for record in records)
+
+
+def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeypatch):
+    "At the published length, where MLKD has 480 epochs and the others have 240."
+    def untrained(students, *arguments, **options):
+        row = {"test_top1": 10.0, "test_loss": 1.0, "teacher_wrong_rows": 30, "changed_rows": 0}
+        curves = [[{"epoch": number, **row} for number in range(1, each.recipe.epochs + 1)] for each in students]
+        return [Outcome(curve, each.model.state_dict(), each.model.state_dict()) for curve, each in zip(curves, students)]
+
+    run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False)  # trains the teacher, if no other test has
+    plan = small_experiment(folder, methods="kd,mlkd,lskd_mlkd", results_dir=str(tmp_path))
+    plan = dataclasses.replace(plan, preset_name="paper", recipe=Recipe(), full_data=plan.data)
+    monkeypatch.setattr("sortkd.runs.train_together", untrained)
+    records = run_experiment(plan, progress=False).records
+    rows = {record["method"]["name"]: record["result"]["training_rows"] for record in records}
+    assert rows == {"kd": 100 * 240, "mlkd": 100 * 480, "lskd_mlkd": 100 * 480}
+    assert all(record["result"]["teacher_wrong_rows"] == 0.3 * record["result"]["training_rows"] for record in records)
+    assert set(summarize(records)["teacher wrong"]) == {"30.0%"}
+
+
+PUBLISHED = {"pair": "resnet20:resnet8", "preset": "paper", "dataset": "cifar100", "epochs": 0, "train_size": 0, "test_size": 0}
+
+
+@pytest.mark.parametrize("changes,full", [
+    ({}, True), ({"epochs": 240}, True), ({"train_size": 400, "test_size": 100}, True), ({"methods": "ce,mlkd"}, True),
+    ({"epochs": 239}, False), ({"epochs": 241}, False), ({"epochs": 480, "methods": "mlkd"}, False), ({"train_size": 399}, False),
+    ({"test_size": 99}, False), *(({"set": change}, False) for change in ("lr=0.1", "batch_size=128", "momentum=0", "weight_decay=0", "lr_decay=0.2")),
+    ({"preset": "short"}, False), ({"preset": "short", "epochs": 240, "train_size": 400}, False), ({"preset": "quick"}, False),
+])
+def test_a_changed_recipe_is_not_called_the_published_one(folder, monkeypatch, changes, full):
+    "On images that say that they are all of CIFAR-100."
+    data = dataclasses.replace(load_digits().subset(400, 100), name="cifar100")
+    for module in ("data", "experiments"):
+        monkeypatch.setattr(f"sortkd.{module}.load_data", lambda name: data, raising=False)
+    plan = small_experiment(folder, **PUBLISHED | changes)
+    described = plan.describe()
+    assert plan.is_full_recipe == full == described.startswith("This is a full run of the published recipe: ")
+    assert full == ("can be compared with published ones" in described)
+    run = plan_run(plan, plan.methods[0], 0, "cached", None)
+    assert run.settings["full_recipe"] == full
 
 
 def test_a_failing_worker_says_why_and_loses_nothing(folder, tmp_path):

@@ -43,7 +43,7 @@ def test_killed_before_changes_of_files(harness, number):
 @pytest.mark.slow
 def test_killed_with_half_a_file_written(harness):
     harness.kill_in_half_a_file()
-    assert sum(number for kind, number in harness.tally.faults.items() if "half" in kind or "cache" in kind) == 10
+    assert sum(number for kind, number in harness.tally.faults.items() if "half" in kind or "cache" in kind) == 11
 
 
 @pytest.mark.slow

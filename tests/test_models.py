@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from sortkd.models import Features, create_model, list_imagenet_models, list_models, pretrained_weights
+from sortkd.models import NETWORKS, Features, create_model, list_imagenet_models, list_models, pretrained_weights
+from sortkd.pairs import check_takes
 from sortkd.teachers import load_weights
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -334,6 +336,62 @@ def test_a_part_without_images(name):
     assert logits.shape == (0, 5)
     logits.sum().backward()
     assert all((parameter.grad == 0).all() for parameter in network.parameters())
+
+
+# Networks are tried before any work begins
+
+
+class Odd(nn.Module):
+    "A network whose `answer(logits, training)` is something else than logits."
+    def __init__(self, num_classes, answer):
+        super().__init__()
+        self.convolution, self.norm, self.answer = nn.Conv2d(3, num_classes, 16), nn.BatchNorm2d(num_classes), answer
+
+    def forward(self, images):
+        maps = self.norm(self.convolution(images)) if images.shape[-1] == 16 else self.convolution(images)
+        return self.answer(maps.mean((2, 3)), self.training)
+
+
+ODD = {
+    "a tuple in training mode": (lambda logits, training: (logits, logits) if training else logits, "gives tuple in training mode"),
+    "a tuple in evaluation mode": (lambda logits, training: logits if training else (logits,), "gives tuple in evaluation mode"),
+    "a dict": (lambda logits, training: {"logits": logits}, "gives dict in training mode"),
+    "classes": (lambda logits, training: logits.argmax(1), "gives torch.int64 in training mode"),
+    "a class less": (lambda logits, training: logits[:, 1:], r"shape \(2, 9\) in training mode; expected .*\(2, 10\)"),
+    "maps": (lambda logits, training: logits[:, :, None, None], r"shape \(2, 10, 1, 1\)"),
+    "one image for all": (lambda logits, training: logits[:1], r"shape \(1, 10\)"),
+    "NaN in evaluation mode": (lambda logits, training: logits if training else logits.log() * torch.nan, "NaN or infinity .* in evaluation mode"),
+    "an error": (lambda logits, training: 1 / 0 if training else logits, r"cannot take images of 16×16 in training mode \(division by zero\)"),
+    "an error in evaluation mode": (lambda logits, training: logits if training else 1 / 0, "in evaluation mode"),
+    "rows in memory order": (lambda logits, training: logits.t().view(-1), "in training mode"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_network_that_gives_no_logits_is_refused(monkeypatch, kind):
+    answer, words = ODD[kind]
+    monkeypatch.setitem(NETWORKS, "odd", lambda num_classes: Odd(num_classes, lambda logits, training: logits))
+    check_takes("odd", 16, 10)
+    with pytest.raises(ValueError, match="odd cannot take images of 16×16 one at a time in training mode"):
+        check_takes("odd", 16, 10, batch_size=1)
+    monkeypatch.setitem(NETWORKS, "odd", lambda num_classes: Odd(num_classes, answer))
+    with pytest.raises(ValueError, match=f"^odd .*{words}") as error:
+        check_takes("odd", 16, 10)
+    assert "hoose another network" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_network_is_tried_in_the_memory_order_of_training(monkeypatch):
+    class Flat(nn.Sequential):
+        def forward(self, images):
+            return self[1](self[0](images).view(len(images), -1))  # as contiguous maps allow
+    monkeypatch.setitem(NETWORKS, "flat", lambda num_classes: Flat(nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, num_classes)))
+    with pytest.raises(ValueError, match="flat cannot take images .*view size is not compatible"):
+        check_takes("flat", 16, 10)
+
+
+@pytest.mark.parametrize("name,size", [("googlenet", 32), pytest.param("inception_v3", 96, marks=pytest.mark.slow)])
+def test_networks_with_auxiliary_heads_give_logits_alone(name, size):
+    check_takes(f"torchvision:{name}", size, 10)
 
 
 # Published weights

@@ -97,16 +97,18 @@ def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
             "torch.set_num_threads(1); torch.manual_seed(0)\n"
             "cache = CachedTeacherLogits(create_model('resnet8', 10), Batches(load_digits().subset(train_size=120)), sys.argv[1], batch_size=16)\n"
             "cache(draw_views(120, 2, False, 0, 1)); cache.close()\n"
-            "cache(draw_views(120, 2, False, 0, 2))\n"  # computed and not marked: lost, and nothing else
+            "cache(draw_views(120, 2, False, 0, 2))\n"  # and not closed
             "os.kill(os.getpid(), signal.SIGKILL)\n")
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
     network = seeded_network()
     cache = CachedTeacherLogits(network, batches, tmp_path)
-    assert cache.share_computed == 120 / 3000
+    asked = torch.cat([each.index * 25 + view_id(each, 2, False) for each in (views(1), views(2))])
+    assert cache.share_computed == len(asked.unique()) / 3000
     counting = Counting(network)
-    first = cache(views(1))
-    assert counting.rows == 0 and torch.equal(first, TeacherLogits(network, batches)(views(1)).half().float())
-    assert torch.equal(cache(views(2)), TeacherLogits(network, batches)(views(2)).half().float())
+    found = [cache(views(epoch)) for epoch in (1, 2)]
+    assert counting.rows == 0
+    for epoch, kept in enumerate(found, 1):
+        assert torch.equal(kept, TeacherLogits(network, batches)(views(epoch)).half().float())
 
 
 def test_one_process_fills_and_others_wait(batches, tmp_path, capfd):
@@ -164,17 +166,66 @@ def test_a_renamed_cache_is_refused(batches, tmp_path):
         CachedTeacherLogits(seeded_network(1), batches, tmp_path / "1")
 
 
-@pytest.mark.parametrize("damage", ["zeros", "short", "missing"])
-def test_damage_is_found(batches, tmp_path, damage):
-    cache = CachedTeacherLogits(seeded_network(), batches, tmp_path)
-    cache(views())
-    cache.close()
-    logits = cache.folder / "logits.bin"
-    if damage == "zeros": logits.write_bytes(bytes(logits.stat().st_size))
-    elif damage == "short": logits.write_bytes(logits.read_bytes()[:-2])
-    else: logits.unlink()
-    with pytest.raises(ValueError, match=str(cache.folder)):
+def replaced(content, start, stop, what):
+    return content[:start] + what(content[start:stop]) + content[stop:]
+
+
+DAMAGE = {  # to 8,000 bytes of logits and their checksums, of ten classes: 400 rows
+    "a page of zeros": ("logits.bin", lambda old: replaced(old, 0, 4096, lambda part: bytes(len(part)))),
+    "all zeros": ("logits.bin", lambda old: bytes(len(old))),
+    "NaN": ("logits.bin", lambda old: replaced(old, 2000, 2002, lambda part: b"\x00\x7e")),
+    "infinity": ("logits.bin", lambda old: replaced(old, 2000, 2002, lambda part: b"\x00\x7c")),
+    "one bit": ("logits.bin", lambda old: replaced(old, 7001, 7002, lambda part: bytes([part[0] ^ 1]))),
+    "two rows exchanged": ("logits.bin", lambda old: replaced(old, 2000, 2040, lambda part: part[20:] + part[:20])),
+    "two classes exchanged": ("logits.bin", lambda old: replaced(old, 2000, 2004, lambda part: part[2:] + part[:2])),
+    "a bit of a checksum": ("checksums.bin", lambda old: replaced(old, 400, 401, lambda part: bytes([part[0] ^ 128]))),
+    "checksums of zeros": ("checksums.bin", lambda old: bytes(len(old))),
+}
+
+
+@pytest.mark.parametrize("open_then", [False, True], ids=["before it is opened", "while it is open"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_rows_are_computed_again(tmp_path, capsys, damage, open_then):
+    batches = Batches(load_digits().subset(train_size=16))
+    one, asked = CachedTeacherLogits(seeded_network(), batches, tmp_path), torch.arange(400)
+    expected = one(one._views(asked))
+    one.close()
+    name, change = DAMAGE[damage]
+    content = (one.folder / name).read_bytes()
+    assert change(content) != content and len(change(content)) == len(content)
+    with open(one.folder / name, "r+b") as file:
+        file.write(change(content))
+    cache = one if open_then else CachedTeacherLogits(seeded_network(), batches, tmp_path)
+    for _ in range(2):
+        assert torch.equal(cache(cache._views(asked)), expected)
+    said = capsys.readouterr().out
+    if damage != "checksums of zeros":
+        assert said.count(f"{cache.folder} is damaged: ") == said.count("\n") == 1 and "computed again" in said
+    assert CachedTeacherLogits(seeded_network(), batches, tmp_path).share_computed == 1 and not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["short", "missing"])
+def test_files_of_another_size_are_refused(batches, tmp_path, damage):
+    logits = CachedTeacherLogits(seeded_network(), batches, tmp_path).folder / "logits.bin"
+    logits.write_bytes(logits.read_bytes()[:-2]) if damage == "short" else logits.unlink()
+    with pytest.raises(ValueError, match=str(logits)):
         CachedTeacherLogits(seeded_network(), batches, tmp_path)
+
+
+def test_a_cache_without_checksums_is_not_used(batches, tmp_path, capsys):
+    "As earlier versions made it."
+    from sortkd.teacher_logits import _identity, _key
+    identity = _identity(TeacherLogits(seeded_network(), batches), batches.data)
+    earlier = tmp_path / _key(identity | {"format": 1})
+    earlier.mkdir()
+    (earlier / "logits.bin").write_bytes(bytes(3000 * 20))
+    (earlier / "computed.bin").write_bytes(b"\1" * 3000)
+    for said in (f"{earlier} is a cache of an earlier version", ""):
+        network = seeded_network()
+        cache = CachedTeacherLogits(network, batches, tmp_path)
+        assert torch.equal(cache(views()), TeacherLogits(network, batches)(views()).half().float())
+        out = capsys.readouterr().out
+        assert out.startswith(said) and bool(out) == bool(said)
 
 
 def test_logits_beyond_half_precision_are_refused(batches, tmp_path):

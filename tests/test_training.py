@@ -1,4 +1,10 @@
 "The trainer against a loop written by hand in plain PyTorch, to the last bit; resuming; and which run a checkpoint belongs to."
+import itertools
+import math
+import os
+import random
+import signal
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
@@ -13,7 +19,7 @@ from sortkd.data import Batches, draw_views, load_digits
 from sortkd.methods import create_method
 from sortkd.models import create_model
 from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
-from sortkd.checkpoints import Stopped, fingerprint
+from sortkd.checkpoints import Checkpoint, Stopped, fingerprint
 from sortkd.devices import Ranks, create_fabric
 from sortkd.lessons import Lessons
 from sortkd.training import Learner, Outcome, Recipe, Student, evaluate, teach, train, train_together
@@ -341,6 +347,83 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(batches, fabric, t
         assert_same_weights(outcome.last_weights, expected.last_weights)
         assert_same_weights(outcome.best_weights, expected.best_weights)
         assert outcome.seconds == pytest.approx(sum(row["seconds"] for row in outcome.curve))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Unplugged])
+def test_an_interruption_keeps_the_last_whole_epoch(monkeypatch, batches, fabric, teacher, tmp_path, capsys, error):
+    "In the third epoch's second step, of the first of two students or of the second, long before a checkpoint is due."
+    def run(steps=math.inf):
+        rows, learn, count = [], Learner.learn_beside_others, itertools.count(1)
+
+        def interrupted(learner, lesson):
+            if next(count) == steps:
+                raise error
+            learn(learner, lesson)
+        monkeypatch.setattr(Learner, "learn_beside_others", interrupted)
+        students = [Student(network(1), create_method(name), RECIPE, tmp_path / name, callbacks=[rows.append]) for name in ("ctkd", "kd+sort")]
+        try:
+            return train_together(students, batches, fabric, teacher=teacher, progress="two"), [row["epoch"] for row in rows]
+        finally:
+            monkeypatch.setattr(Learner, "learn_beside_others", learn)
+
+    for steps, said in ((3, "no epoch had been finished"), (2 * 2 * 3 + 4, "all up to epoch 2 is saved")):
+        with pytest.raises(error):
+            run(steps)
+        assert (f"two: stopped; {said}." in capsys.readouterr().out) == (error is not Unplugged)
+    resumed, epochs = run()
+    assert epochs == [3, 3, 4, 4]
+    for name, outcome in zip(("ctkd", "kd+sort"), resumed):
+        expected = train(network(1), batches, create_method(name), RECIPE, fabric, teacher=teacher)
+        assert without_time(outcome.curve) == without_time(expected.curve)
+        assert_same_weights(outcome.last_weights, expected.last_weights)
+
+
+def test_an_interruption_while_an_interrupted_run_is_saved(monkeypatch, batches, fabric, tmp_path):
+    "It ends the run; no half-written file is left."
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(1), batches, create_method("ce"), RECIPE, fabric, checkpoint=tmp_path / "run.pt", callbacks=[interrupt])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("name,handled", [("SIGTERM", False), ("SIGHUP", False), ("SIGTERM", True)])
+def test_a_signal_that_ends_the_process_lets_it_save_first(batches, fabric, tmp_path, name, handled):
+    "By that signal, as without; where somebody has installed a handler, that one is called."
+    number = getattr(signal, name)
+
+    def send(row):
+        if row["epoch"] == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+    child = os.fork()
+    if child == 0:
+        signal.signal(number, (lambda *_: os._exit(3)) if handled else signal.SIG_DFL)
+        train(network(1), batches, create_method("ce"), RECIPE, fabric, checkpoint=tmp_path / "run.pt", callbacks=[send])
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status == (3 << 8 if handled else number) and (tmp_path / "run.pt").exists() != handled
+    assert handled or len(torch.load(tmp_path / "run.pt", weights_only=True)["curve"]) == 2
+
+
+def test_a_checkpoint_with_one_bit_changed_is_refused(tmp_path):
+    path, state = tmp_path / "run.pt", {"model": network(1).state_dict(), "curve": [{"epoch": 1}]}
+    Checkpoint(path, "run").save(state)
+    content, generator, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(100):
+        place = generator.randrange(len(content))
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << generator.randrange(8)]) + content[place + 1 :])
+        try:
+            found = Checkpoint(path, "run").load()
+        except ValueError as error:
+            refused += 1
+            assert f"{path} cannot be read" in str(error) and "delete it" in str(error)
+        else:  # in the padding between the weights
+            assert found["curve"] == state["curve"]
+            assert_same_weights(found["model"], state["model"])
+    assert refused > 90
 
 
 def test_a_checkpoint_belongs_to_one_run(fabric, teacher, tmp_path):

@@ -373,7 +373,7 @@ def test_archives_of_cifar100(tmp_path, web, monkeypatch, attack, checksum_fits)
 LINKS = {
     "results": "results", "runs": "results/runs", "kept logits": "results/teacher_logits", "records": "results/quick.jsonl", "a run's folder": "results/runs/RUN", "its checkpoint": "results/runs/RUN/checkpoint.pt",
     "its lock": "results/runs/RUN/run.lock", "the start": "results/runs/RUN/started", "its sessions": "results/runs/RUN/sessions.jsonl", "its weights": "results/runs/RUN/weights",
-    "logits of a teacher": "results/teacher_logits/LOGITS", "one of its files": "results/teacher_logits/LOGITS/computed.bin", "its making": "results/teacher_logits/.LOGITS.making", "its lock, too": "results/teacher_logits/.LOGITS.lock",
+    "logits of a teacher": "results/teacher_logits/LOGITS", "one of its files": "results/teacher_logits/LOGITS/checksums.bin", "its making": "results/teacher_logits/.LOGITS.making", "its lock, too": "results/teacher_logits/.LOGITS.lock",
     "which images it got right": "results/quick.correct", "tensorboard": "results/tensorboard", "wandb": "results/wandb", "teachers": "teachers", "trained teachers": "teachers/local",
 }
 
