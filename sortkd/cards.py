@@ -100,7 +100,7 @@ def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loadi
 
     text = _checked(text)
     architecture, name = text["architecture"], text["dataset"]
-    title, on_hub = _DATA_SETS.get(name, (name, None))
+    title, on_hub = _DATA_SETS.get(name.partition("(")[0], (name, None))  # also for a part of a set
     metadata: dict = {"library_name": "sortkd", "license": "mit", "pipeline_tag": "image-classification",
                       "tags": ["knowledge-distillation", "pytorch_model_hub_mixin"]}
     if on_hub and "top1" in text:

@@ -260,9 +260,9 @@ def plugins_of(method: Method, pair: Pair, data: ImageSet) -> tuple[Plugin, ...]
 
 def _plan_in(path: str) -> dict[str, str] | None:
     "Name and checksum of the plan in the file `path`; None for an empty path."
-    if path == "":
+    if isinstance(path, str) and not path:
         return None
-    if not isinstance(path, str | Path) or not os.path.isfile(path):
+    if not isinstance(path, str | Path) or "\0" in str(path) or not os.path.isfile(path):
         raise ValueError(f"plan is {shown(path)}, which is no file; give a plan such as results/plans/sorting.yaml.")
     return {"name": Path(path).stem, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 

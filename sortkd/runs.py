@@ -139,6 +139,7 @@ class Run:
     about_teacher: dict | None  # None if the method uses no teacher, so that another teacher makes no other run
     folder: Path
     started: str = ""
+    again_since: str = ""  # what was started before then is repeated
 
     @property
     def run_id(self) -> str:
@@ -198,11 +199,29 @@ _TIME = "%Y-%m-%dT%H-%M-%S.%fZ"
 
 def _recorded(records: Sequence[dict], experiment: Experiment, run: Run, waited: bool) -> dict | None:
     "That of a run with the same settings, data and teacher; with `again` only if an interrupted or awaited call has made it."
-    if experiment.again and not waited and not run.started:
-        return None
-    wanted = run.run_id if experiment.again and not waited else f"{run.folder.name}-"
-    found = [each for each in records if str(each.get("run_id", "")).startswith(wanted)]
+    found = [each for each in records if str(each.get("run_id", "")).startswith(f"{run.folder.name}-")]
+    if experiment.again and not waited:
+        found = [each for each in found if str(each.get("started")) >= run.again_since]
     return found[-1 if waited else 0] if found else None
+
+
+def _after(last: str) -> str:
+    "The time now, or just after `last` where the clock stands still or was set back."
+    now = _now()
+    return now if now > last else (datetime.strptime(last, _TIME) + timedelta(microseconds=1)).strftime(_TIME)
+
+
+def _again_since(experiment: Experiment, runs: Sequence[Run], records: Sequence[dict]) -> tuple[str, Path]:
+    "When the command that repeats `runs` was first given, and the file that tells it until the command has ended."
+    path = experiment.results_dir / "runs" / f"again-{fingerprint(sorted(run.folder.name for run in runs))}"
+    refuse_links(path)
+    if experiment.again and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        names = {run.folder.name for run in runs}
+        last = max((each["started"] for each in records if each["run_id"].removesuffix(f"-{each['started']}") in names), default="")
+        save_atomically(path, lambda temporary: temporary.write_text(_after(last)))
+        remove_leftovers(path.parent, path.name)
+    return path.read_text() if experiment.again else "", path
 
 
 def _with_start(run: Run) -> Run:
@@ -216,16 +235,16 @@ def _with_start(run: Run) -> Run:
 
 
 def _start(run: Run, records: Sequence[dict]) -> Run:
-    "`run`, started now unless it was started before."
-    if run.started:
-        return run
+    "`run`, started now unless it was started before and is not recorded yet."
     taken = {each.get("run_id") for each in records}
-    time = datetime.strptime(_now(), _TIME)
-    while replace(run, started=time.strftime(_TIME)).run_id in taken:
-        time += timedelta(microseconds=1)  # the clock stands still, or was set back
-    save_atomically(run.folder / "started", lambda temporary: temporary.write_text(time.strftime(_TIME)))
+    if run.started and run.run_id not in taken:
+        return run
+    run = replace(run, started=max(_now(), run.again_since))
+    while run.run_id in taken:
+        run = replace(run, started=_after(run.started))
+    save_atomically(run.folder / "started", lambda temporary: temporary.write_text(run.started))
     remove_leftovers(run.folder, "started")
-    return replace(run, started=time.strftime(_TIME))
+    return run
 
 # %% ../nbs/07c_runs.ipynb #af17654e
 def _run_together(experiment, runs, batches, teacher_logits, fabric, progress, stop=None, callbacks=()) -> list[dict]:
@@ -239,13 +258,12 @@ def _run_together(experiment, runs, batches, teacher_logits, fabric, progress, s
         if missing:
             records |= _train_and_record(experiment, missing, batches, teacher_logits, fabric, progress, stop, callbacks)
         for run in runs if first else ():
-            for name in ("checkpoint.pt", "sessions.jsonl"):
+            for name in ("checkpoint.pt", "sessions.jsonl", "started"):
                 (run.folder / name).unlink(missing_ok=True)
             remove_leftovers(run.folder)
         fabric.barrier()
     for run in runs:
         if "diverged" in (record := records[run.folder]):
-            (run.folder / "started").unlink(missing_ok=True)
             raise FloatingPointError(f"{record['diverged']['message']} It is recorded; again=True repeats it.")
     return [records[run.folder] for run in runs]
 
@@ -461,6 +479,8 @@ def run_experiment(
             for seed in experiment.seeds for method in experiment.methods]
     before = experiment.recorded()
     runs = fabric.broadcast([_with_start(run) for run in runs] if fabric.is_global_zero else None)
+    since, command = fabric.broadcast(_again_since(experiment, runs, before) if fabric.is_global_zero else None)
+    runs = [replace(run, again_since=since) for run in runs]
     taught = [run for run in runs if run.about_teacher]
     if teacher and about_teacher and fabric.broadcast(not runs or any(_recorded(before, experiment, run, False) is None for run in taught)):
         about_teacher["top1"] = evaluate(teacher.model, batches, fabric).top1  # which the runs see, too
@@ -469,14 +489,18 @@ def run_experiment(
         if at_first and isinstance(teacher_logits, CachedTeacherLogits):
             teacher_logits.fill(progress)
     groups = _taught_together(experiment, runs, students)
-    if experiment.workers > 1 and runs:
-        parts = _run_at_once(experiment, groups, teacher, kind, progress, stop)
-    else:
-        parts = [_run_together(experiment, group, batches, teacher_logits, fabric, progress, stop, callbacks) for group in groups]
+    try:
+        if experiment.workers > 1 and runs:
+            parts = _run_at_once(experiment, groups, teacher, kind, progress, stop)
+        else:
+            parts = [_run_together(experiment, group, batches, teacher_logits, fabric, progress, stop, callbacks) for group in groups]
+    except FloatingPointError:  # it is recorded, and this command has ended
+        command.unlink(missing_ok=True)
+        raise
     found = {run.folder: record for group, part in zip(groups, parts) for run, record in zip(group, part)}
     records = [found[run.folder] for run in runs]
-    for run in runs if fabric.is_global_zero else ():  # from here on, `again` starts a new run
-        (run.folder / "started").unlink(missing_ok=True)
+    if fabric.is_global_zero:
+        command.unlink(missing_ok=True)  # from here on, `again` repeats these, too
     known = {each.get("run_id") for each in before}
     return Results(experiment, records, teacher, batches, sum(record["run_id"] not in known for record in records))
 

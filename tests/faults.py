@@ -213,7 +213,7 @@ class Victim:
     def ended(self) -> bool:
         "Whether all was done, even if the process was killed thereafter: then the command given again is a new one."
         results = self.folder / "results"
-        if not (results / "quick.jsonl").exists() or any((results / "runs").glob("*/started")):
+        if not (results / "quick.jsonl").exists() or any((results / "runs").glob("again-*")):
             return False
         recorded = (results / "quick.jsonl").read_text()
         methods, seeds = (self.settings[name].split(",") for name in ("methods", "seeds"))
@@ -308,7 +308,7 @@ class Tally:
                     self._note("damaged", kind, f"{name}: {differences}")
                 elif kept_weights(victim.folder, record) != wanted["kept"]:
                     self._note("damaged", kind, f"{name}: the weights that are kept are others")
-        left = [path.name for path in victim.folder.rglob("*") if re.search(r"checkpoint.pt|\.tmp$|^started$|sessions|\.making|^teacher-", path.name)]
+        left = [path.name for path in victim.folder.rglob("*") if re.search(r"checkpoint.pt|\.tmp$|^started$|^again-|sessions|\.making|^teacher-", path.name)]
         if left:
             self._note("left over", kind, f"files: {left}")
         shutil.rmtree(victim.folder)

@@ -83,7 +83,7 @@ def test_malformed_values_of_a_card_are_named(tmp_path, name):
         save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors", {"sortkd": json.dumps(KNOWN | {name: value})})
         with pytest.raises(ValueError, match=rf"a.safetensors (has no card, since its {name} is|is damaged|cannot be read as weights)") as error:
             model_card(tmp_path / "a.safetensors")
-        assert len(str(error.value)) < 400
+        assert len(str(error.value)) < 600
 
 
 def test_to_the_hub_and_back(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def test_the_notebook_has_the_parameters_of_the_dataclass():
     assert all(len(line) <= 100 for line in cell.source.splitlines()), "longer ones are clipped"
     found = inspect_notebook(NOTEBOOK)
     assert found.pop("progress") == {"name": "progress", "inferred_type_name": "bool", "default": "True", "help": "print a line after each epoch"}
-    assert list(found) == [each.name for group in parameter_groups().values() for each in group] == list(signature(plan_experiment).parameters)
+    assert list(found) == [each.name for group in parameter_groups().values() for each in group] == list(signature(plan_experiment).parameters)[:-1]
     for each in fields(Parameters):
         assert ast.literal_eval(found[each.name]["default"]) == each.default
         assert found[each.name]["inferred_type_name"] == each.type.__name__ == type(each.default).__name__

@@ -98,7 +98,7 @@ def test_the_package_page_and_citations(package, settings):
     assert [hook["entry"] for hook in hooks] == ["nbdev_clean", "nbdev_export"]
 
 
-OPTIONAL = {"huggingface_hub", "tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
+OPTIONAL = {"huggingface_hub", "papermill", "tensorboard", "timm", "torchdistill", "transformers", "wandb"}  # asked for by name before they are imported, or done without
 
 
 def imports_of(path):

@@ -157,7 +157,7 @@ def test_tiny_imagenet(tiny, monkeypatch):
     (lambda root: (root / "words.txt").unlink(), "there is no .*words.txt; unpack"),
     (lambda root: shutil.rmtree(root / "train" / "n01" / "images"), "there are no images"),
     (lambda root: (root / "val" / "val_annotations.txt").write_text("0.JPEG n01"), "says '0.JPEG n01'; expected"),
-    (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "No such file.*0.JPEG"),
+    (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "expected are an image in val/images"),
     (lambda root: Image.new("L", (64, 60)).save(root / "val" / "images" / "0.JPEG"), "not all squares"),
 ])
 def test_spoiled_tiny_imagenet(tiny, spoil, words):
@@ -185,7 +185,7 @@ def test_splits_of_hugging_face():
 
 
 @pytest.mark.parametrize("examples, words", [
-    ([], "train is empty"), ([5], "of type int; give pairs"), ([{"pixels": 1, "label": 0}], "image 0 of train is object of shape"),
+    ([], "train is empty"), ([5], "of type int; give pairs"), ([{"pixels": 1, "label": 0}], "has the columns pixels, label; give one of image"),
     ([(noise(1)[0], 0.5)], "the label of example 0 of train is 0.5"), ([(torch.zeros(3, 32, 32), 0)], "image 0 of train is float32 of shape"),
     ([(noise(1)[0], 0), (noise(1, 30)[0], 1)], "image 1 of train is uint8 of shape \\(30, 30, 3\\)"),
 ])

@@ -108,7 +108,7 @@ def test_texts_that_no_record_could_hold(tmp_path, weights, number):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 7e4])
 def test_no_teacher_is_kept_that_could_not_be_read(tmp_path, weights, value):
-    with pytest.raises(ValueError, match="t.safetensors is not written: fc.bias holds"):
+    with pytest.raises(ValueError, match="t.safetensors is not written: it holds NaN or infinity in fc.bias"):
         save_teacher(tmp_path / "t.safetensors", weights | {"fc.bias": torch.full((10,), value)}, {})
     with pytest.raises(ValueError):
         save_teacher(tmp_path / "t.safetensors", weights, {"top1": torch.nan})
