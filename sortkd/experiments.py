@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
+from .checks import choice, flag, folder_path, listed_names, listed_seeds, short_enough, shown, whole_number
 from .data import DATASETS, check_dataset, has_cifar100, load_data
 from .methods import Method, create_method, try_method
 from sortkd.pairs import (
@@ -214,9 +214,11 @@ def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
 # %% ../nbs/07_experiments.ipynb #abe32d4c
 def _checked_folders(given: Parameters) -> Parameters:
     "The parameters, with `cache_dir` in place of `auto` and every folder checked."
-    folder_path("teachers_dir", given.teachers_dir, ["local"])
+    folder_path("teachers_dir", given.teachers_dir, folders=["local"])
     file = f"{given.preset}.jsonl"
-    records = folder_path("results_dir", given.results_dir, ["runs", "tensorboard", "wandb", file], written=True) / file
+    records = folder_path(
+        "results_dir", given.results_dir, [file], written=True, folders=["runs", "tensorboard", "wandb", f"{given.preset}.correct"]
+    ) / file
     if records.exists() and not (records.is_file() and os.access(records, os.W_OK)):
         raise ValueError(
             f"results_dir is {str(given.results_dir)!r}, but nothing can be written to {records}; name another folder."
@@ -295,6 +297,7 @@ def plan_experiment(*, data: ImageSet | None = None, **parameters) -> Experiment
     share = recipe.epochs / published_recipe(pair).epochs
     methods = tuple(method_for(name, pair, share) for name in listed_names("methods", given.methods))
     for method in methods:
+        short_enough("methods", method.name, f"{given.pair}-{method.name}")
         try_method(method)  # its numbers, or a plugin's function, rather than after the teacher has been trained
     if str(given.teacher) != "auto" and any(method.uses_teacher for method in methods):
         load_teacher(given.teacher, pair.teacher, data.num_classes)  # refused now rather than later

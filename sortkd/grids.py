@@ -34,6 +34,7 @@ from .plugins import load_plugins
 from .records import describe_machine, differences, plain, read_records
 from .results import paper_grid
 from .runs import STUDENTS_AT_ONCE, plan_run, run_experiment, teacher_training
+from .schema import whole
 from .teachers import Teacher, find_teacher, load_teacher
 from .views import ImageSet
 import pandas as pd  # after our modules, which say what is not installed
@@ -251,7 +252,7 @@ def read_state(grid: Grid, experiments: dict[str, Experiment] | None = None) -> 
     experiments = experiments or plan_pairs(grid)
     planned = next(iter(experiments.values()))
     state, recorded = State(grid, experiments, _processor(describe_machine(planned.device))), dict[tuple, list[dict]]()
-    for each in planned.recorded():
+    for each in whole(planned.recorded()):
         if isinstance(each.get("method"), dict):
             cell = str(each.get("pair")), str(each["method"].get("name")), str(each.get("seed"))
             recorded.setdefault(cell, []).append(each)

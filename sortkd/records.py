@@ -27,7 +27,7 @@ from torch import Tensor
 
 import sortkd
 from . import __version__
-from .files import flush_folder, refuse_links, save_atomically
+from .files import flush_folder, refuse_links, remove_leftovers, save_atomically
 
 # %% ../nbs/07b_records.ipynb #2d182feb
 SCHEMA_VERSION = 1
@@ -111,11 +111,18 @@ def save_correct(records_file: str | Path, correct: Tensor) -> str:
 
     `correct`: bool, one value for each test image, in the order of the test set.
     """
+    import fcntl  # not on Windows
+
     bits = np.packbits(correct.numpy()).tobytes()
     checksum = hashlib.sha256(bits).hexdigest()
     file = _correct_file(records_file, checksum)
-    refuse_links(file.parent)
-    save_atomically(file, partial(Path.write_bytes, data=zlib.compress(bits, 9)))
+    lock = file.parent / ".lock"
+    refuse_links(file.parent, lock)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as held:  # two runs may have the same bits
+        fcntl.flock(held, fcntl.LOCK_EX)
+        save_atomically(file, partial(Path.write_bytes, data=zlib.compress(bits, 9)))
+        remove_leftovers(file.parent, file.name)
     return checksum
 
 

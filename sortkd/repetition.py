@@ -16,6 +16,7 @@ from .pairs import has_published_length
 from .plugins import check_recorded, load_plugins
 from .records import differences, plain
 from .runs import plan_run
+from .schema import check_record
 from .teachers import load_teacher, read_checkpoint, weights_checksum
 
 # %% ../nbs/07e_repetition.ipynb #73dd59bb
@@ -31,7 +32,7 @@ def plan_repetition(
     record names, which are never loaded by themselves. Raises `ValueError` for a record without what is needed, and, naming the fields, if
     this version of the code, the data or the teacher would make it another run.
     """
-    record = plain(record)
+    record = check_record(plain(record))
     try:
         full, data, threads = record["full_recipe"], record["data"], int(record["machine"]["threads"])
         about = None if record["teacher_logits"] is None else record["about_teacher"]  # earlier records tell of one that was not used

@@ -32,6 +32,7 @@ from .models import create_model
 from .plugins import Plugin
 from .progress import Progress
 from .records import SCHEMA_VERSION, append_record, describe_machine, read_records, save_correct
+from .schema import whole
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
 from .teachers import Teacher, get_teacher, load_teacher, weights_checksum
 from .checkpoints import fingerprint
@@ -199,7 +200,7 @@ _TIME = "%Y-%m-%dT%H-%M-%S.%fZ"
 
 def _recorded(records: Sequence[dict], experiment: Experiment, run: Run, waited: bool) -> dict | None:
     "That of a run with the same settings, data and teacher; with `again` only if an interrupted or awaited call has made it."
-    found = [each for each in records if str(each.get("run_id", "")).startswith(f"{run.folder.name}-")]
+    found = whole(each for each in records if str(each.get("run_id", "")).startswith(f"{run.folder.name}-"))
     if experiment.again and not waited:
         found = [each for each in found if str(each.get("started")) >= run.again_since]
     return found[-1 if waited else 0] if found else None
@@ -218,7 +219,7 @@ def _again_since(experiment: Experiment, runs: Sequence[Run], records: Sequence[
     if experiment.again and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         names = {run.folder.name for run in runs}
-        last = max((each["started"] for each in records if each["run_id"].removesuffix(f"-{each['started']}") in names), default="")
+        last = max((each["started"] for each in records if str(each.get("run_id")).removesuffix(f"-{each.get('started')}") in names), default="")
         save_atomically(path, lambda temporary: temporary.write_text(_after(last)))
         remove_leftovers(path.parent, path.name)
     return path.read_text() if experiment.again else "", path
@@ -406,6 +407,7 @@ def _loggers(experiment: Experiment, run: Run, closing: ExitStack) -> list[Calla
     if experiment.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
+        refuse_links(experiment.results_dir / "tensorboard" / run.run_id)
         writer = closing.enter_context(SummaryWriter(experiment.results_dir / "tensorboard" / run.run_id))
         writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```")
 

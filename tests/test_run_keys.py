@@ -62,6 +62,7 @@ def quick(monkeypatch, folders):
 
     monkeypatch.setattr("sortkd.experiments.load_data", load)
     monkeypatch.setattr("sortkd.experiments.check_takes", lambda *_: None)
+    monkeypatch.setattr("sortkd.repetition.check_record", lambda record: record)  # of a run that has not been made
     monkeypatch.setattr(ImageData, "subset", lambda self, **sizes: subset(self, **sizes))
 
 
