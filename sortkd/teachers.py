@@ -159,7 +159,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         size = value.numel() * value.element_size()
         if _is_plain(value) and size > value.untyped_storage().nbytes():
             raise ValueError(f"{path}: {name} is {tuple(value.shape)}, more than the file holds.")
-    return {name.removeprefix("module."): value for name, value in weights.items()}, {}
+    if all(name.startswith("module.") for name in weights):  # of a parallel wrapper
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights, {}
 
 
 # %% ../nbs/04_teachers.ipynb #b3c2a393
