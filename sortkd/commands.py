@@ -163,8 +163,8 @@ def _run_bound(command: list[str]) -> tuple[int, str]:
     it should end then. A second Ctrl-C kills it.
     """
     # In a session of its own, so that Ctrl-C reaches this process alone: papermill's messages about it are many.
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(command, text=True, start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stderr is not None  # pipes
         try:
             said = process.stderr.read()
             return process.wait(), said

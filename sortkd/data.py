@@ -551,7 +551,7 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageSet:
         return load_folder(name.removeprefix("folder:"))
     if "(" in name:
         whole, part = part_in(name)
-        return part_of(load_data(whole, root), **part)
+        return part_of(load_data(whole, root), **part)  # type: ignore[arg-type]  # these sets are all in memory
     return DATASETS[("cifar100" if has_cifar100(root) else "digits") if name == "auto" else name](root)
 
 # %% ../nbs/03_data.ipynb #5e1f0a12

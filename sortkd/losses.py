@@ -297,8 +297,8 @@ def mlkd_loss(
         if logits[0].ndim != 2:
             raise ValueError(f"mlkd_loss needs logits (N, C), but they have shape {tuple(logits[0].shape)}.")
     check_positive("temperature", temperature)
-    weak, strong = tuple(widened(*weak)), tuple(widened(*strong))
-    confidence = F.softmax(weak[1], dim=-1)
+    (student, teacher), strong = widened(*weak), (next(widened(strong[0])), next(widened(strong[1])))
+    weak, confidence = (student, teacher), F.softmax(teacher, dim=-1)
     rows, classes = _share_up_to_median(confidence.amax(1)), _share_up_to_median(confidence.sum(0))
     weak_kd, strong_kd = weak, strong
     if standardized:

@@ -303,8 +303,9 @@ def try_method(method: Method, classes: int = 10) -> None:
     target, temperature = torch.arange(6) % classes, method.create_temperature()
     for epoch in (1, 1000):
         student = logits[0].clone().requires_grad_()
-        repaired = [method.repair_logits(each, target) for each in logits[2:]] if method.uses_teacher else [None, None]
-        loss = method.loss(student, repaired[0], target, epoch, (logits[1], repaired[1]) if method.strong_views else None, temperature)
+        repaired = [method.repair_logits(each, target) for each in logits[2:]] if method.uses_teacher else []
+        strong = (logits[1], repaired[1]) if method.strong_views else None
+        loss = method.loss(student, repaired[0] if repaired else None, target, epoch, strong, temperature)
         gradient, = torch.autograd.grad(loss, student)
         if not (loss.isfinite() and gradient.isfinite().all()):
             raise ValueError(f"the loss of {method.name} on random logits is {loss.item():g} in epoch {epoch}, or its gradient is "

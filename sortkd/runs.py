@@ -387,7 +387,7 @@ def _held_out_result(experiment: Experiment, outcome: Outcome, fabric: "Fabric")
     model.load_state_dict(outcome.last_weights)
     model = fabric.setup_module(model.to(memory_format=torch.channels_last))
     found = evaluate(model, held_out.batches(fabric.device), fabric)
-    result = {"held_out_top1": found.top1, "held_out_loss": found.loss, "held_out_images": found.images}
+    result: dict[str, Any] = {"held_out_top1": found.top1, "held_out_loss": found.loss, "held_out_images": found.images}
     if fabric.is_global_zero:
         result["held_out_correct_sha256"] = save_correct(experiment.records_file, found.correct)
     return result
@@ -480,8 +480,8 @@ def run_experiment(
     runs = [plan_run(experiment, method, seed, kind, about_teacher)
             for seed in experiment.seeds for method in experiment.methods]
     before = experiment.recorded()
-    runs = fabric.broadcast([_with_start(run) for run in runs] if fabric.is_global_zero else None)
-    since, command = fabric.broadcast(_again_since(experiment, runs, before) if fabric.is_global_zero else None)
+    runs = fabric.broadcast([_with_start(run) for run in runs] if fabric.is_global_zero else runs)
+    since, command = fabric.broadcast(_again_since(experiment, runs, before) if fabric.is_global_zero else ("", Path()))
     runs = [replace(run, again_since=since) for run in runs]
     taught = [run for run in runs if run.about_teacher]
     if teacher and about_teacher and fabric.broadcast(not runs or any(_recorded(before, experiment, run, False) is None for run in taught)):

@@ -125,6 +125,17 @@ def _is_plain(value: Tensor) -> bool:
     return value.layout == torch.strided and not odd
 
 
+def _without_wrapper(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    "`weights` without the name of a parallel wrapper; `ValueError` for a tensor that repeats its numbers."
+    for name, value in weights.items():
+        size = value.numel() * value.element_size()
+        if _is_plain(value) and size > value.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, more than the file holds.")
+    if all(name.startswith("module.") for name in weights):  # of a parallel wrapper
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
+
+
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """The state dict in a `.safetensors` file or a PyTorch checkpoint, and what the file says of
     itself (empty for PyTorch's).
@@ -154,12 +165,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             "damaged, of another format, or would need to run code. Where it was made, save the weights "
             f"alone: {_SAVE_SO}."
         ) from error
-    weights = _state_dict(path, content)
-    for name, value in weights.items():
-        size = value.numel() * value.element_size()
-        if _is_plain(value) and size > value.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, more than the file holds.")
-    return {name.removeprefix("module."): value for name, value in weights.items()}, {}
+    return _without_wrapper(path, _state_dict(path, content)), {}
 
 
 # %% ../nbs/04_teachers.ipynb #b3c2a393

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as vision
 from conftest import needs_cifar100
-from torchvision.datasets import CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100
 
 import sortkd.views
 from sortkd.data import (
@@ -284,6 +284,36 @@ def test_download_of_something_else(tmp_path, monkeypatch, web):
     with pytest.raises(FileNotFoundError, match="could not be downloaded.*corrupted"):
         load_cifar100(tmp_path / "new")
     assert files_in(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize("title, place", [("CIFAR-100", "cifar-100-python.tar.gz"), ("CIFAR-10", "cifar-10-python.tar.gz")])
+def test_an_archive_that_nobody_unpacked(tmp_path, monkeypatch, offline, title, place):
+    published = {"CIFAR-100": CIFAR100, "CIFAR-10": CIFAR10}[title]
+    assert published.filename == place
+    if title == "CIFAR-10":
+        (tmp_path / place).write_bytes(b"something else")
+        with pytest.raises(FileNotFoundError, match=f"unpacked from .*{place}.*its MD5 is not the published {CIFAR10.tgz_md5}"):
+            load_data("cifar10", tmp_path)
+        assert (tmp_path / place).is_file() and not offline
+        return
+    fake_cifar100(tmp_path / "source" / "cifar-100-python", monkeypatch)
+    with tarfile.open(tmp_path / place, "w:gz") as tar:
+        tar.add(tmp_path / "source" / "cifar-100-python", "cifar-100-python")
+    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5((tmp_path / place).read_bytes()).hexdigest())
+    assert has_cifar100(tmp_path) and len(load_data(root=tmp_path).train_images) == 4 and not offline
+    assert (tmp_path / place).is_file() and files_in(tmp_path) == ["cifar-100-python", place, "source"]
+    shutil.rmtree(tmp_path / "cifar-100-python")
+    assert load_cifar100(tmp_path, download=False).num_classes == 4, "unpacking is no download"
+
+
+def test_the_constants_of_the_recipe(tmp_path, monkeypatch):
+    "Of the published teachers: exchanged digits would show in no other number of a run."
+    fake_cifar100(tmp_path / "cifar-100-python", monkeypatch)
+    data = load_cifar100(tmp_path)
+    assert (data.mean, data.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+    images = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 1, 1, 3)
+    assert normalize(images, data.mean, data.std).flatten().tolist() == pytest.approx(
+        [(0 - 0.5071) / 0.2675, (100 / 255 - 0.4867) / 0.2565, (1 - 0.4408) / 0.2761], abs=1e-6)
 
 
 def test_download_has_a_time_limit(tmp_path, monkeypatch):
@@ -675,6 +705,15 @@ def test_strong_images_have_a_crop_and_flip_of_their_own():
     found = {number for number, view in enumerate(views) if (images.flatten(1) == view).float().mean(1).max() > 0.9}
     assert len(found) > 50, "many of the 98 crops, plain and mirrored, come through nearly unchanged"
     assert {number % 2 for number in found} == {0, 1}
+
+
+def test_strong_crops_are_drawn_anew_in_every_epoch(monkeypatch):
+    monkeypatch.setattr(sortkd.views, "strong_views", lambda images, *key: images)  # the crops alone
+    batches, index = Batches(toy_data(pad=2)), torch.arange(40)
+    epochs = [batches.strong_images(index, "seed", epoch) for epoch in (1, 2, 3)]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        same = (epochs[one] == epochs[other]).flatten(1).all(1)
+        assert same.float().mean() < 0.2, "of 50 views an image rarely has the same one again"
 
 
 @pytest.mark.cuda

@@ -3,9 +3,11 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import save_sample_folder
@@ -14,7 +16,7 @@ from torchvision.models import ResNet34_Weights
 from torchvision.transforms import v2
 
 from sortkd.views import batch_bounds, normalize, seeded_generator
-from sortkd.imagenet import IMAGENET_RECIPE, ImageFolderBatches, load_image_folder
+from sortkd.imagenet import IMAGENET_RECIPE, ImageFolderBatches, load_image_folder, read_image, read_images, to_rgb
 from sortkd.training import Recipe
 
 
@@ -47,7 +49,8 @@ def opened(path):
 def test_a_folder_as_data(root):
     data = load_image_folder(root)
     assert (data.name, data.image_size, data.resize, data.num_classes) == ("imagenet", 224, 256, 4)
-    assert data.class_names == ("dahlia", "leaves", "pagoda", "trees") and data.mean == (0.485, 0.456, 0.406)
+    assert data.class_names == ("dahlia", "leaves", "pagoda", "trees")
+    assert (data.mean, data.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert torch.equal(data.train_targets, torch.arange(4).repeat_interleave(12))
     assert len(data.test_files) == 16 and data.test_files[5] == "val/leaves/val_00001.JPEG"
     assert all((data.root / file).is_file() for file in (*data.train_files, *data.test_files))
@@ -299,18 +302,83 @@ def test_an_epoch_can_be_left_early_and_begun_again(data):
     assert_same([next(two)], epoch_of(data, epoch=2)[:1])
 
 
-@pytest.mark.parametrize("mode, kind", [("CMYK", "JPEG"), ("L", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG")])
-def test_odd_images(folder, mode, kind):
-    path = folder / "train" / "trees" / "train_00000.JPEG"
-    original = opened(path).convert("RGB")
-    original.convert(mode).save(path, format=kind)
-    data = load_image_folder(folder, image_size=32)
-    images = torch.cat([images for images, _ in ImageFolderBatches(
-        replace(data, test_files=data.train_files, test_targets=data.train_targets), workers=0).test()])
-    odd = images[data.train_files.index("train/trees/train_00000.JPEG")]
-    like = original.convert("L").convert("RGB") if mode in ("L", "LA") else original
-    view = v2.functional.pil_to_tensor(v2.CenterCrop(32)(v2.Resize(36)(like))).permute(1, 2, 0)[None]
-    assert (odd - normalize(view, data.mean, data.std)[0]).abs().mean() < 0.15, "colours are right"
+def grey_levels(mode, levels, opacity=255):
+    "A row of grey pixels of `levels` from 0 to 255 in an image of `mode`."
+    levels = numpy.asarray(levels, numpy.uint8)[None]
+    if mode.startswith("I;16"):
+        order = {"I;16B": ">u2", "I;16L": "<u2"}.get(mode, "=u2")
+        return Image.frombuffer(mode, levels.T.shape, (levels.astype(order) * 257).astype(order).tobytes(), "raw", mode, 0, 1)
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa"):
+        image = Image.fromarray(levels).convert({"La": "LA", "RGBa": "RGBA"}.get(mode, mode))
+        image.putalpha(Image.new("L", image.size, opacity))
+        return image.convert(mode)
+    return Image.fromarray(levels).convert(mode)
+
+
+KEPT = {"1": 0, "L": 0, "P": 0, "RGB": 0, "RGBX": 0, "HSV": 0, "CMYK": 0, "YCbCr": 0, "LAB": 3, "LA": 0, "La": 0, "PA": 0,
+        "RGBA": 0, "RGBa": 0, "I;16": 0, "I;16L": 0, "I;16B": 0, "I;16N": 0}  # mode: error of at most so many levels
+
+
+@pytest.mark.parametrize("mode", Image.MODES)
+def test_every_mode_becomes_rgb_or_is_refused(mode):
+    levels = [0, 255] if mode == "1" else [0, 1, 60, 128, 200, 254, 255]
+    if mode in ("I", "F"):
+        with pytest.raises(ValueError, match=f"mode {mode} has no fixed range"):
+            to_rgb(grey_levels(mode, levels))
+        return
+    image = grey_levels(mode, levels)
+    assert image.mode == mode and to_rgb(image).mode == "RGB"
+    pixels = numpy.asarray(to_rgb(image)).astype(int)
+    assert numpy.abs(pixels - numpy.array(levels)[None, :, None]).max() <= KEPT[mode]
+    if image.has_transparency_data:
+        for opacity, far in ((0, 0), (128, 64)):  # black and white differ from what lies below
+            pixels = numpy.asarray(to_rgb(grey_levels(mode, [0, 255], opacity))).astype(int)
+            assert numpy.abs(numpy.abs(pixels - 128) - far).max() <= 2
+
+
+@pytest.mark.parametrize("name, mode, about", [
+    ("grey16.png", "I;16", {}), ("grey16.tif", "I;16", {}), ("grey16.pgm", "I;16", {}), ("clear.png", "P", {"transparency": 0}),
+    ("clear.gif", "P", {"transparency": 0}), ("clear.png", "L", {"transparency": 0}), ("photo.jpg", "L", {}), ("printed.jpg", "CMYK", {}), ("turned.jpg", "RGB", {}),
+])
+def test_files_of_odd_modes(tmp_path, name, mode, about):
+    image = grey_levels(mode, [0, 100, 255])
+    if name == "turned.jpg":
+        about = {"exif": Image.Exif()}
+        about["exif"][0x0112] = 6
+    image.save(tmp_path / name, **about)
+    pixels = numpy.asarray(read_image(tmp_path / name))[0, :, 0].astype(int)
+    assert pixels.tolist() == pytest.approx([128 if "clear" in name else 0, 100, 255], abs=12), "EXIF turns nothing"
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "tiff", "webp"])
+def test_of_several_frames_the_first_is_taken(tmp_path, kind):
+    frames = [Image.new("RGB", (8, 8), (level, 0, 0)) for level in (200, 0)]
+    frames[0].save(tmp_path / "0.jpg", format=kind, save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "0.jpg").getpixel((0, 0))[0] == pytest.approx(200, abs=4)
+
+
+@pytest.mark.parametrize("kind", ["eps", "pdf", "fifo", "icns", "jpeg2000", "enormous", "folder"])
+def test_files_that_are_not_opened(tmp_path, monkeypatch, kind):
+    "Formats that start programs or were never promised, under the name of another; and what is no file."
+    path = tmp_path / "9.jpg"
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
+    if kind in ("fifo", "folder"):
+        os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    elif kind == "enormous":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 63)
+        Image.new("L", (8, 8)).save(path, format="PNG")
+    elif kind == "eps":
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    else:
+        Image.new("RGB", (16, 16)).save(path, format=kind)
+    with pytest.warns() if kind == "enormous" else nullcontext(), pytest.raises(ValueError, match="9.jpg cannot be read as an image"):
+        read_image(path)
+
+
+def test_a_thread_of_an_image_is_not_resized(tmp_path):
+    Image.new("L", (1, 60_000)).save(tmp_path / "thin.png")
+    with pytest.raises(ValueError, match="thin.png has 1×60000 pixels, too narrow"):
+        read_images(tmp_path, ["thin.png"], 224, 256)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

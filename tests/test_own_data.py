@@ -1,6 +1,7 @@
 "Data of one's own: folders, Tiny ImageNet, CIFAR-10, any two splits; and experiments on them, repeated from a record."
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -72,6 +73,38 @@ def test_large_or_mixed_images_are_streamed(birds, size):
     assert data.normalization["std"] == [*data.std] and max(data.std) < 0.3
 
 
+FORMS = ("\u00e9t\u00e9", "e\u0301te\u0301")  # of one word
+
+
+def test_what_a_folder_holds_besides_images(birds, recwarn):
+    "Names that systems leave are ignored, all else is counted and named once, and a queue is not waited for."
+    checksum = load_folder(birds).checksum
+    save_images(birds / "train" / ".ipynb_checkpoints")
+    save_images(birds / "test" / "owl" / "@eaDir")
+    save_images(birds / "train" / "__MACOSX")
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (birds / "train" / "wren" / name).write_bytes(b"none")
+    assert load_folder(birds).checksum == checksum and not recwarn
+    (birds / "train" / "list.csv").write_text("none")
+    (birds / "train" / "wren" / "notes.TXT").write_text("none")
+    os.mkfifo(birds / "test" / "wren" / "9.png")
+    for _ in range(2):
+        assert load_folder(birds).checksum == checksum
+    assert {str(each.message).partition(":")[0] for each in recwarn} == {
+        f"3 files in {birds} are left out, such as {birds / 'train' / 'list.csv'}"}
+    (birds / "train" / "wren" / "3.png").rename(birds / "train" / "wren" / "3.PNG")
+    assert load_folder(birds).checksum == checksum, "capitals do not matter"
+
+
+def test_one_class_in_two_forms_of_unicode(birds):
+    before = load_folder(birds)
+    for split, name in zip(("train", "test"), FORMS):
+        (birds / split / "wren").rename(birds / split / name)
+    after = load_folder(birds)
+    assert after.num_classes == 2 and sorted(after.test_targets.tolist()) == before.test_targets.tolist()
+    assert [after.class_names[number] for number in after.train_targets.unique()] == sorted(["owl", FORMS[0]])
+
+
 def empty(folder):
     [path.unlink() for path in (folder / "train" / "wren").iterdir()]
 
@@ -90,6 +123,12 @@ def half_an_image(folder):
     (lambda folder: shutil.rmtree(folder / "test"), "birds/val: .*test/CLASS/"),
     (lambda folder: shutil.rmtree(folder / "test" / "owl"), "must have the same class folders.*'owl'"),
     (lambda folder: save_images(folder / "test" / "tit"), "'tit' is in one of them alone"),
+    (lambda folder: save_images(folder / "train" / "owl" / "wren"), "owl/wren is a folder within a class folder; move"),
+    (lambda folder: (folder / "train" / "tit").symlink_to(folder / "train" / "owl"), "train/tit is a link, whose images"),
+    (lambda folder: (folder / "train" / "owl" / "x.png").symlink_to(folder / "train" / "owl" / "0.png"), "x.png is a link"),
+    (lambda folder: (folder / "test" / "owl" / "loop").symlink_to(folder), "loop is a link, whose images could be counted twice"),
+    (lambda folder: (shutil.rmtree(folder / "test"), (folder / "test").symlink_to(folder / "train")), "are one folder; give other"),
+    (lambda folder: [save_images(folder / "train" / name) for name in FORMS], "holds a class twice, in two Unicode forms"),
     (empty, "train: .*classes wren"), (no_image, "train/wren/2.png cannot be read as an image"), (half_an_image, "1.png cannot be read"),
 ])
 def test_spoiled_folders_get_one_line(birds, spoil, words):
@@ -157,10 +196,16 @@ def test_tiny_imagenet(tiny, monkeypatch):
     (lambda root: (root / "words.txt").unlink(), "there is no .*words.txt; unpack"),
     (lambda root: shutil.rmtree(root / "train" / "n01" / "images"), "there are no images"),
     (lambda root: (root / "val" / "val_annotations.txt").write_text("0.JPEG n01"), "says '0.JPEG n01'; expected"),
-    (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "expected are an image in val/images"),
+    (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "says '0.JPEG.*expected are an image in val/images"),
+    (lambda root: (root / "val" / "val_annotations.txt").write_text("../../secret.JPEG\tn01"), "secret.*expected are an image"),
+    (lambda root: (root / "wnids.txt").write_text("n01 ../../secret"), "wnids.txt names '../../secret', which is no folder"),
+    (lambda root: (root / "words.txt").unlink() or os.mkfifo(root / "words.txt"), "there is no .*words.txt; unpack"),
+    (lambda root: (root / "val" / "images" / "0.JPEG").unlink() or os.mkfifo(root / "val" / "images" / "0.JPEG"), "says '0.JPEG"),
+    (lambda root: (shutil.rmtree(root), root.with_suffix(".zip").touch()), "run: python -m zipfile -e .*tiny-imagenet-200.zip "),
     (lambda root: Image.new("L", (64, 60)).save(root / "val" / "images" / "0.JPEG"), "not all squares"),
 ])
 def test_spoiled_tiny_imagenet(tiny, spoil, words):
+    save_images(tiny.parent / "secret" / "images", 1, 64, "JPEG")
     spoil(tiny)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         load_tiny_imagenet(tiny.parent)
@@ -184,8 +229,84 @@ def test_splits_of_hugging_face():
     assert torch.equal(data.train_images, torch.from_numpy(noise(4))) and data.class_names == ("owl", "wren") and not data.flip
 
 
+COLUMNS = [("image", "label"), ("img", "labels"), ("images", "target"), ("image", "fine_label"), ("img", "coarse_label"),
+           ("pixel_values", "y"), ("image", "targets")]
+
+
+@pytest.mark.parametrize("image, label", COLUMNS)
+def test_columns_that_are_known(image, label):
+    examples = [{image: pixels, label: number % 2, "id": 7} for number, pixels in enumerate(noise(4))]
+    if label == "fine_label":
+        examples = [each | {"coarse_label": 0} for each in examples]
+    data = ImageData.from_splits(examples, examples)
+    assert data.train_targets.tolist() == [0, 1, 0, 1] and torch.equal(data.train_images, torch.from_numpy(noise(4)))
+
+
+class Named(list):
+    "Pairs of image and label that know the names of their classes, as a split of torchvision does."
+
+    def __init__(self, labels, classes, **more):
+        super().__init__(zip(noise(len(labels)), labels))
+        self.classes = classes
+        self.__dict__.update(more)
+
+
+class Features(list):
+    "As `Named`, like a split of Hugging Face."
+
+    def __init__(self, labels, classes):
+        super().__init__({"img": image, "label": label} for image, label in zip(noise(len(labels)), labels))
+        self.features = {"img": None, "label": type("ClassLabel", (), {"names": classes})()}
+
+
+def part(labels, classes):
+    return torch.utils.data.Subset(Named(labels, classes), range(len(labels)))
+
+
+def chain(labels, classes):
+    return torch.utils.data.ConcatDataset([Named(labels[:1], classes), part(labels[1:], classes)])
+
+
+def plain(labels, classes):
+    return list(Named(labels, classes))
+
+
+@pytest.mark.parametrize("make", [Named, Features, part, chain])
+@pytest.mark.parametrize("test, train, given, names, targets", [
+    ("ac", "abc", "", "abc", [0, 2]),  # the test split lacks a class
+    ("cb", "abc", "", "abc", [2, 1]), ("abc", "ab", "", "ab", [0, 1]), ("ab", "abc", "cba", "cba", [2, 1]),
+    ("ab", "ba", "", "ba", [1, 0]), ("ba", "ab", ["owl", "wren"], ["owl", "wren"], [1, 0]),
+    ("ab", "ab", "abcd", "abcd", [0, 1]), ("b\u00e9", "b\u00e9", ["e\u0301", "b"], ["\u00e9", "b"], [1, 0]),
+])
+def test_labels_are_taken_by_name(make, test, train, given, names, targets):
+    "`targets`: of one test image of each of the first two classes that the test split knows."
+    labels = list(range(len(train)))
+    data = ImageData.from_splits(make(labels, list(train)), make([0, 1], list(test)), class_names=given)
+    assert data.class_names == tuple(names) and data.test_targets.tolist() == targets
+    place = {name: number for number, name in enumerate(given if given and {*given} & {*train} else train)}
+    if "\u00e9" not in train:
+        assert data.train_targets.tolist() == [place[name] for name in train]
+    if not given:  # numbers of splits that know no names, or whose labels were changed, stay
+        pairs = plain([0, 1], "")
+        assert ImageData.from_splits(make(labels, list(train)), pairs).test_targets.tolist() == [0, 1]
+        changed = Named([0, 1], list(test), target_transform=abs)
+        assert ImageData.from_splits(make(labels, list(train)), changed).test_targets.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("test, train, given, words", [
+    ("ad", "abc", "", "test has images of the class 'd', which is none of .'a', 'b', 'c'."),
+    ("a", "abc", "", "test has the label 1, but names of 1 classes"), ("aa", "abc", "", "two classes have one name"),
+    ("ab", "abc", "axy", "train has images of the class 'b'"), ("ab", "abc", "wxyz", "train has images of the class 'a'"),
+])
+def test_classes_that_cannot_be_matched(test, train, given, words):
+    with pytest.raises(ValueError, match=words):
+        ImageData.from_splits(Named(range(len(train)), train), Named([0, 1], test), class_names=given)
+
+
 @pytest.mark.parametrize("examples, words", [
-    ([], "train is empty"), ([5], "of type int; give pairs"), ([{"pixels": 1, "label": 0}], "has the columns pixels, label; give one of image"),
+    ([], "train is empty"), ([5], "of type int; give pairs"), ([{"pixels": 1, "label": 0}], "columns pixels, label; give one of image, img"),
+    ([{"image": 1, "label": 0, "labels": 0}], "columns image, label, labels; give one"), ([(noise(1)[0], 2 * 10**8)], "of example 0 of train is 200000000; give .* to 999999"),
+    ([(Image.new("F", (8, 8)), 0)], "image 0 of train cannot be read .mode F has no fixed range"),
     ([(noise(1)[0], 0.5)], "the label of example 0 of train is 0.5"), ([(torch.zeros(3, 32, 32), 0)], "image 0 of train is float32 of shape"),
     ([(noise(1)[0], 0), (noise(1, 30)[0], 1)], "image 1 of train is uint8 of shape \\(30, 30, 3\\)"),
 ])

@@ -1,12 +1,16 @@
 "Checkpoints of other networks, other formats and bad intent; which teacher a run finds, and which process makes it."
+import argparse
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sortkd.data import load_digits
 from sortkd.models import create_model
@@ -31,6 +35,107 @@ def test_round_trip_names_the_same_weights(tmp_path, weights):
 def test_the_published_format(tmp_path, weights):
     torch.save({"epoch": 240, "model": weights, "optimizer": {}, "best_acc": 72.34}, tmp_path / "ckpt_epoch_240.pth")
     assert load_teacher(tmp_path / "ckpt_epoch_240.pth", "resnet8", 10).file == "ckpt_epoch_240.pth"
+
+
+WRAPPED = ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.", "student.", "model._orig_mod.", "model.module.net."]
+
+
+@pytest.mark.parametrize("ending", ["pth", "ckpt", "safetensors"])
+@pytest.mark.parametrize("words", WRAPPED)
+def test_names_behind_the_words_of_wrappers(tmp_path, weights, ending, words):
+    "Beside the network's names others may stand, as a loss has them, but not under the same words."
+    path, wrapped = tmp_path / f"t.{ending}", {words + name: value for name, value in weights.items()} | {"loss.weight": torch.ones(3)}
+    save = save_file if ending == "safetensors" else torch.save
+    save(wrapped, path)
+    assert load_teacher(path, "resnet8", 10).as_record()["weights_sha256"] == weights_checksum(weights)
+    save(wrapped | {f"{words}more": torch.ones(3)}, path)
+    with pytest.raises(ValueError, match="1 unknown, such as .*more"):
+        load_teacher(path, "resnet8", 10)
+    other = "student." if words != "student." else "teacher."
+    save(wrapped | {other + name: value.clone() for name, value in weights.items()}, path)
+    with pytest.raises(ValueError, match="holds this network under '.*save the one that is meant"):
+        load_teacher(path, "resnet8", 10)
+
+
+def test_a_network_whose_own_names_begin_like_a_wrappers(tmp_path, weights):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = create_model("resnet8", 10)
+    own = {f"model.{name}": value for name, value in weights.items()}
+    path = save_teacher(tmp_path / "t.safetensors", own, {})
+    assert load_weights(Own(), read_checkpoint(path)[0]).state_dict().keys() == own.keys()
+
+
+@pytest.mark.parametrize("place", ["model", "net", "state_dict", "model_state_dict", "state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("beside", [
+    {}, {"epoch": 3, "best": numpy.float64(70.5)}, {"best": numpy.arange(3)}, {"args": argparse.Namespace(lr=0.1, out=Path("x"))},
+    {"optimizer": {"state": {}}, "arch": "resnet8"},
+], ids=["nothing", "number", "array", "arguments", "optimizer"])
+def test_where_a_state_dict_is_looked_for(tmp_path, weights, place, beside, capsys):
+    torch.save({place: weights} | beside, tmp_path / "t.pt")
+    assert weights_checksum(read_checkpoint(tmp_path / "t.pt")[0]) == weights_checksum(weights)
+    assert not capsys.readouterr().out
+    if "_ema" not in place:
+        torch.save({"state_dict_ema": {}, "model_ema": {"module.a": torch.ones(1)}, place: weights} | beside, tmp_path / "t.pt")
+        assert weights_checksum(read_checkpoint(tmp_path / "t.pt")[0]) == weights_checksum(weights)
+        assert f"the weights under {place!r} are used, not those under 'model_ema'" in capsys.readouterr().out
+
+
+def test_files_that_are_refused_say_how_to_save(tmp_path):
+    torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "whole.pth")
+    torch.save({"mine": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "mine.pth")
+    torch.save(argparse.Namespace(model=1), tmp_path / "arguments.pth")
+    for name, words in (("whole", "it holds torch.nn.modules.linear.Linear, which is no weights"), ("mine", "found: 'mine', 'epoch'"),
+                        ("arguments", "holds no state dict")):
+        with pytest.raises(ValueError, match=words) as error:
+            read_checkpoint(tmp_path / f"{name}.pth")
+        said = str(error.value)
+        assert "torch.save({'model': model.state_dict()}, PATH)" in said and "\x1b" not in said and "\n" not in said
+
+
+def test_a_file_that_would_unpack_to_more_than_it_has(tmp_path):
+    torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for member in plain.infolist():
+            bomb.writestr(member.filename, plain.read(member))
+    assert len(read_checkpoint(tmp_path / "plain.pth")[0]["a"]) == 10**6
+    with pytest.raises(ValueError, match="bomb.pth cannot be read.*compressed, .* would take 4,00"):
+        read_checkpoint(tmp_path / "bomb.pth")
+    torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "repeated.pth")
+    with pytest.raises(ValueError, match=r"repeated.pth: a is \(1000000, 1000000\), more than the file holds"):
+        read_checkpoint(tmp_path / "repeated.pth")
+
+
+RUNNING, COUNT = "bn1.running_var", "bn1.num_batches_tracked"
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("fc.bias", torch.full((10,), 1e300, dtype=torch.float64), "NaN or infinity in fc.bias, as torch.float32"),
+    (RUNNING, torch.full((16,), 1e300, dtype=torch.float64), f"NaN or infinity in {RUNNING}"),
+    (RUNNING, torch.full((16,), -0.1), f"a negative number in {RUNNING}"), (RUNNING, torch.full((16,), torch.nan), "NaN"),
+    (COUNT, torch.tensor(-1), f"a negative number in {COUNT}"), (COUNT, torch.tensor(torch.inf), f"NaN or infinity in {COUNT}"),
+    (COUNT, torch.tensor(1.5), f"a number of another type in {COUNT}"), (COUNT, torch.tensor(1e30), f"in {COUNT}"),
+])
+def test_numbers_are_checked_as_the_network_holds_them(tmp_path, weights, name, value, words):
+    network = create_model("resnet8", 10)
+    before = weights_checksum(network.state_dict())
+    with pytest.raises(ValueError, match=words):
+        load_weights(network, weights | {name: value})
+    assert weights_checksum(network.state_dict()) == before
+    if value.is_floating_point() == weights[name].is_floating_point():
+        with pytest.raises(ValueError, match="t.safetensors is not written: it holds"):
+            save_teacher(tmp_path / "t.safetensors", weights | {name: value}, {})
+    assert not list(tmp_path.iterdir())
+    assert load_weights(network, weights | {COUNT: torch.tensor(3.0)}).bn1.num_batches_tracked == 3, "a whole number"
+
+
+def test_statistics_are_kept_in_single_precision(tmp_path, weights):
+    fine = torch.linspace(1, 2, 16) + 1e-5  # which half precision would round
+    changed = weights | {RUNNING: fine, "bn1.running_mean": -1e5 * fine.double(), COUNT: torch.tensor(2**40), "index": torch.arange(5000)}
+    kept = read_checkpoint(save_teacher(tmp_path / "t.safetensors", changed, {}))[0]
+    assert torch.equal(kept[RUNNING], fine) and torch.equal(kept["bn1.running_mean"], (-1e5 * fine.double()).float())
+    assert kept[COUNT] == 2**40 and torch.equal(kept["index"], torch.arange(5000)) and kept["fc.weight"].dtype == torch.float16
 
 
 def test_refusals_name_what_is_wrong(tmp_path, weights):
@@ -98,7 +203,6 @@ def test_trained_once_and_kept(tmp_path, weights):
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999"])
 def test_texts_that_no_record_could_hold(tmp_path, weights, number):
     "They are refused before a run, not after it."
-    from safetensors.torch import save_file
     text = '{"architecture": "resnet8", "dataset": "digits", "complete": true, "more": {"top5": [%s]}}' % number
     save_file(dict(weights), tmp_path / "odd.safetensors", {"sortkd": text})
     for look in (lambda: read_checkpoint(tmp_path / "odd.safetensors"), lambda: find_teacher("resnet8", load_digits(), tmp_path, 0, {})):
