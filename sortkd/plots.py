@@ -68,7 +68,6 @@ def _mean_and_std(values) -> str:
 # %% ../nbs/07d_plots.ipynb #0102de30
 def conclude(records: Sequence[dict]) -> str:
     "The differences between the methods of the records in last-epoch top-1, how far they can be trusted, and chance."
-    import math
 
     import pandas as pd
 
@@ -87,10 +86,13 @@ def conclude(records: Sequence[dict]) -> str:
             half = stats.t.ppf(0.975, n - 1) * differences.std() / n**0.5
             line += f", 95 % interval {differences.mean() - half:+.2f} to {differences.mean() + half:+.2f}"
         lines += [f"{line} (n = {n} seed{'s' * (n > 1)})."] if n else []
-    data, share = records[0]["data"], top1.mean().mean() / 100
-    error = 100 * math.sqrt(share * (1 - share) / data["test_images"])
+    from scipy.stats import binomtest
+
+    data, share = records[0]["data"], top1.mean().mean()
+    images = data["test_images"]
+    low, high = (100 * bound for bound in binomtest(round(share / 100 * images), images).proportion_ci(method="wilson"))
     chance = f" Chance is {100 / data['classes']:.3g} %." if "classes" in data else ""
-    return " ".join([*lines, f"On {data['test_images']:,} test images, a top-1 has a standard error of {error:.1f} points.{chance}"])
+    return " ".join([*lines, f"A top-1 of {share:.1f} % on {images:,} test images has a 95 % interval of {low:.1f} to {high:.1f} %.{chance}"])
 
 # %% ../nbs/07d_plots.ipynb #9964d62f
 def plot_curves(records: Sequence[dict]):

@@ -232,7 +232,8 @@ def test_the_result_in_words():
     records = [record(name, seed, top1 + seed) for name, top1 in (("ce", 50.0), ("kd", 52.0), ("kd+sort", 53.0)) for seed in (0, 1)]
     words = conclude(records)
     assert "kd minus ce: +2.00 points of top-1, 95 % interval +2.00 to +2.00 (n = 2 seeds)." in words and "kd+sort minus kd: +1.00" in words
-    assert "standard error of 2.5 points. Chance is 10 %." in words
+    assert "A top-1 of 52.2 % on 400 test images has a 95 % interval of 47.4 to 57.1 %. Chance is 10 %." in words
+    assert "A top-1 of 0.0 % on 400 test images has a 95 % interval of 0.0 to 1.0 %." in conclude([record("ce", 0, 0.0)])
     assert "minus" not in conclude(records[:1])
 
 
@@ -421,7 +422,7 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
         record, = done.records
         assert record["about_teacher"] is None and record["teacher"] == "resnet20" and not (tmp_path / "teachers").exists()
         assert done.describe_teacher() == "No method used a teacher." and plot_mistakes(done) is None and "resnet8 is trained on" in alone.describe()
-        before = record | {"about_teacher": {"weights_sha256": "0" * 64, "file": "other.safetensors"}}  # as records were
+        before = record | {"about_teacher": {"architecture": "resnet20", "source": "found", "file": "other.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}}  # as records were
         again, = run_experiment(plan_repetition(before, results_dir=tmp_path / "repeated"), progress=False).records
         assert compare_runs(before, again) == []
     beside = run_experiment(small_experiment(folder, methods="kd,ce", epochs=1, results_dir=results), progress=False)
@@ -697,7 +698,7 @@ def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
     record, = run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path / "results")), progress=False).records
     def repeat(**changes): return plan_repetition(record | changes, teachers_dir=str(folder / "teachers"), results_dir=str(tmp_path / "repeated"))
     for changes, words in (({"method": record["method"] | {"kd_weight": 0.5}}, "method.kd_weight is 0.9 here and 0.5 there"),
-                           ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"device": "tpu"}, "tpu"), ({"recipe": None}, "does not say enough")):
+                           ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"device": "tpu"}, "tpu"), ({"recipe": None}, "recipe is None, expected an object")):
         with pytest.raises(ValueError, match=words):
             repeat(**changes)
     without_machine = {key: value for key, value in record.items() if key != "machine"}
