@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from . import __version__
@@ -64,6 +65,9 @@ def _terminate(number, frame):
 
 def ends_cleanly(work: Callable[[], int | None], again: str | Callable[[], str]) -> int:
     "The exit status of `work()`. An error is printed in one line; `again` is printed when the command is stopped."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where the terminal lacks a character, which must not end a run
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may receive signals
     before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
