@@ -9,6 +9,7 @@ __all__ = ['ends_cleanly', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'e
 import argparse
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -173,8 +174,9 @@ def _run_bound(command: list[str]) -> tuple[int, str]:
     process, or with Ctrl-C; it should end then. A second Ctrl-C kills it.
     """
     # In a session of its own, so that Ctrl-C reaches this process alone: papermill's messages about it are many.
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, start_new_session=True, **pipes) as process:
+    with subprocess.Popen(command, text=True, start_new_session=True, stdin=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stderr
         try:
             said = process.stderr.read()
             return process.wait(), said
@@ -189,14 +191,12 @@ def _run_bound(command: list[str]) -> tuple[int, str]:
 
 def _papermill() -> None:
     "Papermill, which is interrupted at the end of its standard input, and ends its kernel."
-    from papermill.__main__ import papermill
-
     def interrupt():
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    papermill()
+    runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 
 
 def _repeat(source: str, given: dict, progress: bool) -> int:

@@ -296,7 +296,7 @@ class Learner:
     def save(self, now: bool) -> bool:
         "Write what was remembered, if `now` or if it is time to; whether it was written."
         due = time.monotonic() - self._last_save >= self._checkpoint_seconds
-        if self._unsaved is None or not (now or due):
+        if self._checkpoint is None or self._unsaved is None or not (now or due):
             return False
         self._checkpoint.save(self._unsaved)
         self.saved_epoch, self._last_save = len(self._unsaved["curve"]), time.monotonic()
