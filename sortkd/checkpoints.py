@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,23 +38,29 @@ class Stopped(Exception):
 
 
 @contextmanager
-def ends_after_saving() -> Iterator[None]:
-    """While the block runs, SIGTERM and SIGHUP raise `KeyboardInterrupt`, so that it can save its state; then the process
-    ends by the same signal. Nothing changes for a signal that has a handler, or outside the main thread.
+def ends_after_saving(save: Callable[[BaseException], None]) -> Iterator[None]:
+    """Call `save` with the exception that ends the block, if one does. While it runs, SIGTERM and
+    SIGHUP raise `KeyboardInterrupt`, and the process ends by the same signal thereafter. Nothing
+    changes for a signal that has a handler, or outside the main thread.
     """
-    received = list[int]()
+    received, saving = list[int](), False
 
     def interrupt(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-        raise KeyboardInterrupt
+        if not saving:
+            raise KeyboardInterrupt
 
-    numbers = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))
-               and threading.current_thread() is threading.main_thread() and signal.getsignal(number) is signal.SIG_DFL]
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    numbers = [each for each in numbers if main and signal.getsignal(each) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, interrupt)
     try:
         yield
+    except BaseException as error:
+        saving = True
+        save(error)
+        raise
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)

@@ -9,12 +9,14 @@ __all__ = ['ends_cleanly', 'run', 'CheckpointQuality', 'evaluate_checkpoint', 'e
 import argparse
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from . import __version__
@@ -64,6 +66,9 @@ def _terminate(number, frame):
 
 def ends_cleanly(work: Callable[[], int | None], again: str | Callable[[], str]) -> int:
     "The exit status of `work()`. An error is printed in one line; `again` is printed when the command is stopped."
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that a terminal lacks ends no run
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may receive signals
     before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
@@ -124,8 +129,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _execute_notebook(path: Path, parameters: dict) -> int:
-    """Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress are printed. Until it has
-    ended, and if it fails, what was executed is in a file beside `path`.
+    """Write the experiment notebook, executed with `parameters`, to `path`; its lines of progress
+    are printed. Until it has ended, and if it fails, what was executed is in a file beside `path`.
     """
     source = Path(__file__).resolve().parents[1] / "nbs" / "run_experiment.ipynb"
     unfinished = path.with_name(f"{path.stem}.unfinished.ipynb")
@@ -133,9 +138,11 @@ def _execute_notebook(path: Path, parameters: dict) -> int:
     start = "from sortkd.commands import _papermill; _papermill()"
     unfinished.unlink(missing_ok=True)
     try:
-        status, said = _run_bound([sys.executable, "-c", start, str(source), str(unfinished), *options])
+        command = [sys.executable, "-c", start, str(source), str(unfinished), *options]
+        status, said = _run_bound(command)
         if status:
-            raise RuntimeError((said.strip().splitlines() or ["papermill ended without a message"])[-1])
+            lines = said.strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else "papermill ended without a message")
     except BaseException:
         if unfinished.exists():
             print(f"What was executed is in {unfinished}.", flush=True)
@@ -146,25 +153,30 @@ def _execute_notebook(path: Path, parameters: dict) -> int:
 
 
 def _check_notebook(path: Path) -> None:
-    "Refuse a place for the executed notebook where it cannot be, or where something else would be lost."
+    "Refuse a place for the executed notebook that is none, or where something would be lost."
     need_experiments("papermill")
     notebooks = Path(__file__).resolve().parents[1] / "nbs"
     if not (notebooks / "run_experiment.ipynb").is_file():
-        raise FileNotFoundError(f"--notebook needs a copy of the project: there is no {notebooks}/run_experiment.ipynb.")
+        raise FileNotFoundError("--notebook needs a copy of the project: there is no "
+                                f"{notebooks}/run_experiment.ipynb.")
     refuse_links(path)
-    if path.suffix != ".ipynb" or not path.absolute().parent.is_dir() or (path.exists() and not path.is_file()):
-        raise ValueError(f"notebook is {str(path)!r:.200}; give the path of an .ipynb file in a folder that exists.")
+    is_file = path.is_file() or not path.exists()
+    if path.suffix != ".ipynb" or not path.absolute().parent.is_dir() or not is_file:
+        raise ValueError(f"notebook is {str(path)!r:.200}; give the path of an .ipynb file in a "
+                         "folder that exists.")
     if notebooks in path.resolve().parents:
-        raise ValueError(f"notebook is {str(path)!r:.200}, but {notebooks} holds the sources of the project; name another folder.")
+        raise ValueError(f"notebook is {str(path)!r:.200}, but {notebooks} holds the sources of the "
+                         "project; name another folder.")
 
 
 def _run_bound(command: list[str]) -> tuple[int, str]:
-    """The exit status of a command, and what it wrote to stderr. Its standard input ends with this process, or with Ctrl-C;
-    it should end then. A second Ctrl-C kills it.
+    """The exit status of a command, and what it wrote to stderr. Its standard input ends with this
+    process, or with Ctrl-C; it should end then. A second Ctrl-C kills it.
     """
     # In a session of its own, so that Ctrl-C reaches this process alone: papermill's messages about it are many.
-    with subprocess.Popen(command, text=True, start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdin is not None and process.stderr is not None  # pipes
+    with subprocess.Popen(command, text=True, start_new_session=True, stdin=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stderr
         try:
             said = process.stderr.read()
             return process.wait(), said
@@ -179,14 +191,12 @@ def _run_bound(command: list[str]) -> tuple[int, str]:
 
 def _papermill() -> None:
     "Papermill, which is interrupted at the end of its standard input, and ends its kernel."
-    from papermill.__main__ import papermill
-
     def interrupt():
         os.read(0, 1)
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    papermill()
+    runpy.run_module("papermill", run_name="__main__", alter_sys=True)
 
 
 def _repeat(source: str, given: dict, progress: bool) -> int:

@@ -491,9 +491,10 @@ def create_model(name: str, num_classes: int = 100) -> nn.Module:
     if library == "torchvision":
         import torchvision
 
-        # Two of its networks have auxiliary heads, which turn the logits into a tuple in training mode.
-        heads = {"aux_logits": False, "init_weights": True} if its_name in ("googlenet", "inception_v3") else {}
-        return torchvision.models.get_model(its_name, num_classes=num_classes, **heads)
+        options: dict[str, Any] = {}
+        if its_name in ("googlenet", "inception_v3"):  # which give a tuple while they are trained
+            options = {"aux_logits": False, "init_weights": True}
+        return torchvision.models.get_model(its_name, num_classes=num_classes, **options)
     return (NETWORKS | _imagenet_networks)[name](num_classes=num_classes)
 
 

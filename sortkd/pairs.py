@@ -112,33 +112,39 @@ def pair_for(name: str) -> Pair:
 
 # %% ../nbs/07a_pairs.ipynb #96ed2723
 def check_takes(network: str, image_size: int, num_classes: int, batch_size: int = 2) -> None:
-    """`ValueError` unless the network turns random images of `image_size` into finite logits, one for each class, in
-    training mode and in evaluation mode, on the CPU. `batch_size`: how many images at a time; two stand for more.
+    """`ValueError` unless the network turns random images of `image_size` into finite logits, one
+    for each class, in training mode and in evaluation mode, on the CPU. `batch_size`: how many images
+    at a time; two stand for more.
     """
     _try_network(network, NETWORKS.get(network), image_size, num_classes, min(2, batch_size))
 
 
 @lru_cache  # for all the plans of a grid; `registered`: a name may be given to another network
 def _try_network(network: str, registered, image_size: int, num_classes: int, rows: int) -> None:
-    expected = f"expected is a floating-point tensor of shape {(rows, num_classes)}. Choose another network"
-    mode = "training"
+    layout, mode = torch.channels_last, "training"
+    expected = f"expected is a float tensor of shape {(rows, num_classes)}. Choose another network"
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            model = create_model(network, num_classes).to(memory_format=torch.channels_last)
-            images = torch.randn(rows, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+            model = create_model(network, num_classes).to(memory_format=layout)
+            images = torch.randn(rows, 3, image_size, image_size).contiguous(memory_format=layout)
             answers = {mode: model.train()(images), (mode := "evaluation"): model.eval()(images)}
     except Exception as error:  # networks of other libraries fail in many ways
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{network} cannot take images of {image_size}×{image_size}{' one at a time' * (rows == 1)} "
-                         f"in {mode} mode ({reason:.150}); choose another network or data set.") from error
+        raise ValueError(
+            f"{network} cannot take images of {image_size}×{image_size}"
+            f"{' one at a time' * (rows == 1)} in {mode} mode ({reason:.150}); choose another network "
+            "or data set."
+        ) from error
     for mode, logits in answers.items():
         if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
             found = getattr(logits, "dtype", type(logits).__name__)
-            raise ValueError(f"{network} gives {found} in {mode} mode; {expected}, or register one that gives logits alone.")
-        if logits.shape != (rows, num_classes):
-            raise ValueError(f"{network} gives logits of shape {tuple(logits.shape)} in {mode} mode; {expected}.")
-        if not logits.isfinite().all():
-            raise ValueError(f"{network} gives NaN or infinity for random images in {mode} mode; {expected}.")
+        elif logits.shape != (rows, num_classes):
+            found = f"logits of shape {tuple(logits.shape)}"
+        elif not logits.isfinite().all():
+            found = "NaN or infinity for random images"
+        else:
+            continue
+        raise ValueError(f"{network} gives {found} in {mode} mode; {expected}.")
 
 # %% ../nbs/07a_pairs.ipynb #56d22b83
 _EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")  # settings that count epochs

@@ -146,18 +146,21 @@ class CachedTeacherLogits(TeacherLogits):
         identity = _identity(self, batches.data)
         self.pad, self.flip = identity["pad"], identity["flip"]
         self.num_views = number_of_views(self.pad, self.flip)
-        self.folder, earlier = (Path(cache_dir) / _key(each) for each in (identity, identity | {"format": 1}))
+        self.folder = Path(cache_dir) / _key(identity)
+        earlier = Path(cache_dir) / _key(identity | {"format": 1})
         refuse_links(self.folder, *Path(cache_dir).glob(f".{self.folder.name}.*"), *self.folder.glob("*"))
         if not self.folder.exists():
             if earlier.exists():
-                print(f"{earlier} is a cache of an earlier version, without checksums. The teacher's logits are "
-                      f"computed anew, in {self.folder}; the earlier folder can be deleted.", flush=True)
+                print(f"{earlier} is a cache of an earlier version, without checksums. The teacher's "
+                      f"logits are computed anew, in {self.folder}; the earlier folder can be deleted.",
+                      flush=True)
             _create_folder(self.folder, identity)
         rows, classes = identity["images"] * self.num_views, identity["classes"]
         self._file, stored = _map_file(self.folder / "logits.bin", torch.float16, rows * classes)
         self._sums_file, self._sums = _map_file(self.folder / "checksums.bin", torch.int32, rows)
         self._stored = stored.view(rows, classes)
-        self._factors = torch.tensor([pow(0x9E3779B1, place, 2**32) for place in range(1, classes + 1)])
+        factors = [pow(0x9E3779B1, place, 2**32) for place in range(1, classes + 1)]
+        self._factors = torch.tensor(factors)
         self._found_damage = self._unwritten = False
         self._on_device = self._stored
         if self.device.type == "cuda" and 2 * self.bytes < torch.cuda.mem_get_info(self.device)[0]:
@@ -176,8 +179,8 @@ class CachedTeacherLogits(TeacherLogits):
         sound = sums == self._checksums(self._stored[rows])
         damaged = int(((sums != 0) & ~sound).sum())
         if damaged and not self._found_damage:
-            print(f"{self.folder} is damaged: {damaged} of {len(rows):,} rows are not as they were stored. "
-                  "Such rows are computed again.", flush=True)
+            print(f"{self.folder} is damaged: {damaged} of {len(rows):,} rows are not as they were "
+                  "stored. Such rows are computed again.", flush=True)
             self._found_damage = True
         return sound
 

@@ -9,9 +9,10 @@ __all__ = ['Recipe', 'Evaluation', 'evaluate', 'Student', 'Outcome', 'Diverged',
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,8 +98,8 @@ def evaluate(model: nn.Module, batches: ImageBatches, fabric: "Fabric") -> Evalu
 class Student:
     """A network, how it is trained, and where its state is saved.
 
-    `checkpoint`: a file to continue from if it exists, and to write at most every `checkpoint_seconds`, at the end, and when the
-    training is interrupted.
+    `checkpoint`: a file to continue from if it exists, and to write at most every `checkpoint_seconds`,
+    at the end, and when the training is interrupted.
     `context`: what the checkpoint must also agree in, such as the checksum of the teacher's weights.
     `keep_best`: keep the weights of the best test epoch, too; without them a checkpoint is a third smaller.
     `compile`: run the network through `torch.compile`, which fuses its operations and rounds differently.
@@ -280,14 +281,17 @@ class Learner:
         return row
 
     def remember(self) -> None:
-        "Keep a copy of the state after a whole epoch, which `save` writes, though the next epoch may have begun."
+        "Keep a copy of the state after a whole epoch; `save` writes it, also from within the next one."
         if self.saved_epoch is None:
             return
-        outcome, weights = self.outcome, {name: value.clone() for name, value in self.model.state_dict().items()}
-        self._unsaved = {"model": weights, "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-                         "temperature": None if self.temperature is None else weights_on_cpu(self.temperature),
-                         "curve": [*outcome.curve], "best_weights": outcome.best_weights, "correct": outcome.correct,
-                         "seconds": outcome.seconds}
+        outcome, temperature = self.outcome, self.temperature
+        self._unsaved = {
+            "model": {name: value.clone() for name, value in self.model.state_dict().items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "temperature": None if temperature is None else weights_on_cpu(temperature),
+            "curve": [*outcome.curve], "best_weights": outcome.best_weights,
+            "correct": outcome.correct, "seconds": outcome.seconds,
+        }
 
     def save(self, now: bool) -> bool:
         "Write what was remembered, if `now` or if it is time to; whether it was written."
@@ -295,7 +299,8 @@ class Learner:
         if self._checkpoint is None or self._unsaved is None or not (now or due):
             return False
         self._checkpoint.save(self._unsaved)
-        self.saved_epoch, self._unsaved, self._last_save = len(self._unsaved["curve"]), None, time.monotonic()
+        self.saved_epoch, self._last_save = len(self._unsaved["curve"]), time.monotonic()
+        self._unsaved = None
         return True
 
     def _restore(self) -> None:
@@ -347,7 +352,7 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
         side_stream(fabric.device),
         nullcontext() if teacher is None else closing(teacher),
-        _saved_if_interrupted(learners, title),
+        ends_after_saving(partial(_save_unsaved, learners, title)),
     ):
         for epoch in range(first, last + 1):
             start = time.monotonic()
@@ -383,21 +388,15 @@ def train_together(students: Sequence[Student], batches: ImageBatches, fabric: "
     return [failed.get(number, learner.outcome) for number, learner in enumerate(learners)]
 
 
-@contextmanager
-def _saved_if_interrupted(learners: Sequence[Learner], title: str) -> Iterator[None]:
-    "However the block ends, the last whole epoch of each of the learners is saved; says so after an interruption."
-    with ends_after_saving():
-        try:
-            yield
-        except BaseException as error:
-            for learner in learners:
-                learner.save(now=True)
-            saved = [learner.saved_epoch for learner in learners if learner.saved_epoch is not None]
-            if saved and not isinstance(error, Exception):
-                kept = f"all up to epoch {min(saved)} is saved" if min(saved) else "no epoch had been finished"
-                with suppress(OSError):  # the terminal may be gone
-                    print(f"{title}: stopped; {kept}.", flush=True)
-            raise
+def _save_unsaved(learners: Sequence[Learner], title: str, error: BaseException) -> None:
+    "Save the last whole epoch of each of the learners, and say so after an interruption."
+    for learner in learners:
+        learner.save(now=True)
+    saved = [each.saved_epoch for each in learners if each.saved_epoch is not None]
+    if saved and not isinstance(error, Exception):
+        kept = f"all up to epoch {min(saved)} is saved" if min(saved) else "no epoch had been finished"
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{title}: stopped; {kept}.", flush=True)
 
 
 def teach(classes: Sequence[tuple[Lessons, Sequence[Learner]]], epoch: int) -> None:

@@ -4,7 +4,7 @@ A small real experiment (digits, two methods, two seeds, a checkpoint after ever
 runs:
 
 - SIGKILL at random moments; before any change that it makes to a file, and again while it resumes; with half of a file, of a
-  record or of the cache's marks written; while it trains a teacher; of a worker, or of the process with the workers; of one of
+  record or of the cache's rows written; while it trains a teacher; of a worker, or of the process with the workers; of one of
   two processes that do the same, or fill one cache;
 - SIGTERM and Ctrl-C; a disk that is full, for one file or for all; folders and files that may only be read; a loss that is no
   number; a clock that stands still or goes back.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from inspect import signature
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import nbformat
@@ -14,7 +15,7 @@ import pytest
 import torch
 from papermill import inspect_notebook
 
-from sortkd.commands import evaluate_command, evaluate_checkpoint, run
+from sortkd.commands import ends_cleanly, evaluate_command, evaluate_checkpoint, run
 from sortkd.data import load_digits
 from sortkd.experiments import plan_experiment
 from sortkd.methods import OBJECTIVES, REPAIRS
@@ -115,6 +116,67 @@ def test_mistakes_are_one_line(arguments, words, capsys, tmp_path):
     assert re.search(words, error) and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("place,words", [
+    ("link.ipynb", "is a link to"), ("folder.ipynb", "give the path of an .ipynb file"), ("out.txt", "give the path of an .ipynb file"),
+    ("nowhere/out.ipynb", "in a folder that exists"), (NOTEBOOK, "holds the sources of the project"), (NOTEBOOK.with_name("new.ipynb"), "holds the sources"),
+    ("nbs/index.ipynb", "holds the sources"), ("out.ipynb --methods kdd", "methods is 'kdd'"), ("out.ipynb --teacher nowhere.pth", "nowhere.pth"),
+])
+def test_a_notebook_that_cannot_be_made_leaves_all_as_it_was(monkeypatch, capsys, tmp_path, place, words):
+    monkeypatch.setattr("sortkd.commands._run_bound", None)  # nothing is started
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out.ipynb").write_text("precious")
+    (tmp_path / "link.ipynb").symlink_to("out.ipynb")
+    (tmp_path / "nbs").symlink_to(NOTEBOOK.parent)
+    (tmp_path / "folder.ipynb").mkdir()
+    source = NOTEBOOK.read_bytes()
+    assert run([*SMALL, "--results-dir", str(tmp_path / "results"), "--notebook", *str(place).split(" ")]) == 1
+    assert words in (said := capsys.readouterr().err) and len(said.strip().splitlines()) == 1
+    assert (tmp_path / "out.ipynb").read_text() == "precious" and NOTEBOOK.read_bytes() == source
+    assert {path.name for path in tmp_path.iterdir()} == {"out.ipynb", "link.ipynb", "nbs", "folder.ipynb"}
+
+
+@pytest.mark.parametrize("end,status", [("fails", 1), (KeyboardInterrupt, 130), ("ends", 0)])
+def test_an_earlier_notebook_is_kept_until_another_is_whole(monkeypatch, capsys, tmp_path, end, status):
+    "What was executed of one that fails is beside it, in a file that is named."
+    def executed(command):
+        Path(command[4]).write_text("executed")
+        if end == KeyboardInterrupt:
+            raise end
+        return end == "fails", "it failed"
+    monkeypatch.setattr("sortkd.commands._run_bound", executed)
+    out, unfinished = tmp_path / "out.ipynb", tmp_path / "out.unfinished.ipynb"
+    out.write_text("precious")
+    assert run([*SMALL, "--results-dir", str(tmp_path / "results"), "--notebook", str(out)]) == status
+    said = capsys.readouterr()
+    assert (f"What was executed is in {unfinished}." in said.out) == unfinished.exists() == (status != 0)
+    assert out.read_text() == ("precious" if status else "executed") and (end != "fails" or said.err == "RuntimeError: it failed\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_bound_command_ends_with_the_one_that_started_it(tmp_path, number):
+    bound = f"import os; print(os.getpid(), flush=True); os.read(0, 1); open({str(tmp_path / 'ended')!r}, 'w')"
+    code = "import sys\nfrom sortkd.commands import _run_bound\n_run_bound([sys.executable, '-c', sys.argv[1]])"
+    with subprocess.Popen([sys.executable, "-c", code, bound], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.readline()  # it has started
+        process.send_signal(number)
+        assert process.stdout.read() == b""  # when both have ended
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "utf-8"])
+def test_a_terminal_without_a_character_shows_another(monkeypatch, encoding):
+    streams = [TextIOWrapper(BytesIO(), encoding, write_through=True) for _ in range(2)]
+    for name, stream in zip(("stdout", "stderr"), streams):
+        monkeypatch.setattr(sys, name, stream)
+
+    def work():
+        print("kd 70.1 ± 0.2, 16×16, –")
+        raise ValueError("été – 名")
+    assert ends_cleanly(work, "") == 1
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+    assert re.fullmatch("kd 70.1 [±?] 0.2, 16[×?x]16, [–?]\n", out) and re.search("ValueError: .t. . .", err)
+
+
 @pytest.mark.slow
 def test_the_notebook_of_a_command(tmp_path, capfd):
     "The same executed notebook as papermill's, with lines of progress; a mistake is one line."
@@ -126,7 +188,8 @@ def test_the_notebook_of_a_command(tmp_path, capfd):
     assert "Chance is 10 %" in first[0]["data"]["text/markdown"] and len(read_records(tmp_path / "results" / "quick.jsonl")) == 1
     assert run([*small, "--notebook", str(tmp_path / "out.txt")]) == 1 and "notebook is" in capfd.readouterr().err
     assert run([*small, "--methods", "kdd", "--notebook", str(out)]) == 1
-    assert "ValueError: methods is 'kdd'; give objectives (ce, kd," in capfd.readouterr().err.strip().splitlines()[-1]
+    assert "ValueError: methods is 'kdd'; give objectives (ce, kd," in capfd.readouterr().err
+    assert nbformat.read(out, 4).cells and not (tmp_path / "out.unfinished.ipynb").exists()
 
 
 def test_eval_mistakes(tmp_path, capsys):
@@ -148,15 +211,22 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path)
 
 
 @pytest.mark.slow
-def test_an_interrupted_notebook_ends_in_one_line(tmp_path):
-    "Ctrl-C at a terminal, which reaches all processes of the command."
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_notebook_saves_and_ends(tmp_path, number):
+    "Ctrl-C at a terminal, which reaches all processes of the command; or a signal to the first alone. The kernel ends, too."
     folders = [f"--{name}-dir={tmp_path / name}" for name in ("teachers", "results")]
     command = [sys.executable, "-c", "from sortkd.commands import run; raise SystemExit(run())", "--notebook", str(tmp_path / "out.ipynb"), "--pair=r56_r20", "--dataset=digits", *folders]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert "teacher resnet56, seed 0: epoch 1/4" in process.stdout.readline()
-        os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=120)
-    assert process.returncode == 130 and said.strip() == "stopped. To continue from what was saved, give the same command again."
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        out, said = process.communicate(timeout=120)  # until no process is left that could write
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    checkpoint, = (tmp_path / "results" / "runs").glob("teacher-*.pt")
+    assert 1 <= len(torch.load(checkpoint, weights_only=True)["curve"]) < 4
+    if number != signal.SIGKILL:
+        assert said.strip() == "stopped. To continue from what was saved, give the same command again."
+        assert re.search(r"teacher resnet56, seed 0: stopped; all up to epoch \d is saved.\nWhat was executed is in .*out.unfinished.ipynb.\n$", out)
+    assert not (tmp_path / "out.ipynb").exists()
 
 
 def test_from_record(tmp_path, capsys):

@@ -298,19 +298,18 @@ def test_runs_at_once_come_back_in_their_order(folder, tmp_path, monkeypatch):
 def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeypatch):
     "At the published length, where MLKD has 480 epochs and the others have 240."
     def untrained(students, *arguments, **options):
-        row = {"test_top1": 10.0, "test_loss": 1.0, "teacher_wrong_rows": 30, "changed_rows": 0}
+        row = {"test_top1": 10.0, "test_loss": 1.0, "teacher_wrong_rows": images // 2, "changed_rows": 0}
         curves = [[{"epoch": number, **row} for number in range(1, each.recipe.epochs + 1)] for each in students]
         return [Outcome(curve, each.model.state_dict(), each.model.state_dict()) for curve, each in zip(curves, students)]
 
     run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False)  # trains the teacher, if no other test has
-    teacher = str(next(folder.glob("teachers/local/resnet20-digits-*.safetensors")))
-    plan = small_experiment(folder, methods="kd,mlkd,lskd_mlkd", results_dir=str(tmp_path), teacher=teacher)
-    plan = dataclasses.replace(plan, preset_name="paper", recipe=Recipe(), full_data=plan.data)
+    plan = small_experiment(folder, methods="kd,mlkd,lskd_mlkd", train_size=0, test_size=0, results_dir=str(tmp_path))
+    plan, images = dataclasses.replace(plan, preset_name="paper", recipe=Recipe()), len(plan.full_data.train_targets)
     monkeypatch.setattr("sortkd.runs.train_together", untrained)
     records = run_experiment(plan, progress=False).records
     rows = {record["method"]["name"]: record["result"]["training_rows"] for record in records}
-    assert rows == {"kd": 100 * 240, "mlkd": 100 * 480, "lskd_mlkd": 100 * 480}
-    assert all(record["result"]["teacher_wrong_rows"] == 0.3 * record["result"]["training_rows"] for record in records)
+    assert rows == {"kd": images * 240, "mlkd": images * 480, "lskd_mlkd": images * 480}
+    assert {summarize([record])["teacher wrong"].item() for record in records} == {"50.0%"}
 
 
 PUBLISHED = {"pair": "resnet20:resnet8", "preset": "paper", "dataset": "cifar100", "epochs": 0, "train_size": 0, "test_size": 0}

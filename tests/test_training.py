@@ -408,6 +408,21 @@ def test_a_signal_that_ends_the_process_lets_it_save_first(batches, fabric, tmp_
     assert handled or len(torch.load(tmp_path / "run.pt", weights_only=True)["curve"]) == 2
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_signal_waits_for_what_is_being_saved(batches, fabric, tmp_path):
+    "As Jupyter sends SIGTERM some seconds after an interrupt."
+    def interrupt(row):
+        raise KeyboardInterrupt
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.fsync = lambda file: os.kill(os.getpid(), signal.SIGTERM)
+        train(network(1), batches, create_method("ce"), RECIPE, fabric, checkpoint=tmp_path / "run.pt", callbacks=[interrupt])
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGTERM
+    assert len(torch.load(tmp_path / "run.pt", weights_only=True)["curve"]) == 1
+
+
 def test_a_checkpoint_with_one_bit_changed_is_refused(tmp_path):
     path, state = tmp_path / "run.pt", {"model": network(1).state_dict(), "curve": [{"epoch": 1}]}
     Checkpoint(path, "run").save(state)
