@@ -262,7 +262,7 @@ def test_what_an_experiment_writes_is_valid(tmp_path):
     assert frame.changed_share[1] == frame.wrong_share[1] > 0 and frame.not_paper.notna().all()
     assert [100 * correct.sum() / len(correct) for correct in frame.correct] == frame.last_top1.tolist()
 
-    file, = (each for each in experiment.records_file.with_suffix(".correct").iterdir() if each.stem != frame.correct_sha256[1])
+    file, = (each for each in experiment.records_file.with_suffix(".correct").glob("*.bits") if each.stem != frame.correct_sha256[1])
     file.write_bytes(zlib.compress(bytes(7)))
     frame, left_out = load_results(experiment.records_file)
     assert frame.method.tolist() == ["kd+sort"] and "does not hold the 50 bits" in left_out.reason[0]

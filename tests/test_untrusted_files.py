@@ -690,7 +690,7 @@ def test_two_writers_of_the_same_bits_do_not_meet(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", meet)
     checksum = save_correct(tmp_path / "quick.jsonl", correct)
     assert nested[1] == checksum and read_correct(tmp_path / "quick.jsonl", checksum, 100).tolist() == correct.tolist()
-    assert [path.name for path in (tmp_path / "quick.correct").iterdir()] == [f"{checksum}.bits"]
+    assert [path.name for path in (tmp_path / "quick.correct").glob("*.bits")] == [f"{checksum}.bits"]
 
 
 # Several processes
