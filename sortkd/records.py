@@ -16,6 +16,7 @@ import subprocess
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -120,9 +121,11 @@ def save_correct(records_file: str | Path, correct: Tensor) -> str:
     refuse_links(file.parent, lock)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as held:  # two runs may have the same bits
-        fcntl.flock(held, fcntl.LOCK_EX)
+        fcntl.flock(held, fcntl.LOCK_SH)
         save_atomically(file, partial(Path.write_bytes, data=zlib.compress(bits, 9)))
-        remove_leftovers(file.parent, file.name)
+        with suppress(OSError):  # else another run is writing
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_leftovers(file.parent, file.name)
     return checksum
 
 
