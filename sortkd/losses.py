@@ -8,12 +8,15 @@ __all__ = ['check_logits', 'kd_loss', 'dkd_loss', 'rld_loss', 'standardize', 'di
            'smooth_logits']
 
 # %% ../nbs/01_losses.ipynb #24f409d8
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .repairs import check_positive, keep_logits, leave_out_rows, revise_logits, skip_logits, smooth_logits, widened
-from .sorting import check_arguments, check_floating, check_range, sort_logits, swap_logits
+from .sorting import can_read, check_arguments, check_floating, check_range, class_indices, sort_logits, swap_logits
 
 _all_ = ["keep_logits", "leave_out_rows", "revise_logits", "skip_logits", "smooth_logits"]  # the repairs are importable from here, too
 
@@ -22,20 +25,52 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor 
     "Refuse logits of student and teacher, and a `target`, whose dtypes or shapes do not fit together."
     check_floating("student_logits", student_logits)
     check_floating("teacher_logits", teacher_logits)
-    if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
+    shape = student_logits.shape
+    if shape != teacher_logits.shape or len(shape) < 2:
         raise ValueError(
             "student_logits and teacher_logits need one shape (N, C) or (..., C), but they have "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
+            f"{tuple(shape)} and {tuple(teacher_logits.shape)}."
         )
-    if student_logits.shape[-1] < 2:
-        raise ValueError(f"a distillation loss needs at least two classes, but logits have shape {tuple(student_logits.shape)}.")
+    if shape[-1] < 2:
+        raise ValueError(f"a distillation loss needs at least two classes, but logits have shape {tuple(shape)}.")
     if not student_logits.numel():
         raise ValueError(
-            f"logits of shape {tuple(student_logits.shape)} have no rows, so their loss has no mean; "
-            "leave out a batch in which nothing counts."
+            f"logits of shape {tuple(shape)} have no rows, so their loss has no mean; leave out a batch in which nothing counts."
         )
     if target is not None:
         check_range(target, student_logits, check_arguments(student_logits, target, -1))
+
+
+def _checked(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    "Both, after `check_logits`, in float32 or wider."
+    check_logits(student_logits, teacher_logits)
+    student, teacher = widened(student_logits, teacher_logits)
+    return student, teacher
+
+
+def _checked_with_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    "Both likewise, and the target in int64, `(..., 1)`."
+    check_logits(student_logits, teacher_logits, target)
+    student, teacher = widened(student_logits, teacher_logits)
+    return student, teacher, class_indices(target).unsqueeze(-1)
+
+# %% ../nbs/01_losses.ipynb #5e0c7a12
+def _expectation(probs: Tensor, values: Tensor, reduce: Callable[[Tensor], Tensor] = torch.sum) -> Tensor:
+    "`reduce` of `probs` · `values`, a scalar, in which a probability of 0 makes 0 of any value."
+    if can_read(values):
+        total = reduce(probs * values)
+        if not math.isnan(total.item()):
+            return total
+    return reduce(probs * values.masked_fill(probs == 0, 0))
+
+
+def _soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    "`logits` / `temperature`. The gradient of a temperature that is a tensor leaves out what is at -inf."
+    if not isinstance(temperature, Tensor) or can_read(logits) and math.isfinite(logits.detach().sum().item()):
+        return logits / temperature
+    masked = logits == -torch.inf
+    return (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -torch.inf)
+
 
 # %% ../nbs/01_losses.ipynb #c5aa7ede
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
@@ -47,22 +82,22 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     `TypeError` for logits that are not floating point; so do the losses below.
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
     """
-    check_logits(student_logits, teacher_logits)
+    student, teacher = _checked(student_logits, teacher_logits)
     check_positive("temperature", temperature)
-    student_log_probs = F.log_softmax(student_logits / temperature, dim=-1).flatten(0, -2)  # log q
-    teacher_log_probs = F.log_softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)  # log p
-    return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True) * temperature**2
+    student_log_probs = _soften(student, temperature).log_softmax(-1)  # log q
+    teacher_log_probs = _soften(teacher, temperature).log_softmax(-1)  # log p
+    divergence = _expectation(teacher_log_probs.exp(), teacher_log_probs - student_log_probs)
+    return divergence / (student.numel() // student.shape[-1]) * temperature**2
 
 # %% ../nbs/01_losses.ipynb #1601c1a0
-def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target, all others), `(N, 2)`, and of the others among themselves, `(N, C)` with 0 at the
-    target.
+def _split_target(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of (target `y`, all others), `(..., 2)`, and of the others among themselves, `(..., C)` with 0
+    at the target.
     """
-    others = logits.masked_fill(is_target, -torch.inf).logsumexp(-1, keepdim=True)  # lse(z_≠y)
+    others = logits.scatter(-1, y, -torch.inf).logsumexp(-1, keepdim=True)  # lse(z_≠y)
     everything = logits.logsumexp(-1, keepdim=True)  # lse(z)
-    on_target = (logits * is_target).sum(-1, keepdim=True)  # z_y
-    binary = torch.cat([on_target, others], dim=-1) - everything  # log p_y, log (1 - p_y)
-    return binary, (logits - others).masked_fill(is_target, 0)  # log p̂
+    binary = torch.cat([logits.gather(-1, y), others], dim=-1) - everything  # log p_y, log (1 - p_y)
+    return binary, (logits - others).scatter(-1, y, 0)  # log p̂
 
 # %% ../nbs/01_losses.ipynb #6f96a1d4
 def dkd_loss(
@@ -76,19 +111,22 @@ def dkd_loss(
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679), equation 7.
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    classes = student_logits.shape[-1]
-    is_target = torch.arange(classes, device=target.device) == target.unsqueeze(-1)
-    student_binary, student_others = _split_target(student_logits / temperature, is_target)
-    teacher_binary, teacher_others = _split_target(teacher_logits / temperature, is_target)
+    student_binary, student_others = _split_target(_soften(student, temperature), y)
+    teacher_binary, teacher_others = _split_target(_soften(teacher, temperature), y)
 
-    target_term = teacher_binary.exp() * (teacher_binary - student_binary)  # TCKD
-    other_term = teacher_others.exp() * (teacher_others - student_others)  # NCKD; 0 at the target, where both logarithms are 0
-    rows = target.numel()
-    return (alpha * target_term.sum() + beta * other_term.sum()) * (temperature**2 / rows)
+    target_term = _expectation(teacher_binary.exp(), teacher_binary - student_binary)  # TCKD
+    other_term = _expectation(teacher_others.exp(), teacher_others - student_others)  # NCKD; at the target both are 0
+    return (alpha * target_term + beta * other_term) * (temperature**2 / target.numel())
 
 # %% ../nbs/01_losses.ipynb #7280c4ae
+def _among(logits: Tensor, outside: Tensor) -> Tensor:
+    "Log-probabilities of the classes that are not `outside` among themselves; 0 outside."
+    total = logits.masked_fill(outside, -torch.inf).logsumexp(-1, keepdim=True)
+    return (logits - total.masked_fill(total == -torch.inf, 0)).masked_fill(outside, 0)
+
+
 def rld_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 1.0, beta: float = 8.0,
     temperature: float | Tensor = 4.0, target_temperature: float | Tensor = 1.0,
@@ -101,32 +139,30 @@ def rld_loss(
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Sun et al., Knowledge Distillation with Refined Logits, ICCV 2025 (arXiv 2408.07703).
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
     check_positive("target_temperature", target_temperature)
-    student, teacher = widened(student_logits, teacher_logits)
-    classes, y = torch.arange(student.shape[-1], device=target.device), target.unsqueeze(-1)
-    student_binary, _ = _split_target(student / target_temperature, classes == y)  # log q_y, log (1 - q_y)
-    teacher_binary, _ = _split_target(teacher / target_temperature, classes == teacher.argmax(-1, keepdim=True))
-    target_term = teacher_binary.exp() * (teacher_binary - student_binary)  # SCD
+    student_binary, _ = _split_target(_soften(student, target_temperature), y)  # log q_y, log (1 - q_y)
+    teacher_binary, _ = _split_target(_soften(teacher, target_temperature), teacher.argmax(-1, keepdim=True))
+    target_term = _expectation(teacher_binary.exp(), teacher_binary - student_binary)  # SCD
 
-    above = teacher >= teacher.gather(-1, y.long())  # not in M
-    student_below, teacher_below = (
-        (each - each.masked_fill(above, -torch.inf).logsumexp(-1, keepdim=True)).masked_fill(above, 0)
-        for each in (student / temperature, teacher / temperature)
-    )
-    other_term = teacher_below.exp() * (teacher_below - student_below)  # MCD; 0 outside M, where both logarithms are 0
-    return (alpha * target_temperature**2 * target_term.sum() + beta * temperature**2 * other_term.sum()) / target.numel()
+    above = teacher >= teacher.gather(-1, y)
+    empty = teacher.masked_fill(above, -torch.inf).amax(-1, keepdim=True) == -torch.inf  # all of M is at -inf
+    student_below, teacher_below = (_among(_soften(each, temperature), above | empty) for each in (student, teacher))
+    other_term = _expectation(teacher_below.exp(), teacher_below - student_below)  # MCD; outside M both are 0
+    return (alpha * target_temperature**2 * target_term + beta * temperature**2 * other_term) / target.numel()
 
 # %% ../nbs/01_losses.ipynb #b0384a45
 def standardize(logits: Tensor) -> Tensor:
-    """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1; a row of equal values becomes 0.
+    """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1, in float32 or wider; a row of equal
+    values becomes 0, and a row that holds an infinity, which has no mean, NaN.
 
     Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), algorithm 1.
     """
     check_floating("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 2:
         raise ValueError(f"standardize needs logits (..., C) with at least two classes, but they have shape {tuple(logits.shape)}.")
+    logits, = widened(logits)
     centred = logits - logits.mean(-1, keepdim=True)
     return centred / (1e-7 + logits.std(-1, keepdim=True))
 
@@ -159,10 +195,10 @@ def dist_loss(
     Source: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536); the
     factor T² is that of the authors' code.
     """
-    check_logits(student_logits, teacher_logits)
+    student, teacher = _checked(student_logits, teacher_logits)
     check_positive("temperature", temperature)
-    student_probs = F.softmax(student_logits / temperature, dim=-1).flatten(0, -2)  # Q
-    teacher_probs = F.softmax(teacher_logits / temperature, dim=-1).flatten(0, -2)  # P
+    student_probs = F.softmax(_soften(student, temperature), dim=-1).flatten(0, -2)  # Q
+    teacher_probs = F.softmax(_soften(teacher, temperature), dim=-1).flatten(0, -2)  # P
     inter_class = _pearson_distance(student_probs, teacher_probs)
     intra_class = _pearson_distance(student_probs.T, teacher_probs.T)
     return (inter_weight * inter_class + intra_weight * intra_class) * temperature**2
@@ -179,15 +215,13 @@ def nkd_loss(
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005).
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    student, teacher = widened(student_logits, teacher_logits)
-    is_target = torch.arange(student.shape[-1], device=target.device) == target.unsqueeze(-1)
-    student_binary, teacher_binary = (_split_target(each, is_target)[0][..., 0] for each in (student, teacher))
-    student_others, teacher_others = (_split_target(each / temperature, is_target)[1] for each in (student, teacher))
-    target_term = teacher_binary.exp() * student_binary  # p_y log q_y
-    other_term = teacher_others.exp() * student_others  # p̂ log q̂; 0 at the target
-    return -(target_term.sum() + gamma * temperature**2 * other_term.sum()) / target.numel()
+    student_binary, teacher_binary = (_split_target(each, y)[0][..., 0] for each in (student, teacher))
+    student_others, teacher_others = (_split_target(_soften(each, temperature), y)[1] for each in (student, teacher))
+    target_term = _expectation(teacher_binary.exp(), student_binary)  # p_y log q_y
+    other_term = _expectation(teacher_others.exp(), student_others)  # p̂ log q̂; 0 at the target
+    return -(target_term + gamma * temperature**2 * other_term) / target.numel()
 
 # %% ../nbs/01_losses.ipynb #24d66342
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0.1, weighted: bool = False) -> Tensor:
@@ -199,13 +233,16 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0
     Raises `ValueError` for shapes that differ or an exponent that is not positive.
     Source: Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148).
     """
-    check_logits(student_logits, teacher_logits)
+    student, teacher = _checked(student_logits, teacher_logits)
     check_positive("exponent", exponent)
-    student, teacher = widened(student_logits, teacher_logits)
-    powers = exponent * F.log_softmax(teacher, dim=-1)  # γ log p
-    teacher_log_probs = F.log_softmax(powers, dim=-1)
-    rows = F.kl_div(F.log_softmax(student, dim=-1), teacher_log_probs, reduction="none", log_target=True).sum(-1)
-    return (rows * powers.logsumexp(-1).exp() if weighted else rows).mean()
+    powers = exponent * teacher.log_softmax(-1)  # γ log p
+    teacher_log_probs = powers.log_softmax(-1)
+
+    def mean_of_rows(terms):
+        rows = terms.sum(-1)
+        return (rows * powers.logsumexp(-1).exp() if weighted else rows).mean()
+
+    return _expectation(teacher_log_probs.exp(), teacher_log_probs - student.log_softmax(-1), mean_of_rows)
 
 # %% ../nbs/01_losses.ipynb #de359520
 def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2.0) -> Tensor:
@@ -213,20 +250,22 @@ def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2
     their own, times the teacher's squared, averaged over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider, in nats. A row of
-    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0.
+    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0. A row that holds an infinity has no
+    standard deviation, and makes the loss NaN.
     Raises `ValueError` for shapes that differ or a scale that is not positive.
     Source: Chi et al., NormKD: Normalized Logits for Knowledge Distillation, 2023 (arXiv 2308.00520).
     """
-    check_logits(student_logits, teacher_logits)
+    student, teacher = (_centre(each) for each in _checked(student_logits, teacher_logits))  # equal logits become 0
     check_positive("scale", scale)
-    student, teacher = (_centre(each) for each in widened(student_logits, teacher_logits))  # equal logits become 0
     student_temperature, teacher_temperature = (scale * each.std(-1, keepdim=True) for each in (student, teacher))  # s σ
     student_log_probs, teacher_log_probs = (
-        F.log_softmax(logits / torch.where(temperature == 0, 1.0, temperature), dim=-1)
+        F.log_softmax(logits / temperature.masked_fill(temperature == 0, 1), dim=-1)
         for logits, temperature in ((student, student_temperature), (teacher, teacher_temperature))
     )
-    rows = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(-1)
-    return (rows * teacher_temperature.squeeze(-1) ** 2).mean()
+    weight = teacher_temperature.squeeze(-1) ** 2
+    return _expectation(
+        teacher_log_probs.exp(), teacher_log_probs - student_log_probs, lambda terms: (terms.sum(-1) * weight).mean()
+    )
 
 # %% ../nbs/01_losses.ipynb #97c8c93e
 def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float | Tensor = 2.0) -> Tensor:
@@ -238,26 +277,32 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR 2021 (arXiv 2102.00650).
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    student, teacher = (each.flatten(0, -2) for each in widened(student_logits, teacher_logits))
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     with torch.no_grad():
-        of_student, of_teacher = (F.cross_entropy(each, target.flatten().long(), reduction="none") for each in (student, teacher))
+        of_student, of_teacher = (F.cross_entropy(each, y.flatten(), reduction="none") for each in (student, teacher))
         weight = -torch.expm1(-of_student / (of_teacher + 1e-7))  # 1 - exp(-CE_s / CE_t)
-    rows = F.cross_entropy(student / temperature, F.softmax(teacher / temperature, dim=-1), reduction="none")
-    return (weight * rows).mean() * temperature**2
+    student_log_probs, teacher_probs = _soften(student, temperature).log_softmax(-1), _soften(teacher, temperature).softmax(-1)
+    return _expectation(teacher_probs, student_log_probs, lambda terms: (-terms.sum(-1) * weight).mean()) * temperature**2
 
 # %% ../nbs/01_losses.ipynb #f3fb7afd
 def _gram_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, of_classes: bool) -> Tensor:
     "Squared difference of the Gram matrices of softened probabilities, over their number of rows."
     student, teacher = (F.softmax(each / temperature, dim=-1) for each in (student_logits, teacher_logits))
+    classes = student.shape[1]
+    if of_classes and classes > 4096:  # QᵀQ would not fit; ‖QᵀQ - PᵀP‖² = ‖QQᵀ‖² + ‖PPᵀ‖² - 2 ‖QPᵀ‖²
+        student, teacher = student.double(), teacher.double()
+        own, others, between = (one @ other.T for one, other in ((student, student), (teacher, teacher), (student, teacher)))
+        total = own.square().sum() + others.square().sum() - 2 * between.square().sum()
+        return total.to(student_logits.dtype) / classes
     if of_classes:
         student, teacher = student.T, teacher.T
-    return (student @ student.T - teacher @ teacher.T).square().sum() / len(student)  # Q Qᵀ - P Pᵀ
+    return (student @ student.T - teacher @ teacher.T).square().sum() / student.shape[0]  # Q Qᵀ - P Pᵀ
 
 
 def _share_up_to_median(values: Tensor) -> Tensor:
-    return (values <= values.quantile(0.5)).float().mean()
+    return (values <= values.quantile(0.5)).to(values.dtype).mean()
 
 
 def mlkd_loss(
@@ -272,19 +317,19 @@ def mlkd_loss(
     Source: Jin et al., Multi-Level Logit Distillation, CVPR 2023, as the authors' code computes it: the last two of
     the strong view's five KD terms use the weak view's logits, and its confidence masks act as one factor a term.
     """
-    weak, strong = (student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)
+    weak = _checked(student_logits, teacher_logits)
+    strong = _checked(strong_student_logits, strong_teacher_logits)
     for logits in (weak, strong):
-        check_logits(*logits)
         if logits[0].ndim != 2:
             raise ValueError(f"mlkd_loss needs logits (N, C), but they have shape {tuple(logits[0].shape)}.")
     check_positive("temperature", temperature)
-    confidence = F.softmax(teacher_logits, dim=-1)
+    confidence = F.softmax(weak[1], dim=-1)
     rows, classes = _share_up_to_median(confidence.amax(1)), _share_up_to_median(confidence.sum(0))
     weak_kd, strong_kd = weak, strong
     if standardized:
         weak_kd, strong_kd = ((standardize(student), standardize(teacher)) for student, teacher in (weak, strong))
 
-    loss = student_logits.new_zeros(())
+    loss = weak[0].new_zeros(())
     for place, each in enumerate((temperature, 3.0, 5.0, 2.0, 6.0)):
         instances = kd_loss(*weak_kd, each)
         loss = loss + rows * (instances + _gram_loss(*weak, each, of_classes=False))
@@ -306,8 +351,8 @@ def sld_loss(
     Source: Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, 2025 (arXiv 2504.20108).
     """
     loss = student_logits.new_zeros(())
-    for student, teacher in ((student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)):
-        check_logits(student, teacher, target)
+    for logits in ((student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)):
+        student, teacher, _ = _checked_with_target(*logits, target)
         teachers = [teacher, swap_logits(student, target)] if student_teaches else [teacher]
         loss = loss + sum(kd_loss(student, each, float(T)) for each in teachers for T in range(1, 7))
     return loss
