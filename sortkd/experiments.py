@@ -18,7 +18,7 @@ import torch
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, shown, whole_number
 from .data import DATASETS, check_dataset, has_cifar100, load_data
-from .methods import Method, create_method
+from .methods import Method, create_method, try_out
 from sortkd.pairs import (
     IMAGENET_PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe, recipe_for,
 )
@@ -199,6 +199,8 @@ def _check_together(given: Parameters, processes: int) -> None:
 
 def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
     "Refuse methods, a cache and networks that the images do not allow."
+    for name in listed_names("methods", given.methods):
+        try_out(create_method(name), data.num_classes)
     if data.views_per_image is None:
         for name in listed_names("methods", given.methods):
             if create_method(name).strong_views:

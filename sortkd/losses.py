@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .repairs import check_positive, keep_logits, leave_out_rows, revise_logits, skip_logits, smooth_logits, widened
-from .sorting import can_read, check_arguments, check_floating, check_range, class_indices, sort_logits, swap_logits
+from sortkd.sorting import (
+    can_read, check_arguments, check_floating, check_range, class_indices, sort_logits, swap_logits,
+)
 
 _all_ = ["keep_logits", "leave_out_rows", "revise_logits", "skip_logits", "smooth_logits"]  # the repairs are importable from here, too
 
@@ -32,10 +34,13 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor 
             f"{tuple(shape)} and {tuple(teacher_logits.shape)}."
         )
     if shape[-1] < 2:
-        raise ValueError(f"a distillation loss needs at least two classes, but logits have shape {tuple(shape)}.")
+        raise ValueError(
+            f"a distillation loss needs at least two classes, but logits have shape {tuple(shape)}."
+        )
     if not student_logits.numel():
         raise ValueError(
-            f"logits of shape {tuple(shape)} have no rows, so their loss has no mean; leave out a batch in which nothing counts."
+            f"logits of shape {tuple(shape)} have no rows, so their loss has no mean; "
+            "leave out a batch in which nothing counts."
         )
     if target is not None:
         check_range(target, student_logits, check_arguments(student_logits, target, -1))
@@ -48,14 +53,18 @@ def _checked(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Te
     return student, teacher
 
 
-def _checked_with_target(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _checked_with_target(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     "Both likewise, and the target in int64, `(..., 1)`."
     check_logits(student_logits, teacher_logits, target)
     student, teacher = widened(student_logits, teacher_logits)
     return student, teacher, class_indices(target).unsqueeze(-1)
 
 # %% ../nbs/01_losses.ipynb #5e0c7a12
-def _expectation(probs: Tensor, values: Tensor, reduce: Callable[[Tensor], Tensor] = torch.sum) -> Tensor:
+def _expectation(
+    probs: Tensor, values: Tensor, reduce: Callable[[Tensor], Tensor] = torch.sum
+) -> Tensor:
     "`reduce` of `probs` · `values`, a scalar, in which a probability of 0 makes 0 of any value."
     if can_read(values):
         total = reduce(probs * values)
@@ -65,8 +74,10 @@ def _expectation(probs: Tensor, values: Tensor, reduce: Callable[[Tensor], Tenso
 
 
 def _soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    "`logits` / `temperature`. The gradient of a temperature that is a tensor leaves out what is at -inf."
-    if not isinstance(temperature, Tensor) or can_read(logits) and math.isfinite(logits.detach().sum().item()):
+    "`logits` / `temperature`. The gradient of a tensor of temperatures leaves out what is at -inf."
+    if not isinstance(temperature, Tensor):
+        return logits / temperature
+    if can_read(logits) and math.isfinite(logits.detach().sum().item()):
         return logits / temperature
     masked = logits == -torch.inf
     return (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -torch.inf)
@@ -77,9 +88,11 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
     """Knowledge distillation: T² · KL(teacher ‖ student) of the distributions softened by `temperature`, averaged
     over rows.
 
-    `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar, in nats.
-    Raises `ValueError` for shapes that differ, logits without rows and a temperature that is not positive and finite,
-    `TypeError` for logits that are not floating point; so do the losses below.
+    `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider,
+    in nats. A class at -inf has probability 0; where only the student's is 0, the loss is infinite.
+    Raises `ValueError` for shapes that differ, logits without rows and a temperature that is not
+    positive and finite, `TypeError` for logits that are not floating point and a target that is not
+    integer; so do the losses below.
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
     """
     student, teacher = _checked(student_logits, teacher_logits)
@@ -91,12 +104,13 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float |
 
 # %% ../nbs/01_losses.ipynb #1601c1a0
 def _split_target(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target `y`, all others), `(..., 2)`, and of the others among themselves, `(..., C)` with 0
-    at the target.
+    """Log-probabilities of (target `y`, all others), `(..., 2)`, and of the others among
+    themselves, `(..., C)` with 0 at the target.
     """
     others = logits.scatter(-1, y, -torch.inf).logsumexp(-1, keepdim=True)  # lse(z_≠y)
     everything = logits.logsumexp(-1, keepdim=True)  # lse(z)
-    binary = torch.cat([logits.gather(-1, y), others], dim=-1) - everything  # log p_y, log (1 - p_y)
+    on_target = logits.gather(-1, y)  # z_y
+    binary = torch.cat([on_target, others], dim=-1) - everything  # log p_y, log (1 - p_y)
     return binary, (logits - others).scatter(-1, y, 0)  # log p̂
 
 # %% ../nbs/01_losses.ipynb #6f96a1d4
@@ -107,7 +121,7 @@ def dkd_loss(
     """Decoupled knowledge distillation: T² · (alpha · TCKD + beta · NCKD), averaged over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`; `target`: `(...)`, class indices from 0 to C - 1.
-    Returns a scalar, in nats.
+    Returns a scalar in float32 or wider, in nats.
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679), equation 7.
     """
@@ -117,7 +131,8 @@ def dkd_loss(
     teacher_binary, teacher_others = _split_target(_soften(teacher, temperature), y)
 
     target_term = _expectation(teacher_binary.exp(), teacher_binary - student_binary)  # TCKD
-    other_term = _expectation(teacher_others.exp(), teacher_others - student_others)  # NCKD; at the target both are 0
+    # NCKD; at the target both are 0
+    other_term = _expectation(teacher_others.exp(), teacher_others - student_others)
     return (alpha * target_term + beta * other_term) * (temperature**2 / target.numel())
 
 # %% ../nbs/01_losses.ipynb #7280c4ae
@@ -142,20 +157,24 @@ def rld_loss(
     student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
     check_positive("target_temperature", target_temperature)
-    student_binary, _ = _split_target(_soften(student, target_temperature), y)  # log q_y, log (1 - q_y)
-    teacher_binary, _ = _split_target(_soften(teacher, target_temperature), teacher.argmax(-1, keepdim=True))
+    first = teacher.argmax(-1, keepdim=True)
+    student_binary, _ = _split_target(_soften(student, target_temperature), y)
+    teacher_binary, _ = _split_target(_soften(teacher, target_temperature), first)
     target_term = _expectation(teacher_binary.exp(), teacher_binary - student_binary)  # SCD
 
-    above = teacher >= teacher.gather(-1, y)
-    empty = teacher.masked_fill(above, -torch.inf).amax(-1, keepdim=True) == -torch.inf  # all of M is at -inf
-    student_below, teacher_below = (_among(_soften(each, temperature), above | empty) for each in (student, teacher))
-    other_term = _expectation(teacher_below.exp(), teacher_below - student_below)  # MCD; outside M both are 0
-    return (alpha * target_temperature**2 * target_term + beta * temperature**2 * other_term) / target.numel()
+    outside = teacher >= teacher.gather(-1, y)  # not in M
+    highest = teacher.masked_fill(outside, -torch.inf).amax(-1, keepdim=True)
+    outside = outside | (highest == -torch.inf)  # M without a class that could be
+    student_below = _among(_soften(student, temperature), outside)
+    teacher_below = _among(_soften(teacher, temperature), outside)
+    other_term = _expectation(teacher_below.exp(), teacher_below - student_below)  # MCD
+    target_term, other_term = target_temperature**2 * target_term, temperature**2 * other_term
+    return (alpha * target_term + beta * other_term) / target.numel()
 
 # %% ../nbs/01_losses.ipynb #b0384a45
 def standardize(logits: Tensor) -> Tensor:
-    """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1, in float32 or wider; a row of equal
-    values becomes 0, and a row that holds an infinity, which has no mean, NaN.
+    """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1, in float32 or
+    wider; a row of equal values becomes 0, and a row that holds an infinity, which has no mean, NaN.
 
     Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), algorithm 1.
     """
@@ -189,8 +208,8 @@ def dist_loss(
     probabilities.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`; the intra-class distance runs over all rows of the
-    call. The weights are the paper's beta and gamma. Returns a scalar without unit. A row, or a class over the rows,
-    whose probability is constant has distance 1 and no gradient.
+    call. The weights are the paper's beta and gamma. Returns a scalar in float32 or wider, without
+    unit. A row, or a class over the rows, of constant probability has distance 1 and no gradient.
     Raises `ValueError` for shapes that differ or a temperature that is not positive.
     Source: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536); the
     factor T² is that of the authors' code.
@@ -217,8 +236,11 @@ def nkd_loss(
     """
     student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    student_binary, teacher_binary = (_split_target(each, y)[0][..., 0] for each in (student, teacher))
-    student_others, teacher_others = (_split_target(_soften(each, temperature), y)[1] for each in (student, teacher))
+    both = student, teacher
+    student_binary, teacher_binary = (_split_target(each, y)[0][..., 0] for each in both)
+    student_others, teacher_others = (
+        _split_target(_soften(each, temperature), y)[1] for each in both
+    )
     target_term = _expectation(teacher_binary.exp(), student_binary)  # p_y log q_y
     other_term = _expectation(teacher_others.exp(), student_others)  # p̂ log q̂; 0 at the target
     return -(target_term + gamma * temperature**2 * other_term) / target.numel()
@@ -242,7 +264,8 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0
         rows = terms.sum(-1)
         return (rows * powers.logsumexp(-1).exp() if weighted else rows).mean()
 
-    return _expectation(teacher_log_probs.exp(), teacher_log_probs - student.log_softmax(-1), mean_of_rows)
+    gap = teacher_log_probs - student.log_softmax(-1)
+    return _expectation(teacher_log_probs.exp(), gap, mean_of_rows)
 
 # %% ../nbs/01_losses.ipynb #de359520
 def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2.0) -> Tensor:
@@ -250,22 +273,21 @@ def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2
     their own, times the teacher's squared, averaged over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider, in nats. A row of
-    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0. A row that holds an infinity has no
-    standard deviation, and makes the loss NaN.
+    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0. A row that
+    holds an infinity has no standard deviation, and makes the loss NaN.
     Raises `ValueError` for shapes that differ or a scale that is not positive.
     Source: Chi et al., NormKD: Normalized Logits for Knowledge Distillation, 2023 (arXiv 2308.00520).
     """
-    student, teacher = (_centre(each) for each in _checked(student_logits, teacher_logits))  # equal logits become 0
     check_positive("scale", scale)
+    checked = _checked(student_logits, teacher_logits)
+    student, teacher = (_centre(each) for each in checked)  # equal logits become 0
     student_temperature, teacher_temperature = (scale * each.std(-1, keepdim=True) for each in (student, teacher))  # s σ
     student_log_probs, teacher_log_probs = (
         F.log_softmax(logits / temperature.masked_fill(temperature == 0, 1), dim=-1)
         for logits, temperature in ((student, student_temperature), (teacher, teacher_temperature))
     )
-    weight = teacher_temperature.squeeze(-1) ** 2
-    return _expectation(
-        teacher_log_probs.exp(), teacher_log_probs - student_log_probs, lambda terms: (terms.sum(-1) * weight).mean()
-    )
+    weight, gap = teacher_temperature.squeeze(-1) ** 2, teacher_log_probs - student_log_probs
+    return _expectation(teacher_log_probs.exp(), gap, lambda terms: (terms.sum(-1) * weight).mean())
 
 # %% ../nbs/01_losses.ipynb #97c8c93e
 def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float | Tensor = 2.0) -> Tensor:
@@ -281,24 +303,31 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     check_positive("temperature", temperature)
     student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     with torch.no_grad():
-        of_student, of_teacher = (F.cross_entropy(each, y.flatten(), reduction="none") for each in (student, teacher))
+        of_student = F.cross_entropy(student, y.flatten(), reduction="none")
+        of_teacher = F.cross_entropy(teacher, y.flatten(), reduction="none")
         weight = -torch.expm1(-of_student / (of_teacher + 1e-7))  # 1 - exp(-CE_s / CE_t)
-    student_log_probs, teacher_probs = _soften(student, temperature).log_softmax(-1), _soften(teacher, temperature).softmax(-1)
-    return _expectation(teacher_probs, student_log_probs, lambda terms: (-terms.sum(-1) * weight).mean()) * temperature**2
+    student_log_probs = _soften(student, temperature).log_softmax(-1)
+    teacher_probs = _soften(teacher, temperature).softmax(-1)
+
+    def mean_of_rows(terms):
+        return (weight * -terms.sum(-1)).mean()
+
+    return _expectation(teacher_probs, student_log_probs, mean_of_rows) * temperature**2
 
 # %% ../nbs/01_losses.ipynb #f3fb7afd
 def _gram_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, of_classes: bool) -> Tensor:
     "Squared difference of the Gram matrices of softened probabilities, over their number of rows."
     student, teacher = (F.softmax(each / temperature, dim=-1) for each in (student_logits, teacher_logits))
     classes = student.shape[1]
-    if of_classes and classes > 4096:  # QᵀQ would not fit; ‖QᵀQ - PᵀP‖² = ‖QQᵀ‖² + ‖PPᵀ‖² - 2 ‖QPᵀ‖²
+    if of_classes and classes > 4096:  # ‖QᵀQ - PᵀP‖² = ‖QQᵀ‖² + ‖PPᵀ‖² - 2 ‖QPᵀ‖², of small matrices
         student, teacher = student.double(), teacher.double()
-        own, others, between = (one @ other.T for one, other in ((student, student), (teacher, teacher), (student, teacher)))
-        total = own.square().sum() + others.square().sum() - 2 * between.square().sum()
-        return total.to(student_logits.dtype) / classes
+        pairs = (student, student), (teacher, teacher), (student, teacher)
+        own, others, between = ((one @ other.T).square().sum() for one, other in pairs)
+        return (own + others - 2 * between).to(student_logits.dtype) / classes
     if of_classes:
         student, teacher = student.T, teacher.T
-    return (student @ student.T - teacher @ teacher.T).square().sum() / student.shape[0]  # Q Qᵀ - P Pᵀ
+    difference = student @ student.T - teacher @ teacher.T  # Q Qᵀ - P Pᵀ
+    return difference.square().sum() / student.shape[0]
 
 
 def _share_up_to_median(values: Tensor) -> Tensor:
@@ -312,7 +341,7 @@ def mlkd_loss(
     """Multi-level logit distillation: KD of instances, batch and classes; cross-entropy of both views is added to it.
 
     Logits `(N, C)` of the weakly and the `strong`ly augmented view. `standardized`: instances are compared on z-scores
-    (LSKD), batch and classes as they are. Returns a scalar, in nats.
+    (LSKD), batch and classes as they are. Returns a scalar in float32 or wider, in nats.
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Jin et al., Multi-Level Logit Distillation, CVPR 2023, as the authors' code computes it: the last two of
     the strong view's five KD terms use the weak view's logits, and its confidence masks act as one factor a term.
@@ -346,7 +375,7 @@ def sld_loss(
 
     Logits `(N, C)` of the weakly and the `strong`ly augmented view; the teacher's come repaired, in the paper by
     `swap_logits`. `target` `(N,)`. `student_teaches`: whether the student's own logits, swapped, are a second
-    teacher. Returns a scalar, in nats.
+    teacher. Returns a scalar in float32 or wider, in nats.
     Raises `ValueError` for shapes that do not fit.
     Source: Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, 2025 (arXiv 2504.20108).
     """

@@ -7,6 +7,7 @@ __all__ = ['REPAIRS', 'RANGES', 'OBJECTIVES', 'LearnedTemperature', 'curriculum_
            'list_methods', 'plain_name', 'repair_defaults', 'try_out', 'create_method']
 
 # %% ../nbs/01a_methods.ipynb #50576adc
+import contextlib
 import difflib
 import inspect
 import math
@@ -99,10 +100,13 @@ def _ctkd_settings(settings, epoch):
 
 
 RANGES: dict[str, tuple[float, float]] = {  # of the numbers below, and of those of the repairs
-    **dict.fromkeys(("temperature", "target_temperature", "start", "scale", "exponent"), (0.001, 1000.0)),
-    **dict.fromkeys(("ce_weight", "kd_weight", "alpha", "beta", "gamma", "inter_weight", "intra_weight"), (0.0, 1e5)),
-    **dict.fromkeys(("warmup_epochs", "student_teaches_after"), (0, 10**5)), "curriculum_epochs": (1, 10**5),
-    "end": (0.0, 1000.0), **dict.fromkeys(("eta", "confidence"), (1e-6, 1 - 1e-6)), "right_rows": (0, 1),
+    **dict.fromkeys(("temperature", "target_temperature", "start"), (0.001, 1000.0)),
+    **dict.fromkeys(("scale", "exponent"), (0.001, 1000.0)), "end": (0.0, 1000.0),
+    **dict.fromkeys(("ce_weight", "kd_weight", "inter_weight", "intra_weight"), (0.0, 1e5)),
+    **dict.fromkeys(("alpha", "beta", "gamma"), (0.0, 1e5)),
+    **dict.fromkeys(("warmup_epochs", "student_teaches_after"), (0, 10**5)),
+    "curriculum_epochs": (1, 10**5), "right_rows": (0, 1),
+    **dict.fromkeys(("eta", "confidence"), (1e-6, 1 - 1e-6)),
 }
 _CTKD = {"start": 1.0, "end": 20.0, "curriculum_epochs": 10}
 _MLKD: dict[str, Any] = dict(relates_rows=True, strong_views=True, lr=0.025, epochs=480, milestones=(150, 180, 210))
@@ -207,12 +211,13 @@ class Method:
             if logits.ndim != 2 or not len(logits):
                 raise ValueError(f"{name} must have shape (N, C) and at least one row, but it is {tuple(logits.shape)}.")
             check_range(target, logits, check_arguments(logits, target, 1))
-        target = class_indices(target)
-        loss = self.ce_weight * F.cross_entropy(*widened(student_logits), target)  # w_ce CE(z^s, y)
+        target, (wide,) = class_indices(target), widened(student_logits)
+        loss = self.ce_weight * F.cross_entropy(wide, target)  # w_ce CE(z^s, y)
         if self.strong_views:
             if strong is None:
                 raise ValueError(f"{self.name} compares strongly augmented views, too; pass their logits as strong.")
-            loss = loss + self.ce_weight * F.cross_entropy(*widened(strong[0]), target)
+            wide, = widened(strong[0])
+            loss = loss + self.ce_weight * F.cross_entropy(wide, target)
         if self.uses_teacher:
             views: list[tuple] = [(student_logits, repaired_logits), *([strong] if strong and self.strong_views else [])]
             for view in views:
@@ -266,16 +271,17 @@ def plain_name(name: str) -> str:
     return re.sub(r"\([^()]*\)", "", name)
 
 
-def _check_number(word: str, key: str, value: object, default: float) -> None:
-    "Refuse what is not a number, whole where the `default` is, or outside its range; those of plugins have none."
+def _problem_with(word: str, key: str, value: Any, default: float) -> str:
+    "What is wrong with a number: not whole where its `default` is, or outside its range, if it has one."
     kind = "whole" if isinstance(default, int) else "finite"
     ranged = word in _BUILT_IN or key in ("ce_weight", "kd_weight", "warmup_epochs")
     lowest, highest = RANGES[key] if ranged else (-math.inf, math.inf)
     fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not lowest <= value <= highest or (kind == "whole" and value % 1):
-        within = f" from {lowest:g} to {highest:g}" if ranged else ""
-        described = f"{value:g}" if isinstance(value, float) else f"{value!r:.60}"
-        raise ValueError(f"{key} of {word} must be a {kind} number{within}, but it is {described}.")
+    if fits and lowest <= value <= highest and not (kind == "whole" and value % 1):
+        return ""
+    within = f" from {lowest:g} to {highest:g}" if ranged else ""
+    described = f"{value:g}" if isinstance(value, float) else f"{value!r:.60}"
+    return f"{key} of {word} must be a {kind} number{within}, but it is {described}."
 
 
 def _numbers_in(part: str, known: Mapping[str, float]) -> dict[str, float]:
@@ -290,11 +296,11 @@ def _numbers_in(part: str, known: Mapping[str, float]) -> dict[str, float]:
                              "Write numbers as in 'kd(temperature=2)'.")
         if key in numbers:
             raise ValueError(f"methods is {part!r:.80}, which gives {key} twice; give it once.")
-        try:
+        value: Any = text
+        with contextlib.suppress(ValueError):
             value = float(text)
-        except ValueError:
-            value = text
-        _check_number(word, key, value, known[key])
+        if problem := _problem_with(word, key, value, known[key]):
+            raise ValueError(f"methods is {part!r:.80}, but {problem}")
         numbers[key] = int(value) if isinstance(known[key], int) else value
     return numbers
 
@@ -324,7 +330,7 @@ def _refuse_method(name, objective: str) -> NoReturn:
 
 
 def _named_parts(name: str) -> tuple[str, str]:
-    "The objective and the repair in the name of a method, without their numbers; `ValueError` if there is no such method."
+    "The objective and the repair that a name stands for; `ValueError` if there is no such method."
     objective, plus, repair = plain_name("".join(str(name).split())).partition("+")
     if isinstance(name, str) and objective + plus + repair in list_methods():
         return objective, repair or OBJECTIVES[objective].repair
@@ -336,18 +342,23 @@ def _named_parts(name: str) -> tuple[str, str]:
 
 
 def try_out(method: Method, classes: int = 100) -> None:
-    "`ValueError` unless the loss of six random rows of `classes` is finite, in the first epoch and in a late one."
+    "`ValueError` unless its loss on six random rows of `classes` is finite, in two epochs."
     with torch.device("cpu"), torch.no_grad():
-        student, teacher = torch.randn(2, 6, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-        target = torch.arange(6) % classes
+        generator = torch.Generator().manual_seed(0)
+        student, teacher = torch.randn(2, 6, classes, generator=generator, dtype=torch.float32)
+        target, temperature = torch.arange(6) % classes, method.create_temperature()
         try:
             repaired = method.repair_logits(teacher, target)
-            losses = [method.loss(student, repaired, target, epoch, (student, repaired), method.create_temperature()).item()
+            strong = student, repaired
+            losses = [method.loss(student, repaired, target, epoch, strong, temperature).item()
                       for epoch in (1, 10**9)]
         except (ArithmeticError, RuntimeError, ValueError) as error:
             raise ValueError(f"methods is {shown(method.name)}: {error}") from error
     if not all(map(math.isfinite, losses)):
-        raise ValueError(f"methods is {shown(method.name)}, whose loss on six random rows is {losses[-1]:g}; give other numbers.")
+        raise ValueError(
+            f"methods is {shown(method.name)}, whose loss on six random rows is {losses[-1]:g}; "
+            "give other numbers."
+        )
 
 
 def create_method(name: str, **changes: float) -> Method:
@@ -355,19 +366,24 @@ def create_method(name: str, **changes: float) -> Method:
     `dkd+sort`. Either may have numbers of its own: `kd(temperature=2)+sort`, `dkd(beta=2)+revise(eta=0.9)`.
 
     `changes`, where the name has no such number, replace `ce_weight`, `kd_weight`, `warmup_epochs` or one of the settings that `OBJECTIVES` gives.
-    Raises `ValueError` for a name or a change that does not exist, a number given twice or outside its range in
-    `RANGES`, numbers with which the loss fails on a few random rows, and a repair that makes no sense for the objective.
+    Raises `ValueError` for a name or a change that does not exist, a number given twice or outside
+    its range in `RANGES`, numbers with which the loss fails on a few random rows, and a repair that
+    makes no sense for the objective.
     """
     objective, repair = _named_parts(name)
     entry = OBJECTIVES[objective]
     numbers: dict[str, Any] = {key: getattr(entry, key) for key in ("ce_weight", "kd_weight", "warmup_epochs")}
     known = {**numbers, **entry.settings}
     if unknown := changes.keys() - known.keys():
-        raise ValueError(f"method {name!r} has no setting {', '.join(sorted(unknown))}; it has {', '.join(known)}.")
+        raise ValueError(
+            f"method {name!r} has no setting {', '.join(sorted(unknown))}; "
+            f"it has {', '.join(known)}."
+        )
     first, _, second = "".join(name.split()).partition("+")
     own, own_of_repair = _numbers_in(first, known), _numbers_in(second, repair_defaults(repair))
     for key, value in changes.items():
-        _check_number(objective, key, value, known[key])
+        if problem := _problem_with(objective, key, value, known[key]):
+            raise ValueError(problem)
     changed = changes | own
     numbers |= {key: value for key, value in changed.items() if key in numbers}
     settings = {key: changed.get(key, default) for key, default in entry.settings.items()}

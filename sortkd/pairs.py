@@ -47,7 +47,7 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
     "r32x4_shuv1": Pair("resnet32x4", "ShuffleV1", 8.0, 0.01, {
         "mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009},
     }),
-    "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01, {"sld": {"lr": 0.009}}),
+    "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01),
     "vgg13_mv2": Pair("vgg13", "MobileNetV2", 6.0, 0.01, {
         "lskd": {"temperature": 3.0}, "lskd_dkd": {"temperature": 3.0, "beta": 2.0}, "lskd_mlkd": {"kd_weight": 6.0}, "sld": {"lr": 0.008},
     }),

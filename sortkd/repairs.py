@@ -51,10 +51,13 @@ def revise_logits(
     index, value, wrong = (each.unsqueeze(dim) for each in find_wrong_rows(logits, target, dim, ignore_index))
     wide, own, top = widened(logits, value, logits.amax(dim, keepdim=True))
     wrong = wrong & top.isfinite()
-    revised = wrong | (class_indices(target).unsqueeze(dim) != ignore_index) & top.isfinite() if right_rows else wrong
-    total = (wide / temperature).masked_fill(~revised, 0).logsumexp(dim, keepdim=True)  # lse(z / T)
-    target_prob = (own / temperature - total).masked_fill(~revised, 0).exp()  # p_y
-    top_prob = (top / temperature - total).masked_fill(~revised, 0).exp()  # p_max
+    revised = wrong
+    if right_rows:
+        revised = wrong | (class_indices(target).unsqueeze(dim) != ignore_index) & top.isfinite()
+    zero = wide.new_zeros(())
+    total = torch.where(revised, wide / temperature, zero).logsumexp(dim, keepdim=True)  # lse(z / T)
+    target_prob = torch.where(revised, own / temperature - total, zero).exp()  # p_y
+    top_prob = torch.where(revised, top / temperature - total, zero).exp()  # p_max
     odds = (1 + top_prob - target_prob) / eta - (1 - target_prob)  # λ / (1 - λ) + p_y
     if right_rows:
         others = 1 - target_prob
@@ -68,8 +71,9 @@ def revise_logits(
 def smooth_logits(
     logits: Tensor, target: Tensor, confidence: float = 0.9, temperature: float = 1.0, dim: int = -1, ignore_index: int = -100
 ) -> Tensor:
-    """Replace a wrong row by a smoothed label, whose softmax at `temperature` is `confidence` for the target and equal
-    for all other classes but those at -inf, which stay there; `dim`, `ignore_index`, ties and errors as for `sort_logits`.
+    """Replace a wrong row by a smoothed label, whose softmax at `temperature` is `confidence` for
+    the target and equal for all other classes but those at -inf, which stay there; `dim`,
+    `ignore_index`, ties and errors as for `sort_logits`.
 
     `confidence`: between 1 / C and 1. A row whose largest value is infinite comes back as it is, like one that holds a NaN.
     Source: Wen et al., Preparing Lessons: Improve Knowledge Distillation with Better Supervision, 2019 (arXiv 1911.07471).
@@ -81,11 +85,13 @@ def smooth_logits(
         raise ValueError(f"confidence must lie between 1 / {classes} and 1, but it is {confidence!r}.")
     index, _, wrong = (each.unsqueeze(dim) for each in find_wrong_rows(logits, target, dim, ignore_index))
     masked, (wide,) = logits == -torch.inf, widened(logits)
-    lead = temperature * math.log(confidence * max(classes - 1, 1) / (1 - confidence))
-    kept = masked.scatter(dim, index, True).logical_not().sum(dim, keepdim=True, dtype=wide.dtype).clamp(min=1)
-    lead = lead + temperature * (kept / max(classes - 1, 1)).log()  # the classes at -inf have no part of 1 - c
-    lead = lead.clamp(0, torch.finfo(logits.dtype).max).to(logits.dtype)
-    smoothed = torch.zeros_like(logits).masked_fill(masked, -torch.inf).scatter(dim, index, lead)
+    possible = (~masked).to(wide.dtype)
+    others = (possible.sum(dim, keepdim=True) - possible.gather(dim, index)).clamp(min=1)
+    share = others / max(classes - 1, 1)  # of the other classes, those that 1 - c is for
+    usual = temperature * math.log(confidence * max(classes - 1, 1) / (1 - confidence))
+    lead = (usual + temperature * share.log()).clamp(0, torch.finfo(logits.dtype).max)
+    smoothed = torch.zeros_like(logits).masked_fill(masked, -torch.inf)
+    smoothed = smoothed.scatter(dim, index, lead.to(logits.dtype))
     return torch.where(wrong & logits.amax(dim, keepdim=True).isfinite(), smoothed, logits)
 
 # %% ../nbs/00b_repairs.ipynb #54638fa0

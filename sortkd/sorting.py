@@ -24,13 +24,16 @@ def check_floating(name: str, logits: Tensor) -> None:
 
 def holds_integers(value: object) -> bool:
     "Whether `value` is a tensor of integers, of any width."
-    return isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        return False
+    return not (value.is_floating_point() or value.is_complex())
 
 
 def check_integers(target: Tensor) -> None:
     "Refuse a target that does not hold integers."
     if not holds_integers(target):
-        raise TypeError(f"target must be a tensor of class indices, of an integer type, but it is {_describe(target)}.")
+        described = _describe(target)
+        raise TypeError(f"target must be a tensor of class indices, integers; it is {described}.")
 
 
 def class_indices(target: Tensor) -> Tensor:
@@ -38,7 +41,7 @@ def class_indices(target: Tensor) -> Tensor:
     if target.dtype == torch.int64:
         return target
     check_integers(target)
-    if target.dtype == torch.uint64:  # from 2^63 on they would come out negative, and could equal an ignore_index
+    if target.dtype == torch.uint64:  # above 2^63 they would turn negative, as ignore_index is
         return target.long() & torch.iinfo(torch.int64).max
     return target.long()
 
@@ -61,12 +64,13 @@ def check_arguments(logits: Tensor, target: Tensor, dim: int) -> int:
 
 
 def can_read(*tensors: Tensor) -> bool:
-    """Whether the program may depend on values: not on a GPU, where the CPU would have to wait, not on the meta device,
-    and not while it is traced, vectorised or compiled, which would keep one set of values for good.
+    """Whether the program may depend on values: not on a GPU, where the CPU would have to wait, not
+    on the meta device, and not while it is traced, vectorised or compiled, which would keep one set
+    of values for good.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._are_functorch_transforms_active() or is_in_torch_dispatch_mode():  # vmap; make_fx, fake tensors
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
+        return False  # the last: make_fx, fake tensors
+    if torch._C._are_functorch_transforms_active():  # vmap
         return False
     for each in tensors:
         if each.is_cuda or each.is_meta or type(each) not in (Tensor, torch.nn.Parameter):
@@ -149,8 +153,8 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
 
     `logits`: floating point, any shape with the classes along `dim`, such as `(N, C)`, `(B, T, V)`, or `(N, C, H, W)`
     with `dim=1`.
-    `target`: class indices of any integer type, the shape of `logits` without `dim`; where it equals `ignore_index` the
-    row comes back as it is.
+    `target`: class indices of any integer type, the shape of `logits` without `dim`; where it equals
+    `ignore_index` the row comes back as it is.
     Returns a new tensor of the shape, dtype and device of `logits`, differentiable with respect to them as any
     permutation is.
 
@@ -164,7 +168,7 @@ def sort_logits(logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int
     Source: Limantoro, Parameter-Free Logit Distillation via Sorting Mechanism, IEEE SPL 2025 (arXiv 2508.16544).
     """
     dim = check_arguments(logits, target, dim)
-    fixed_shape = not can_read(logits, target) or logits.numel() <= 4096  # below, calls cost more than the sort
+    fixed_shape = not can_read(logits, target) or logits.numel() <= 4096  # calls cost more than that
     return (_sort_fixed_shape if fixed_shape else _sort_moving_classes)(logits, target, dim, ignore_index)
 
 # %% ../nbs/00_sorting.ipynb #a00ac7e1

@@ -14,8 +14,13 @@ from .sorting import can_read, check_arguments, class_indices, holds_integers, s
 # %% ../nbs/00a_topk.ipynb #730011ef
 def _check_list(values: Tensor, classes: Tensor) -> None:
     if not holds_integers(classes) or classes.shape != values.shape:
-        described = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes).__name__
-        raise ValueError(f"classes must be integers of the shape of values, {tuple(values.shape)}, but they are {described}.")
+        described = type(classes).__name__
+        if isinstance(classes, Tensor):
+            described = f"{classes.dtype} {tuple(classes.shape)}"
+        raise ValueError(
+            f"classes must be integers of the shape of values, {tuple(values.shape)}, but they are "
+            f"{described}."
+        )
 
 
 def _check_targets(wrong: Tensor, sought: Tensor, cure: str) -> None:
@@ -36,8 +41,9 @@ def sort_topk(
     the place of the lowest class, which drops out. A row whose target is `ignore_index`, or that holds a NaN, comes back
     as it is.
 
-    Raises `TypeError` and `ValueError` for dtypes and shapes that do not fit, for a negative target, and with `insert`
-    for one that the type of `classes` cannot hold (not on a GPU, where checking would stall it).
+    Raises `TypeError` and `ValueError` for dtypes and shapes that do not fit, for a negative target,
+    and with `insert` for one that the type of `classes` cannot hold (on a GPU, where checking would
+    stall it, such a row comes back as it is).
     """
     check_arguments(values, target, -1)
     _check_list(values, classes)
@@ -46,13 +52,15 @@ def sort_topk(
     _check_targets(counts & (sought < 0), sought, "correct it, or name it as ignore_index")
     if insert:
         fits = sought.to(classes.dtype).long() == sought
-        _check_targets(counts & ~fits, sought, f"classes of {classes.dtype} cannot hold it, so pass classes.long()")
+        cure = f"classes of {classes.dtype} cannot hold it, so pass classes.long()"
+        _check_targets(counts & ~fits, sought, cure)
         lowest = values == values.amin(-1, keepdim=True)
-        last = listed.masked_fill(~lowest, -1).argmax(-1, keepdim=True)  # of equal values, the highest class ranks last
+        last = listed.masked_fill(~lowest, -1).argmax(-1, keepdim=True)  # of ties, the highest class
         missing = counts & fits & ~((listed == sought) | values.isnan()).any(-1, keepdim=True)
         listed = torch.where(missing, listed.scatter(-1, last, sought), listed)
     order = listed.argsort(-1)  # as in a whole row, so that ties rank by class index
     found = counts & (listed.gather(-1, order) == sought)
     place = found.int().argmax(-1).masked_fill(~found.any(-1), -100)
-    return values.scatter(-1, order, sort_logits(values.gather(-1, order), place)), listed.to(classes.dtype, copy=True)
+    repaired = sort_logits(values.gather(-1, order), place)
+    return values.scatter(-1, order, repaired), listed.to(classes.dtype, copy=True)
 

@@ -10,14 +10,15 @@ CASES = {  # who is masked, the dtype of logits, that of the target, the number 
     "teacher masked": ("teacher", torch.float32, torch.int64, 9),
     "student masked": ("student", torch.float32, torch.int64, 9),
     "both masked": ("both", torch.float32, torch.int64, 9),
-    "both masked, float16": ("both", torch.float16, torch.int64, 9),
+    "both masked, half": ("both", torch.float16, torch.int64, 9),
     **{str(dtype).removeprefix("torch."): ("", dtype, torch.int64, 9) for dtype in (torch.float16, torch.bfloat16)},
     **{f"target {str(dtype).removeprefix('torch.')}": ("", torch.float32, dtype, 9) for dtype in INTEGERS},
     "50,257 classes": ("", torch.float16, torch.int64, 50257),
 }
 NO_LIMIT = [name for name, each in OBJECTIVES.items() if each.standardize or name in ("normkd", "lskd_mlkd")]  # no mean at -inf
-OUTCOMES = {  # the loss, as the limit of ever lower masks in float64 has it
-    "right": "that of float64, and so is the gradient", "∞": "infinite, as the limit is", "NaN": "not a number: there is no limit",
+OUTCOMES = {  # the loss and its gradients
+    "right": "those of float64, with a mask of -1e30 for the limit of ever lower ones", "∞": "infinite, like the limit",
+    "NaN": "there is no limit",
 }
 
 
@@ -71,9 +72,10 @@ def outcome(name, case):
 
 
 def table():
-    "For each objective and case, the outcomes of all its methods."
-    found = {objective: {case: set() for case in CASES} for objective in OBJECTIVES}
+    "For each objective and kind of case, the outcomes of all its methods."
+    found = {objective: {} for objective in OBJECTIVES}
     for name in list_methods():
         for case in CASES:
-            found[create_method(name).objective][case].add(outcome(name, case))
-    return {objective: {case: " or ".join(sorted(each)) for case, each in row.items()} for objective, row in found.items()}
+            kind = "integer targets" if case.startswith("target") else "half precision" if "float" in case else case
+            found[create_method(name).objective].setdefault(kind, set()).add(outcome(name, case))
+    return {objective: {kind: " or ".join(sorted(each)) for kind, each in row.items()} for objective, row in found.items()}

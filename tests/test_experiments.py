@@ -653,7 +653,7 @@ NUMBERS = [  # pair, method, what it is trained with: LSKD's logs, SLD's code, M
     ("vgg13_vgg8", "lskd_mlkd", dict(kd_weight=6, lr=0.01, epochs=480)), ("vgg13_mv2", "lskd_mlkd", dict(kd_weight=6, lr=0.01, epochs=480)),
     ("r32x4_shuv2", "lskd_mlkd", dict(kd_weight=6, epochs=960)), ("r32x4_shuv1", "lskd_mlkd", dict(kd_weight=9, epochs=960)), ("r56_r20", "lskd_mlkd", dict(kd_weight=9, lr=0.025, epochs=480)),
     ("r32x4_shuv1", "mlkd", dict(epochs=960)), ("r32x4_shuv2", "mlkd+sort", dict(epochs=960)), ("wrn40_2_shuv1", "mlkd", dict(epochs=480)),
-    ("r56_r20", "sld", dict(lr=0.025, epochs=240)), ("r32x4_shuv1", "sld", dict(lr=0.009)), ("wrn40_2_shuv1", "sld+sort", dict(lr=0.009)),
+    ("r56_r20", "sld", dict(lr=0.025, epochs=240)), ("r32x4_shuv1", "sld", dict(lr=0.009)), ("wrn40_2_shuv1", "sld+sort", dict(lr=0.01)),
     ("r32x4_shuv2", "sld", dict(lr=0.008)), ("r50_mv2", "sld", dict(lr=0.008)), ("vgg13_mv2", "sld", dict(lr=0.008)),
     ("wrn40_2_wrn16_2", "dkd", dict(beta=6, kd_weight=1, temperature=4, lr=0.05)), ("r56_r20", "ctkd_dkd", dict(beta=2)), ("r32x4_r8x4", "ctkd_dkd", dict(beta=2)),
 ]
