@@ -300,7 +300,7 @@ def _numbers_in(part: str, known: Mapping[str, float]) -> dict[str, float]:
         with contextlib.suppress(ValueError):
             value = float(text)
         if problem := _problem_with(word, key, value, known[key]):
-            raise ValueError(f"methods is {part!r:.80}, but {problem}")
+            raise ValueError(f"methods is {part!r:.80}: {problem}")
         numbers[key] = int(value) if isinstance(known[key], int) else value
     return numbers
 
