@@ -9,8 +9,10 @@ __all__ = ['DATA_TITLES', 'Experiment', 'recipe_changes', 'plugins_of', 'plan_ex
 import hashlib
 import importlib.util
 import inspect
+import io
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ import torch
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, short_enough, shown, whole_number
 from .data import DATASETS, check_dataset, has_cifar100, load_data
-from .methods import Method, create_method, try_method
+from .methods import Method, create_method, plain_name, try_out
 from sortkd.pairs import (
-    IMAGENET_PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe, recipe_for,
+    IMAGENET_PAIRS, PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe, recipe_for,
 )
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
@@ -77,6 +79,12 @@ class Experiment:
         return self._is_whole and not self.recipe_changes and (self.data.name == "cifar100" or (self.data.name == "imagenet" and images == _IMAGENET_IMAGES))
 
     @property
+    def _is_published(self) -> bool:
+        "Whether pair and methods are those of the papers, with their numbers."
+        as_named = all(method.name == plain_name(method.name) for method in self.methods)
+        return self.pair_name in PAIRS | IMAGENET_PAIRS and as_named
+
+    @property
     def _is_whole(self) -> bool:
         "Whether the students see all images of the data set for as many epochs as published."
         whole = self.data.checksum == self.full_data.checksum and self.recipe.epochs == published_recipe(self.pair).epochs
@@ -117,9 +125,12 @@ class Experiment:
             f"epoch{'s' * (recipe.epochs > 1)}, by {_listed([method.name for method in self.methods])}, "
             f"with {'seeds' if len(self.seeds) > 1 else 'seed'} {_listed(self.seeds)}, on {device} in {self.precision}."
         )
-        if self.is_full_recipe:
+        if self.is_full_recipe and self._is_published:
             return (f"This is a full run of the published recipe: {what} "
                     "Its numbers can be compared with published ones, last epoch with last and best with best.")
+        if self.is_full_recipe:
+            return (f"This is the published recipe, whole, for a pair or with numbers that are not published: {what} "
+                    "Its numbers can be compared with each other, not with published ones.")
         if self._is_whole and not self.recipe_changes and data.name != "imagenet":
             return (f"This is the published recipe, whole, on other data than the papers': {what} "
                     "Its numbers can be compared with each other, not with published ones.")
@@ -156,6 +167,16 @@ def recipe_changes(text: str) -> dict[str, Any]:
     return changes
 
 
+def _check_wandb_key() -> None:
+    "`ValueError` unless Weights & Biases has a key; no server is asked."
+    import wandb
+
+    with redirect_stderr(io.StringIO()):  # it warns of later versions
+        known = os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key
+    if not known:
+        raise ValueError("wandb is 'online', but there is no key for it; run `wandb login`, set WANDB_API_KEY, or use wandb='offline'.")
+
+
 def _checked_values(given: Parameters) -> Parameters:
     "The parameters, each checked by itself; whole numbers as `int`."
     pair_for(given.pair)
@@ -175,6 +196,8 @@ def _checked_values(given: Parameters) -> Parameters:
     for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
         if wanted and importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed; pip install 'sortkd[{package}]', or do not log with it.")
+    if given.wandb == "online":
+        _check_wandb_key()
     minima = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
     whole: Any = {name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()}
     return replace(given, **whole)
@@ -201,6 +224,8 @@ def _check_together(given: Parameters, processes: int) -> None:
 
 def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
     "Refuse methods, a cache and networks that the images do not allow."
+    for name in listed_names("methods", given.methods):
+        try_out(create_method(name), data.num_classes)
     if data.views_per_image is None:
         for name in listed_names("methods", given.methods):
             if create_method(name).strong_views:
@@ -209,7 +234,7 @@ def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
             raise ValueError(f"cache is 'full', but images of {data.name} are read from files, whose views have no cache.")
     uses_teacher = any(create_method(name).uses_teacher for name in listed_names("methods", given.methods))
     for network in dict.fromkeys((pair.teacher, pair.student) if uses_teacher else (pair.student,)):
-        check_takes(network, data.image_size, data.num_classes)
+        check_takes(network, data.image_size, data.num_classes, recipe_changes(given.set).get("batch_size", 2))
 
 # %% ../nbs/07_experiments.ipynb #abe32d4c
 def _checked_folders(given: Parameters) -> Parameters:
@@ -298,7 +323,6 @@ def plan_experiment(*, data: ImageSet | None = None, **parameters) -> Experiment
     methods = tuple(method_for(name, pair, share) for name in listed_names("methods", given.methods))
     for method in methods:
         short_enough("methods", method.name, f"{given.pair}-{method.name}")
-        try_method(method)  # its numbers, or a plugin's function, rather than after the teacher has been trained
     if str(given.teacher) != "auto" and any(method.uses_teacher for method in methods):
         load_teacher(given.teacher, pair.teacher, data.num_classes)  # refused now rather than later
     used = {owner for method in methods for owner in plugins_of(method, pair, full_data)}

@@ -19,7 +19,7 @@ from torch.nn.modules.loss import _Loss
 from .losses import leave_out_rows
 from .methods import OBJECTIVES, create_method
 from .repairs import check_positive
-from .sorting import check_arguments, check_range, find_wrong_rows, sort_logits
+from .sorting import check_arguments, check_range, class_indices, find_wrong_rows, sort_logits
 
 # %% ../nbs/11_bring_your_own.ipynb #a4db168b
 class DistillationLoss(nn.Module):
@@ -75,6 +75,7 @@ class DistillationLoss(nn.Module):
             check_positive("num_items", num_items)
         student_logits = _widen(student_logits, "student_logits")
         dim = check_arguments(student_logits, target, self.dim)
+        target = class_indices(target)
         check_range(torch.where(target == self.ignore_index, 0, target), student_logits, dim)
         student, teacher, self.teacher_wrong = _as_rows(student_logits, dim), None, None
         if self.method.uses_teacher:

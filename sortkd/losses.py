@@ -8,74 +8,110 @@ __all__ = ['check_logits', 'kd_loss', 'dkd_loss', 'rld_loss', 'standardize', 'di
            'smooth_logits']
 
 # %% ../nbs/01_losses.ipynb #24f409d8
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .repairs import check_positive, keep_logits, leave_out_rows, revise_logits, skip_logits, smooth_logits, widened
-from .sorting import check_arguments, check_floating, check_range, sort_logits, swap_logits
+from sortkd.sorting import (
+    can_read, check_arguments, check_floating, check_range, class_indices, sort_logits, swap_logits,
+)
 
 _all_ = ["keep_logits", "leave_out_rows", "revise_logits", "skip_logits", "smooth_logits"]  # the repairs are importable from here, too
 
 # %% ../nbs/01_losses.ipynb #d319c0d9
 def check_logits(student_logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None) -> None:
-    "Refuse logits of student and teacher, and a `target` of any integer type, whose dtypes or shapes do not fit together."
+    "Refuse logits of student and teacher, and a `target`, whose dtypes or shapes do not fit together."
     check_floating("student_logits", student_logits)
     check_floating("teacher_logits", teacher_logits)
-    if student_logits.shape != teacher_logits.shape or student_logits.ndim < 2:
+    shape = student_logits.shape
+    if shape != teacher_logits.shape or len(shape) < 2:
         raise ValueError(
             "student_logits and teacher_logits need one shape (N, C) or (..., C), but they have "
-            f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}."
+            f"{tuple(shape)} and {tuple(teacher_logits.shape)}."
         )
-    if student_logits.shape[-1] < 2:
-        raise ValueError(f"a distillation loss needs at least two classes, but logits have shape {tuple(student_logits.shape)}.")
+    if shape[-1] < 2:
+        raise ValueError(
+            f"a distillation loss needs at least two classes, but logits have shape {tuple(shape)}."
+        )
     if not student_logits.numel():
         raise ValueError(
-            f"logits of shape {tuple(student_logits.shape)} have no rows, so their loss has no mean; "
+            f"logits of shape {tuple(shape)} have no rows, so their loss has no mean; "
             "leave out a batch in which nothing counts."
         )
     if target is not None:
-        dim = check_arguments(student_logits, target, -1)
-        check_range(target.long(), student_logits, dim)
+        check_range(target, student_logits, check_arguments(student_logits, target, -1))
+
+
+def _checked(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    "Both, after `check_logits`, in float32 or wider."
+    check_logits(student_logits, teacher_logits)
+    student, teacher = widened(student_logits, teacher_logits)
+    return student, teacher
+
+
+def _checked_with_target(
+    student_logits: Tensor, teacher_logits: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    "Both likewise, and the target in int64, `(..., 1)`."
+    check_logits(student_logits, teacher_logits, target)
+    student, teacher = widened(student_logits, teacher_logits)
+    return student, teacher, class_indices(target).unsqueeze(-1)
+
+# %% ../nbs/01_losses.ipynb #5e0c7a12
+def _expectation(
+    probs: Tensor, values: Tensor, reduce: Callable[[Tensor], Tensor] = torch.sum
+) -> Tensor:
+    "`reduce` of `probs` · `values`, a scalar, in which a probability of 0 makes 0 of any value."
+    if can_read(values):
+        total = reduce(probs * values)
+        if not math.isnan(total.item()):
+            return total
+    return reduce(probs * values.masked_fill(probs == 0, 0))
+
+
+def _soften(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    "`logits` / `temperature`. The gradient of a tensor of temperatures leaves out what is at -inf."
+    if not isinstance(temperature, Tensor):
+        return logits / temperature
+    if can_read(logits) and math.isfinite(logits.detach().sum().item()):
+        return logits / temperature
+    masked = logits == -torch.inf
+    return (logits.masked_fill(masked, 0) / temperature).masked_fill(masked, -torch.inf)
+
 
 # %% ../nbs/01_losses.ipynb #c5aa7ede
-def _expected(probs: Tensor, values: Tensor) -> Tensor:
-    "p · v, which is 0 where p is, whatever v: a masked class has the logarithm -inf."
-    return probs * values.masked_fill(probs == 0, 0)
-
-
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor = 4.0) -> Tensor:
     """Knowledge distillation: T² · KL(teacher ‖ student) of the distributions softened by `temperature`, averaged
     over rows.
 
-    `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider, in nats. A class whose
-    logit is -inf has probability 0: where it is the teacher's, the class adds nothing; where it is the student's alone, the
-    loss is infinite.
-    Raises `ValueError` for shapes that differ, logits without rows and a temperature that is not positive and finite,
-    `TypeError` for logits that are not floating point. All of this holds for the losses below, too.
+    `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider,
+    in nats. A class at -inf has probability 0; where only the student's is 0, the loss is infinite.
+    Raises `ValueError` for shapes that differ, logits without rows and a temperature that is not
+    positive and finite, `TypeError` for logits that are not floating point and a target that is not
+    integer; so do the losses below.
     Source: Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (arXiv 1503.02531), section 2.
     """
-    check_logits(student_logits, teacher_logits)
+    student, teacher = _checked(student_logits, teacher_logits)
     check_positive("temperature", temperature)
-    student, teacher = widened(student_logits, teacher_logits)
-    student_log_probs = F.log_softmax(student / temperature, dim=-1)  # log q
-    teacher_log_probs = F.log_softmax(teacher / temperature, dim=-1)  # log p
-    divergence = _expected(teacher_log_probs.exp(), teacher_log_probs - student_log_probs).sum()
-    return divergence / student[..., 0].numel() * temperature**2
+    student_log_probs = _soften(student, temperature).log_softmax(-1)  # log q
+    teacher_log_probs = _soften(teacher, temperature).log_softmax(-1)  # log p
+    divergence = _expectation(teacher_log_probs.exp(), teacher_log_probs - student_log_probs)
+    return divergence / (student.numel() // student.shape[-1]) * temperature**2
 
 # %% ../nbs/01_losses.ipynb #1601c1a0
-_LOWEST = -1e15  # instead of -inf where all of a row's classes may be masked: its square and its multiples are finite
-
-
-def _split_target(logits: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of (target, all others), `(N, 2)`, and of the others among themselves, `(N, C)` with 0 at the
-    target.
+def _split_target(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of (target `y`, all others), `(..., 2)`, and of the others among
+    themselves, `(..., C)` with 0 at the target.
     """
-    others = logits.masked_fill(is_target, -torch.inf).clamp(min=_LOWEST).logsumexp(-1, keepdim=True)  # lse(z_≠y)
+    others = logits.scatter(-1, y, -torch.inf).logsumexp(-1, keepdim=True)  # lse(z_≠y)
     everything = logits.logsumexp(-1, keepdim=True)  # lse(z)
-    on_target = torch.where(is_target, logits, 0).sum(-1, keepdim=True)  # z_y
+    on_target = logits.gather(-1, y)  # z_y
     binary = torch.cat([on_target, others], dim=-1) - everything  # log p_y, log (1 - p_y)
-    return binary, (logits - others).masked_fill(is_target, 0)  # log p̂
+    return binary, (logits - others).scatter(-1, y, 0)  # log p̂
 
 # %% ../nbs/01_losses.ipynb #6f96a1d4
 def dkd_loss(
@@ -85,23 +121,27 @@ def dkd_loss(
     """Decoupled knowledge distillation: T² · (alpha · TCKD + beta · NCKD), averaged over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`; `target`: `(...)`, class indices from 0 to C - 1.
-    Returns a scalar, in nats.
+    Returns a scalar in float32 or wider, in nats.
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022 (arXiv 2203.08679), equation 7.
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    student, teacher = widened(student_logits, teacher_logits)
-    is_target = torch.arange(student.shape[-1], device=target.device) == target.long().unsqueeze(-1)
-    student_binary, student_others = _split_target(student / temperature, is_target)
-    teacher_binary, teacher_others = _split_target(teacher / temperature, is_target)
+    student_binary, student_others = _split_target(_soften(student, temperature), y)
+    teacher_binary, teacher_others = _split_target(_soften(teacher, temperature), y)
 
-    target_term = _expected(teacher_binary.exp(), teacher_binary - student_binary)  # TCKD
-    other_term = _expected(teacher_others.exp(), teacher_others - student_others)  # NCKD; 0 at the target, where both logarithms are 0
-    rows = target.numel()
-    return (alpha * target_term.sum() + beta * other_term.sum()) * (temperature**2 / rows)
+    target_term = _expectation(teacher_binary.exp(), teacher_binary - student_binary)  # TCKD
+    # NCKD; at the target both are 0
+    other_term = _expectation(teacher_others.exp(), teacher_others - student_others)
+    return (alpha * target_term + beta * other_term) * (temperature**2 / target.numel())
 
 # %% ../nbs/01_losses.ipynb #7280c4ae
+def _among(logits: Tensor, outside: Tensor) -> Tensor:
+    "Log-probabilities of the classes that are not `outside` among themselves; 0 outside."
+    total = logits.masked_fill(outside, -torch.inf).logsumexp(-1, keepdim=True)
+    return (logits - total.masked_fill(total == -torch.inf, 0)).masked_fill(outside, 0)
+
+
 def rld_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, alpha: float = 1.0, beta: float = 8.0,
     temperature: float | Tensor = 4.0, target_temperature: float | Tensor = 1.0,
@@ -114,36 +154,34 @@ def rld_loss(
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Sun et al., Knowledge Distillation with Refined Logits, ICCV 2025 (arXiv 2408.07703).
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
     check_positive("target_temperature", target_temperature)
-    student, teacher = widened(student_logits, teacher_logits)
-    classes, y = torch.arange(student.shape[-1], device=target.device), target.long().unsqueeze(-1)
-    student_binary, _ = _split_target(student / target_temperature, classes == y)  # log q_y, log (1 - q_y)
-    teacher_binary, _ = _split_target(teacher / target_temperature, classes == teacher.argmax(-1, keepdim=True))
-    target_term = _expected(teacher_binary.exp(), teacher_binary - student_binary)  # SCD
+    first = teacher.argmax(-1, keepdim=True)
+    student_binary, _ = _split_target(_soften(student, target_temperature), y)
+    teacher_binary, _ = _split_target(_soften(teacher, target_temperature), first)
+    target_term = _expectation(teacher_binary.exp(), teacher_binary - student_binary)  # SCD
 
-    above = teacher >= teacher.gather(-1, y)  # not in M
-    student_below, teacher_below = (
-        (each - each.masked_fill(above, -torch.inf).clamp(min=_LOWEST).logsumexp(-1, keepdim=True)).masked_fill(above, 0)
-        for each in (student / temperature, teacher / temperature)
-    )
-    other_term = _expected(teacher_below.exp(), teacher_below - student_below)  # MCD; 0 outside M, where both logarithms are 0
-    return (alpha * target_temperature**2 * target_term.sum() + beta * temperature**2 * other_term.sum()) / target.numel()
+    outside = teacher >= teacher.gather(-1, y)  # not in M
+    highest = teacher.masked_fill(outside, -torch.inf).amax(-1, keepdim=True)
+    outside = outside | (highest == -torch.inf)  # M without a class that could be
+    student_below = _among(_soften(student, temperature), outside)
+    teacher_below = _among(_soften(teacher, temperature), outside)
+    other_term = _expectation(teacher_below.exp(), teacher_below - student_below)  # MCD
+    target_term, other_term = target_temperature**2 * target_term, temperature**2 * other_term
+    return (alpha * target_term + beta * other_term) / target.numel()
 
 # %% ../nbs/01_losses.ipynb #b0384a45
 def standardize(logits: Tensor) -> Tensor:
-    """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1; a row of equal values becomes 0.
-    Returns float32 or wider.
+    """Bring each row of logits `(..., C)` to mean 0 and sample standard deviation 1, in float32 or
+    wider; a row of equal values becomes 0, and a row that holds an infinity, which has no mean, NaN.
 
-    A masked class (-inf) dominates mean and deviation, so that the others become equal, as they do in the limit: leave
-    such classes out.
     Source: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024 (arXiv 2403.01427), algorithm 1.
     """
     check_floating("logits", logits)
     if logits.ndim < 1 or logits.shape[-1] < 2:
         raise ValueError(f"standardize needs logits (..., C) with at least two classes, but they have shape {tuple(logits.shape)}.")
-    logits, = (each.clamp(min=_LOWEST) for each in widened(logits))
+    logits, = widened(logits)
     centred = logits - logits.mean(-1, keepdim=True)
     return centred / (1e-7 + logits.std(-1, keepdim=True))
 
@@ -170,17 +208,16 @@ def dist_loss(
     probabilities.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`; the intra-class distance runs over all rows of the
-    call. The weights are the paper's beta and gamma. Returns a scalar without unit. A row, or a class over the rows,
-    whose probability is constant has distance 1 and no gradient.
+    call. The weights are the paper's beta and gamma. Returns a scalar in float32 or wider, without
+    unit. A row, or a class over the rows, of constant probability has distance 1 and no gradient.
     Raises `ValueError` for shapes that differ or a temperature that is not positive.
     Source: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv 2205.10536); the
     factor T² is that of the authors' code.
     """
-    check_logits(student_logits, teacher_logits)
+    student, teacher = _checked(student_logits, teacher_logits)
     check_positive("temperature", temperature)
-    student_probs, teacher_probs = (  # Q and P
-        F.softmax(each / temperature, dim=-1).flatten(0, -2) for each in widened(student_logits, teacher_logits)
-    )
+    student_probs = F.softmax(_soften(student, temperature), dim=-1).flatten(0, -2)  # Q
+    teacher_probs = F.softmax(_soften(teacher, temperature), dim=-1).flatten(0, -2)  # P
     inter_class = _pearson_distance(student_probs, teacher_probs)
     intra_class = _pearson_distance(student_probs.T, teacher_probs.T)
     return (inter_weight * inter_class + intra_weight * intra_class) * temperature**2
@@ -197,15 +234,16 @@ def nkd_loss(
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023 (arXiv 2303.13005).
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    student, teacher = widened(student_logits, teacher_logits)
-    is_target = torch.arange(student.shape[-1], device=target.device) == target.long().unsqueeze(-1)
-    student_binary, teacher_binary = (_split_target(each, is_target)[0][..., 0] for each in (student, teacher))
-    student_others, teacher_others = (_split_target(each / temperature, is_target)[1] for each in (student, teacher))
-    target_term = _expected(teacher_binary.exp(), student_binary)  # p_y log q_y
-    other_term = _expected(teacher_others.exp(), student_others)  # p̂ log q̂; 0 at the target
-    return -(target_term.sum() + gamma * temperature**2 * other_term.sum()) / target.numel()
+    both = student, teacher
+    student_binary, teacher_binary = (_split_target(each, y)[0][..., 0] for each in both)
+    student_others, teacher_others = (
+        _split_target(_soften(each, temperature), y)[1] for each in both
+    )
+    target_term = _expectation(teacher_binary.exp(), student_binary)  # p_y log q_y
+    other_term = _expectation(teacher_others.exp(), student_others)  # p̂ log q̂; 0 at the target
+    return -(target_term + gamma * temperature**2 * other_term) / target.numel()
 
 # %% ../nbs/01_losses.ipynb #24d66342
 def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0.1, weighted: bool = False) -> Tensor:
@@ -217,13 +255,17 @@ def ttm_loss(student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0
     Raises `ValueError` for shapes that differ or an exponent that is not positive.
     Source: Zheng and Yang, Knowledge Distillation Based on Transformed Teacher Matching, ICLR 2024 (arXiv 2402.11148).
     """
-    check_logits(student_logits, teacher_logits)
+    student, teacher = _checked(student_logits, teacher_logits)
     check_positive("exponent", exponent)
-    student, teacher = widened(student_logits, teacher_logits)
-    powers = exponent * F.log_softmax(teacher, dim=-1)  # γ log p
-    teacher_log_probs = F.log_softmax(powers, dim=-1)
-    rows = _expected(teacher_log_probs.exp(), teacher_log_probs - F.log_softmax(student, dim=-1)).sum(-1)
-    return (rows * powers.logsumexp(-1).exp() if weighted else rows).mean()
+    powers = exponent * teacher.log_softmax(-1)  # γ log p
+    teacher_log_probs = powers.log_softmax(-1)
+
+    def mean_of_rows(terms):
+        rows = terms.sum(-1)
+        return (rows * powers.logsumexp(-1).exp() if weighted else rows).mean()
+
+    gap = teacher_log_probs - student.log_softmax(-1)
+    return _expectation(teacher_log_probs.exp(), gap, mean_of_rows)
 
 # %% ../nbs/01_losses.ipynb #de359520
 def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2.0) -> Tensor:
@@ -231,21 +273,21 @@ def normkd_loss(student_logits: Tensor, teacher_logits: Tensor, scale: float = 2
     their own, times the teacher's squared, averaged over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider, in nats. A row of
-    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0. With a masked class (-inf) the
-    deviation has no limit and the loss is NaN: leave such classes out.
+    equal logits is uniform and has no gradient; if it is the teacher's, its loss is 0. A row that
+    holds an infinity has no standard deviation, and makes the loss NaN.
     Raises `ValueError` for shapes that differ or a scale that is not positive.
     Source: Chi et al., NormKD: Normalized Logits for Knowledge Distillation, 2023 (arXiv 2308.00520).
     """
-    check_logits(student_logits, teacher_logits)
     check_positive("scale", scale)
-    student, teacher = (_centre(each) for each in widened(student_logits, teacher_logits))  # equal logits become 0
+    checked = _checked(student_logits, teacher_logits)
+    student, teacher = (_centre(each) for each in checked)  # equal logits become 0
     student_temperature, teacher_temperature = (scale * each.std(-1, keepdim=True) for each in (student, teacher))  # s σ
     student_log_probs, teacher_log_probs = (
-        F.log_softmax(logits / torch.where(temperature == 0, 1.0, temperature), dim=-1)
+        F.log_softmax(logits / temperature.masked_fill(temperature == 0, 1), dim=-1)
         for logits, temperature in ((student, student_temperature), (teacher, teacher_temperature))
     )
-    rows = _expected(teacher_log_probs.exp(), teacher_log_probs - student_log_probs).sum(-1)
-    return (rows * teacher_temperature.squeeze(-1) ** 2).mean()
+    weight, gap = teacher_temperature.squeeze(-1) ** 2, teacher_log_probs - student_log_probs
+    return _expectation(teacher_log_probs.exp(), gap, lambda terms: (terms.sum(-1) * weight).mean())
 
 # %% ../nbs/01_losses.ipynb #97c8c93e
 def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float | Tensor = 2.0) -> Tensor:
@@ -257,26 +299,39 @@ def wsld_loss(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, te
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR 2021 (arXiv 2102.00650).
     """
-    check_logits(student_logits, teacher_logits, target)
+    student, teacher, y = _checked_with_target(student_logits, teacher_logits, target)
     check_positive("temperature", temperature)
-    student, teacher = (each.flatten(0, -2) for each in widened(student_logits, teacher_logits))
+    student, teacher = student.flatten(0, -2), teacher.flatten(0, -2)
     with torch.no_grad():
-        of_student, of_teacher = (F.cross_entropy(each, target.flatten().long(), reduction="none") for each in (student, teacher))
+        of_student = F.cross_entropy(student, y.flatten(), reduction="none")
+        of_teacher = F.cross_entropy(teacher, y.flatten(), reduction="none")
         weight = -torch.expm1(-of_student / (of_teacher + 1e-7))  # 1 - exp(-CE_s / CE_t)
-    student_log_probs, probs = F.log_softmax(student / temperature, dim=-1), F.softmax(teacher / temperature, dim=-1)
-    return -(weight * _expected(probs, student_log_probs).sum(-1)).mean() * temperature**2
+    student_log_probs = _soften(student, temperature).log_softmax(-1)
+    teacher_probs = _soften(teacher, temperature).softmax(-1)
+
+    def mean_of_rows(terms):
+        return (weight * -terms.sum(-1)).mean()
+
+    return _expectation(teacher_probs, student_log_probs, mean_of_rows) * temperature**2
 
 # %% ../nbs/01_losses.ipynb #f3fb7afd
 def _gram_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float, of_classes: bool) -> Tensor:
     "Squared difference of the Gram matrices of softened probabilities, over their number of rows."
     student, teacher = (F.softmax(each / temperature, dim=-1) for each in (student_logits, teacher_logits))
+    classes = student.shape[1]
+    if of_classes and classes > 4096:  # ‖QᵀQ - PᵀP‖² = ‖QQᵀ‖² + ‖PPᵀ‖² - 2 ‖QPᵀ‖², of small matrices
+        student, teacher = student.double(), teacher.double()
+        pairs = (student, student), (teacher, teacher), (student, teacher)
+        own, others, between = ((one @ other.T).square().sum() for one, other in pairs)
+        return (own + others - 2 * between).to(student_logits.dtype) / classes
     if of_classes:
         student, teacher = student.T, teacher.T
-    return (student @ student.T - teacher @ teacher.T).square().sum() / len(student)  # Q Qᵀ - P Pᵀ
+    difference = student @ student.T - teacher @ teacher.T  # Q Qᵀ - P Pᵀ
+    return difference.square().sum() / student.shape[0]
 
 
 def _share_up_to_median(values: Tensor) -> Tensor:
-    return (values <= values.quantile(0.5)).float().mean()
+    return (values <= values.quantile(0.5)).to(values.dtype).mean()
 
 
 def mlkd_loss(
@@ -286,19 +341,18 @@ def mlkd_loss(
     """Multi-level logit distillation: KD of instances, batch and classes; cross-entropy of both views is added to it.
 
     Logits `(N, C)` of the weakly and the `strong`ly augmented view. `standardized`: instances are compared on z-scores
-    (LSKD), batch and classes as they are. Returns a scalar, in nats.
+    (LSKD), batch and classes as they are. Returns a scalar in float32 or wider, in nats.
     Raises `ValueError` for shapes that do not fit or a temperature that is not positive.
     Source: Jin et al., Multi-Level Logit Distillation, CVPR 2023, as the authors' code computes it: the last two of
     the strong view's five KD terms use the weak view's logits, and its confidence masks act as one factor a term.
     """
-    weak, strong = (student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)
+    weak = _checked(student_logits, teacher_logits)
+    strong = _checked(strong_student_logits, strong_teacher_logits)
     for logits in (weak, strong):
-        check_logits(*logits)
         if logits[0].ndim != 2:
             raise ValueError(f"mlkd_loss needs logits (N, C), but they have shape {tuple(logits[0].shape)}.")
     check_positive("temperature", temperature)
-    (student, teacher), strong = widened(*weak), (next(widened(strong[0])), next(widened(strong[1])))
-    weak, confidence = (student, teacher), F.softmax(teacher, dim=-1)
+    confidence = F.softmax(weak[1], dim=-1)
     rows, classes = _share_up_to_median(confidence.amax(1)), _share_up_to_median(confidence.sum(0))
     weak_kd, strong_kd = weak, strong
     if standardized:
@@ -321,13 +375,13 @@ def sld_loss(
 
     Logits `(N, C)` of the weakly and the `strong`ly augmented view; the teacher's come repaired, in the paper by
     `swap_logits`. `target` `(N,)`. `student_teaches`: whether the student's own logits, swapped, are a second
-    teacher. Returns a scalar, in nats.
+    teacher. Returns a scalar in float32 or wider, in nats.
     Raises `ValueError` for shapes that do not fit.
     Source: Limantoro et al., Swapped Logit Distillation via Bi-level Teacher Alignment, 2025 (arXiv 2504.20108).
     """
-    loss = torch.zeros((), device=student_logits.device)
-    for student, teacher in ((student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)):
-        check_logits(student, teacher, target)
+    loss = student_logits.new_zeros(())
+    for logits in ((student_logits, teacher_logits), (strong_student_logits, strong_teacher_logits)):
+        student, teacher, _ = _checked_with_target(*logits, target)
         teachers = [teacher, swap_logits(student, target)] if student_teaches else [teacher]
         loss = loss + sum(kd_loss(student, each, float(T)) for each in teachers for T in range(1, 7))
     return loss

@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .sorting import check_arguments, find_wrong_rows
+from .sorting import check_arguments, class_indices, find_wrong_rows
 
 # %% ../nbs/00b_repairs.ipynb #b37b61f4
 def check_positive(name: str, value: float | Tensor) -> None:
@@ -25,8 +25,8 @@ def check_positive(name: str, value: float | Tensor) -> None:
 
 
 def widened(*logits: Tensor) -> Iterator[Tensor]:
-    "float16 and bfloat16 as float32, in which no sum overflows."
-    return (each.float() if each.dtype in (torch.float16, torch.bfloat16) else each for each in logits)
+    "float16, bfloat16 and narrower as float32, in which no sum overflows."
+    return (each.float() if each.element_size() < 4 else each for each in logits)
 
 # %% ../nbs/00b_repairs.ipynb #e7505652
 def revise_logits(
@@ -51,10 +51,13 @@ def revise_logits(
     index, value, wrong = (each.unsqueeze(dim) for each in find_wrong_rows(logits, target, dim, ignore_index))
     wide, own, top = widened(logits, value, logits.amax(dim, keepdim=True))
     wrong = wrong & top.isfinite()
-    revised = wrong | (target.long().unsqueeze(dim) != ignore_index) & top.isfinite() if right_rows else wrong
-    total = torch.where(revised, wide / temperature, 0.0).logsumexp(dim, keepdim=True)  # lse(z / T)
-    target_prob = torch.where(revised, own / temperature - total, 0.0).exp()  # p_y
-    top_prob = torch.where(revised, top / temperature - total, 0.0).exp()  # p_max
+    revised = wrong
+    if right_rows:
+        revised = wrong | (class_indices(target).unsqueeze(dim) != ignore_index) & top.isfinite()
+    zero = wide.new_zeros(())
+    total = torch.where(revised, wide / temperature, zero).logsumexp(dim, keepdim=True)  # lse(z / T)
+    target_prob = torch.where(revised, own / temperature - total, zero).exp()  # p_y
+    top_prob = torch.where(revised, top / temperature - total, zero).exp()  # p_max
     odds = (1 + top_prob - target_prob) / eta - (1 - target_prob)  # λ / (1 - λ) + p_y
     if right_rows:
         others = 1 - target_prob
@@ -68,8 +71,9 @@ def revise_logits(
 def smooth_logits(
     logits: Tensor, target: Tensor, confidence: float = 0.9, temperature: float = 1.0, dim: int = -1, ignore_index: int = -100
 ) -> Tensor:
-    """Replace a wrong row by a smoothed label, whose softmax at `temperature` is `confidence` for the target and equal
-    for all other classes; `dim`, `ignore_index`, ties and errors as for `sort_logits`.
+    """Replace a wrong row by a smoothed label, whose softmax at `temperature` is `confidence` for
+    the target and equal for all other classes but those at -inf, which stay there; `dim`,
+    `ignore_index`, ties and errors as for `sort_logits`.
 
     `confidence`: between 1 / C and 1. A row whose largest value is infinite comes back as it is, like one that holds a NaN.
     Source: Wen et al., Preparing Lessons: Improve Knowledge Distillation with Better Supervision, 2019 (arXiv 1911.07471).
@@ -80,8 +84,14 @@ def smooth_logits(
     if not 1 / max(classes, 2) < confidence < 1:
         raise ValueError(f"confidence must lie between 1 / {classes} and 1, but it is {confidence!r}.")
     index, _, wrong = (each.unsqueeze(dim) for each in find_wrong_rows(logits, target, dim, ignore_index))
-    lead = temperature * math.log(confidence * max(classes - 1, 1) / (1 - confidence))
-    smoothed = torch.zeros_like(logits).scatter(dim, index, lead)
+    masked, (wide,) = logits == -torch.inf, widened(logits)
+    possible = (~masked).to(wide.dtype)
+    others = (possible.sum(dim, keepdim=True) - possible.gather(dim, index)).clamp(min=1)
+    share = others / max(classes - 1, 1)  # of the other classes, those that 1 - c is for
+    usual = temperature * math.log(confidence * max(classes - 1, 1) / (1 - confidence))
+    lead = (usual + temperature * share.log()).clamp(0, torch.finfo(logits.dtype).max)
+    smoothed = torch.zeros_like(logits).masked_fill(masked, -torch.inf)
+    smoothed = smoothed.scatter(dim, index, lead.to(logits.dtype))
     return torch.where(wrong & logits.amax(dim, keepdim=True).isfinite(), smoothed, logits)
 
 # %% ../nbs/00b_repairs.ipynb #54638fa0
@@ -99,7 +109,8 @@ def leave_out_rows(student_logits: Tensor, teacher_logits: Tensor, target: Tenso
     """Logits `(N, C)` of student and teacher with constants in the rows that `left_out` `(N,)` marks: there cross-entropy
     and every distillation loss that is a sum over rows are exactly 0, without a gradient. No shape depends on a value.
     """
-    place = (torch.arange(student_logits.shape[1], device=target.device) - target.long()[:, None]) % student_logits.shape[1]
+    classes = torch.arange(student_logits.shape[1], device=target.device)
+    place = (classes - class_indices(target)[:, None]) % student_logits.shape[1]
     sure = 1e4 * (2 - place).clamp(min=0)  # 20,000 for the target, 10,000 for the class after it, else 0
     student, teacher = (torch.where(left_out[:, None], sure.to(each.dtype), each) for each in (student_logits, teacher_logits))
     return student, teacher

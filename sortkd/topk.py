@@ -9,40 +9,58 @@ __all__ = ['sort_topk']
 import torch
 from torch import Tensor
 
-from .sorting import check_arguments, must_not_read, sort_logits
+from .sorting import can_read, check_arguments, class_indices, holds_integers, sort_logits
 
 # %% ../nbs/00a_topk.ipynb #730011ef
+def _check_list(values: Tensor, classes: Tensor) -> None:
+    if not holds_integers(classes) or classes.shape != values.shape:
+        described = type(classes).__name__
+        if isinstance(classes, Tensor):
+            described = f"{classes.dtype} {tuple(classes.shape)}"
+        raise ValueError(
+            f"classes must be integers of the shape of values, {tuple(values.shape)}, but they are "
+            f"{described}."
+        )
+
+
+def _check_targets(wrong: Tensor, sought: Tensor, cure: str) -> None:
+    if can_read(wrong, sought) and wrong.any():
+        raise ValueError(f"target holds {sought[wrong][0].item()}; {cure}.")
+
+
 def sort_topk(
     values: Tensor, classes: Tensor, target: Tensor, insert: bool = False, ignore_index: int = -100
 ) -> tuple[Tensor, Tensor]:
     """`sort_logits` for rows of which only the `k` highest logits were kept, in any order.
 
     `values`: floating point, `(..., k)`; `classes`: integer, of the same shape, the classes that have these values, each
-    once a row; `target`: class indices `(...)`.
+    once a row; `target`: class indices `(...)`, of any integer type.
     Returns new values and classes of the same shapes. Where the target is in the list, each class has the value that
     `sort_logits` of the whole row gives it, and stays in its place. Where it is not, the row comes back as it is; with
     `insert`, the target takes the highest value, every other class the value one place below, and the target stands in
     the place of the lowest class, which drops out. A row whose target is `ignore_index`, or that holds a NaN, comes back
     as it is.
 
-    Raises `TypeError` and `ValueError` for dtypes and shapes that do not fit, and for a negative target (not on a GPU, where
-    checking would stall it).
+    Raises `TypeError` and `ValueError` for dtypes and shapes that do not fit, for a negative target,
+    and with `insert` for one that the type of `classes` cannot hold (on a GPU, where checking would
+    stall it, such a row comes back as it is).
     """
     check_arguments(values, target, -1)
-    if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.shape != values.shape:
-        described = f"{classes.dtype} {tuple(classes.shape)}" if isinstance(classes, Tensor) else type(classes).__name__
-        raise ValueError(f"classes must be integers of the shape of values, {tuple(values.shape)}, but they are {described}.")
-    target, kept = target.long(), classes.dtype
-    counts = target != ignore_index
-    if not must_not_read(values, target) and bool((counts & (target < 0)).any()):
-        raise ValueError(f"target holds {target[counts & (target < 0)][0].item()}; correct it, or name it as ignore_index.")
-    sought, classes = target.unsqueeze(-1), classes.long()
+    _check_list(values, classes)
+    listed, sought = classes.long(), class_indices(target).unsqueeze(-1)
+    counts = sought != ignore_index
+    _check_targets(counts & (sought < 0), sought, "correct it, or name it as ignore_index")
     if insert:
+        fits = sought.to(classes.dtype).long() == sought
+        cure = f"classes of {classes.dtype} cannot hold it, so pass classes.long()"
+        _check_targets(counts & ~fits, sought, cure)
         lowest = values == values.amin(-1, keepdim=True)
-        last = torch.where(lowest, classes, -1).argmax(-1, keepdim=True)  # of equal values, the highest class ranks last
-        missing = counts.unsqueeze(-1) & ~((classes == sought) | values.isnan()).any(-1, keepdim=True)
-        classes = torch.where(missing, classes.scatter(-1, last, sought), classes)
-    order = classes.argsort(-1)  # as in a whole row, so that ties rank by class index
-    found = counts.unsqueeze(-1) & (classes.gather(-1, order) == sought)
-    place = torch.where(found.any(-1), found.int().argmax(-1), -100)
-    return values.scatter(-1, order, sort_logits(values.gather(-1, order), place)), classes.to(kept, copy=True)
+        last = listed.masked_fill(~lowest, -1).argmax(-1, keepdim=True)  # of ties, the highest class
+        missing = counts & fits & ~((listed == sought) | values.isnan()).any(-1, keepdim=True)
+        listed = torch.where(missing, listed.scatter(-1, last, sought), listed)
+    order = listed.argsort(-1)  # as in a whole row, so that ties rank by class index
+    found = counts & (listed.gather(-1, order) == sought)
+    place = found.int().argmax(-1).masked_fill(~found.any(-1), -100)
+    repaired = sort_logits(values.gather(-1, order), place)
+    return values.scatter(-1, order, repaired), listed.to(classes.dtype, copy=True)
+

@@ -6,9 +6,11 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sortkd.losses import (
-    dist_loss, dkd_loss, kd_loss, leave_out_rows, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss, standardize, ttm_loss, wsld_loss,
+    _gram_loss, dist_loss, dkd_loss, kd_loss, leave_out_rows, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss, standardize, ttm_loss,
+    wsld_loss,
 )
 from sortkd.sorting import sort_logits, swap_logits
 
@@ -81,18 +83,78 @@ NEW_LOSSES = {
     "rld": rld_loss, "nkd": nkd_loss, "wsld": wsld_loss, "normkd": lambda s, t, y: normkd_loss(s, t),
     "ttm": lambda s, t, y: ttm_loss(s, t), "wttm": lambda s, t, y: ttm_loss(s, t, weighted=True),
 }
+EVERY_LOSS = NEW_LOSSES | {
+    "kd": lambda s, t, y: kd_loss(s, t), "lskd": lambda s, t, y: kd_loss(standardize(s), standardize(t)), "dkd": dkd_loss,
+    "dist": lambda s, t, y: dist_loss(s, t), "mlkd": lambda s, t, y: mlkd_loss(s, t, s, t),
+    "sld": lambda s, t, y: sld_loss(s, t, s, t, y, student_teaches=True),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", NEW_LOSSES)
+@pytest.mark.parametrize("name", EVERY_LOSS)
 def test_half_precision_and_students_that_are_too_sure(name, dtype):
     "Computed in float32, so that nothing overflows: neither sums over rows nor a student that leads by thousands."
-    loss = NEW_LOSSES[name]
-    torch.testing.assert_close(loss(STUDENT.to(dtype), TEACHER.to(dtype), TARGET), loss(STUDENT.to(dtype).float(), TEACHER.to(dtype).float(), TARGET))
+    loss = EVERY_LOSS[name]
+    half, wide = (loss(STUDENT.to(dtype).to(each), TEACHER.to(dtype).to(each), TARGET) for each in (dtype, torch.float32))
+    assert torch.equal(half, wide) and half.dtype == torch.float32
+    assert loss(STUDENT.double(), TEACHER.double(), TARGET).dtype == torch.float64
     for lead in (200.0, 30000.0):
         student = torch.full((16, 100), -lead, dtype=dtype).index_fill(1, torch.tensor(7), lead).requires_grad_()
         value = loss(student, TEACHER.to(dtype), TARGET)
         assert value.isfinite() and torch.autograd.grad(value, student)[0].isfinite().all()
+
+
+def test_half_precision_of_a_vocabulary():
+    student, teacher = torch.randn(2, 2, 50257, generator=torch.Generator().manual_seed(0)).mul(3).half()
+    for name in ("dist", "mlkd"):  # the latter without matrices of vocabulary by vocabulary
+        torch.testing.assert_close(EVERY_LOSS[name](student, teacher, None), EVERY_LOSS[name](student.double(), teacher.double(), None).float())
+
+
+def test_gram_matrices_of_many_classes_are_those_of_few(monkeypatch):
+    student, teacher = torch.randn(2, 3, 4200, generator=torch.Generator().manual_seed(0))
+    both = [each.div(4).softmax(1).double() for each in (student, teacher)]
+    expected = (both[0].T @ both[0] - both[1].T @ both[1]).square().sum() / 4200
+    torch.testing.assert_close(_gram_loss(student, teacher, 4.0, of_classes=True), expected.float(), rtol=1e-5, atol=0)
+
+
+def test_a_probability_of_zero():
+    "0 · log 0 is 0. What the teacher thinks possible and the student does not is an infinite loss, whose gradient is finite."
+    inf, target = torch.inf, torch.tensor([0])
+    student, masked = torch.tensor([[1.0, 0.0, 0.0]], requires_grad=True), torch.tensor([[1.0, 0.0, -inf]], requires_grad=True)
+    for logits in (student, masked):
+        loss = kd_loss(logits, torch.tensor([[2.0, 1.0, -inf]]), 1.0)
+        gradient, = torch.autograd.grad(loss, logits)
+        assert gradient.isfinite().all() and not gradient[logits == -inf].any()
+    assert abs(kd_loss(student, torch.tensor([[2.0, 1.0, -inf]]), 1.0) - 0.2382) < 1e-4 and loss == 0
+    for name in set(EVERY_LOSS) - {"dist", "lskd", "normkd"}:  # DIST compares probabilities, not logarithms
+        loss = EVERY_LOSS[name](masked, torch.tensor([[2.0, 1.0, 0.0]]), target)
+        assert loss == inf and torch.autograd.grad(loss, masked)[0].isfinite().all(), name
+    teacher = torch.tensor([[1.0, 2.0, -inf]])  # RLD finds no class but a masked one below the target
+    assert rld_loss(masked, teacher, target, alpha=0.0) == rld_loss(student, teacher, target, alpha=0.0) == 0
+    gradient, = torch.autograd.grad(rld_loss(masked, teacher, target), masked)
+    assert gradient.isfinite().all() and not gradient[0, 2]
+
+
+@pytest.mark.parametrize("name", EVERY_LOSS)
+@pytest.mark.filterwarnings("ignore")
+def test_no_trace_of_a_loss_holds_on_to_values(name):
+    "Traced on whole rows, and run on masked ones, and on fewer."
+    loss, student, teacher = EVERY_LOSS[name], STUDENT.double(), TEACHER.double()
+
+    def function(student, teacher, target):
+        return loss(student, teacher, target)
+
+    examples = student.flip(0), teacher.flip(0), TARGET.flip(0)
+    traced = torch.jit.trace(function, examples)
+    graph = make_fx(function)(*examples)
+    absent = (torch.arange(100) - TARGET[:, None]) % 10 == 5 if name not in ("lskd", "normkd") else torch.tensor(False)
+    masked = [each.masked_fill(absent, -torch.inf) for each in (student, teacher)]
+    for other in (traced, graph):
+        torch.testing.assert_close(other(*masked, TARGET), function(*masked, TARGET))
+    torch.testing.assert_close(traced(student[:9], teacher[:9], TARGET[:9]), function(student[:9], teacher[:9], TARGET[:9]))
+    halves = [each.view(2, 8, *each.shape[1:]) for each in (*masked, TARGET)]
+    torch.testing.assert_close(torch.vmap(function)(*halves), torch.stack([function(*each) for each in zip(*halves)]))
+    assert function(*(each.to("meta") for each in (student, teacher, TARGET))).is_meta
 
 
 def test_normkd_of_constant_rows():

@@ -6,8 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs_cifar100
+from special_logits import INTEGERS
 from test_losses import GOLDENS as OF_LOSSES
 from test_losses import SORTED, STUDENT, TARGET, TEACHER
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sortkd.data import load_cifar100, normalize
 from sortkd.losses import kd_loss
@@ -15,6 +18,7 @@ from sortkd.methods import REPAIRS
 from sortkd.repairs import revise_logits, skip_logits, smooth_logits
 from sortkd.sorting import swap_logits
 from sortkd.teachers import load_teacher
+from sortkd.topk import sort_topk
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = {name: torch.from_numpy(value) for name, value in np.load(Path(__file__).parent / "goldens" / "repairs.npz").items()}
@@ -118,9 +122,83 @@ def test_what_repairs_promise(name, scale, dtype):
     elif name == "sort":  # -inf can be there several times
         assert (second.gather(1, first.argsort(dim=1, descending=True, stable=True)).diff(dim=1).nan_to_num(0.0) <= 0).all()
     elif name == "smooth":
-        assert not second.any()
+        assert torch.equal(second, torch.zeros_like(first).masked_fill(first == -torch.inf, -torch.inf))
     else:  # of all others only the mistake has moved
         assert ((first != second).sum(1) == 1).all() and torch.equal((first != second).int().argmax(1), first.argmax(1))
+
+
+@pytest.mark.parametrize("name", [name for name in REPAIRS if name != "skip"])
+def test_a_class_at_minus_infinity_is_as_if_it_were_not_there(name):
+    present = torch.tensor([True, True, False, True, True, True, False, True])
+    logits, target = TEACHER[:, :8], torch.tensor([0, 1, 3, 4]).repeat(4)
+    masked = logits.masked_fill(~present, -torch.inf).requires_grad_()
+    for settings in ({}, {"temperature": 4.0}) if name in CHANGES_VALUES else ({},):
+        repaired = REPAIRS[name](masked, target, **settings)
+        assert (repaired[:, ~present] == -torch.inf).all()
+        torch.testing.assert_close(repaired[:, present], REPAIRS[name](logits[:, present], (present.cumsum(0) - 1)[target], **settings))
+        assert torch.autograd.grad(repaired[:, present].sum(), masked)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", CHANGES_VALUES)
+@pytest.mark.parametrize("temperature", [1.0, 100.0, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_where_there_is_no_room_above(name, temperature, dtype):
+    "The target's logit rises by a multiple of the temperature, but never to infinity."
+    highest = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype).scatter(1, torch.tensor([[0], [1], [2]]), 0)
+    repaired = REPAIRS[name](highest, torch.arange(3), temperature=temperature)
+    assert repaired.isfinite().all() and torch.equal(repaired.gather(1, torch.arange(3)[:, None])[:, 0], repaired.amax(1))
+
+
+def with_topk(values, target, ignore_index=-100):
+    "`sort_topk`, with insertion, of the ten highest."
+    return torch.cat([each.to(values.dtype) for each in sort_topk(*values.topk(10), target, insert=True, ignore_index=ignore_index)], 1)
+
+
+FUNCTIONS = {name: repair for name, repair in REPAIRS.items() if name != "none"} | {"top-k": with_topk}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_targets_of_every_integer_type(name, dtype):
+    "Each class as it is written: 156 in uint8 is not -100. Rows of `ignore_index` come back, whichever it is."
+    repair, logits = FUNCTIONS[name], torch.randn(64, 200, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(64) + (100 if dtype == torch.uint8 else 0)  # with 156
+    logits[torch.arange(0, 64, 2), target[::2]] = 9.0  # half the rows are right
+    assert torch.equal(repair(logits, target.to(dtype)), repair(logits, target))
+    as_they_are = logits if name != "top-k" else torch.cat([each.float() for each in logits.topk(10)], 1)
+    for ignored in (-100, 0, 40, 156):
+        if not torch.iinfo(dtype).min <= ignored <= torch.iinfo(dtype).max:
+            continue
+        held = torch.where(torch.arange(64) < 32, target, ignored)
+        expected = torch.cat([repair(logits[:32], target[:32]), as_they_are[32:]])
+        different = target[:32] != ignored
+        assert torch.equal(repair(logits, held.to(dtype), ignore_index=ignored)[32:], expected[32:])
+        assert torch.equal(repair(logits, held.to(dtype), ignore_index=ignored)[:32][different], expected[:32][different])
+    if dtype == torch.uint64 and name != "top-k":
+        with pytest.raises(ValueError, match="target holds"):
+            repair(logits, target.masked_fill(target == 3, -100).to(dtype))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.filterwarnings("ignore")
+def test_no_trace_holds_on_to_values(name):
+    "Traced where all rows are right, and run where most are wrong, on another number of rows; above 4,096 elements."
+    repair = FUNCTIONS[name]
+
+    def function(logits, target):
+        return repair(logits, target)
+
+    logits, target = TEACHER.repeat(4, 1), TARGET.repeat(4)
+    right, expected = torch.eye(64, 100), repair(logits, target)
+    assert torch.equal(torch.jit.trace(function, (right, torch.arange(64)))(logits[:50], target[:50]), expected[:50])
+    for mode in ("real", "symbolic"):
+        assert torch.equal(make_fx(function, tracing_mode=mode)(right, torch.arange(64))(logits, target), expected)
+    by_halves = logits.view(2, 32, 100), target.view(2, 32)
+    assert torch.equal(torch.vmap(function)(*by_halves).flatten(0, 1), expected)
+    fake = FakeTensorMode()
+    for elsewhere in (lambda each: each.to("meta"), fake.from_tensor):
+        result = function(elsewhere(logits), elsewhere(target))
+        assert result.shape == expected.shape and type(result) is type(elsewhere(logits))
 
 
 def test_right_rows_gain_the_threshold_in_mft():
@@ -166,8 +244,6 @@ def test_repairs_of_any_layout_and_type(name):
         for scale in (1, 2000):  # computed in float32 and rounded once
             logits = (TEACHER * scale).to(dtype)
             assert torch.equal(repair(logits, TARGET), repair(logits.float(), TARGET).to(dtype))
-    highest = torch.full((1, 3), torch.finfo(torch.float16).max, dtype=torch.float16).scatter(1, torch.tensor([[1]]), 0)
-    assert name == "skip" or repair(highest, torch.tensor([1])).isfinite().all(), "where there is no room above"
 
 
 @pytest.mark.parametrize("settings", [{}, {"eta": 0.95, "temperature": 4.0}, {"right_rows": True}])

@@ -3,6 +3,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from special_logits import INTEGERS
 
 from sortkd import sort_logits, sort_topk
 
@@ -68,6 +69,19 @@ def test_any_shape_and_dtype_and_what_comes_back_as_it_is():
     assert half[0].dtype == torch.float16 and torch.equal(half[0].nan_to_num(), repaired.half().nan_to_num())
 
 
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_classes_of_every_integer_type(dtype):
+    "A target that their type cannot hold is not in the list, and cannot be put there."
+    values, classes, target = torch.tensor([[9.0, 8.0, 7.0]]), torch.tensor([[44, 2, 3]]), torch.tensor([44 + 256])
+    repaired, listed = sort_topk(values, classes.to(dtype), target)
+    assert torch.equal(repaired, values) and torch.equal(listed.long(), classes) and listed.dtype == dtype
+    if dtype.itemsize == 1:
+        with pytest.raises(ValueError, match="target holds 300; classes of .*int8 cannot hold it"):
+            sort_topk(values, classes.to(dtype), target, insert=True)
+    else:
+        assert sort_topk(values, classes.to(dtype), target, insert=True)[1].tolist() == [[44, 2, 300]]
+
+
 def test_gradients_follow_the_values():
     values, classes = torch.tensor([5.0, 4.0, 3.0], requires_grad=True), torch.tensor([7, 1, 4])
     repaired, _ = sort_topk(values, classes, torch.tensor(4))
@@ -89,6 +103,7 @@ def test_it_is_one_graph():
         (lambda values, classes, target: (values.long(), classes, target), TypeError, "floating-point"),
         (lambda values, classes, target: (values, classes.float(), target), ValueError, "integers of the shape of values"),
         (lambda values, classes, target: (values, classes[:, :2], target), ValueError, r"but they are torch.int64 \(2, 2\)"),
+        (lambda values, classes, target: (values, classes > 2, target), ValueError, "torch.bool"),
         (lambda values, classes, target: (values, None, target), ValueError, "NoneType"),
         (lambda values, classes, target: (values, classes, target[:1]), ValueError, "target has shape"),
         (lambda values, classes, target: (values, classes, target - 5), ValueError, "target holds -4"),
