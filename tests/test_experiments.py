@@ -312,7 +312,7 @@ def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeyp
     assert {summarize([record])["teacher wrong"].item() for record in records} == {"50.0%"}
 
 
-PUBLISHED = {"pair": "resnet20:resnet8", "preset": "paper", "dataset": "cifar100", "epochs": 0, "train_size": 0, "test_size": 0}
+PUBLISHED = {"pair": "r56_r20", "preset": "paper", "dataset": "cifar100", "epochs": 0, "train_size": 0, "test_size": 0}
 
 
 @pytest.mark.parametrize("changes,full", [
@@ -750,3 +750,23 @@ def test_numbers_of_a_pair(pair, name, numbers):
     assert recipe.milestones == (150, 180, 210)
     stated = {**method.settings, "kd_weight": method.kd_weight, "lr": recipe.lr, "epochs": recipe.epochs}
     assert {key: stated[key] for key in numbers} == numbers
+
+
+@pytest.mark.parametrize("changes", [{"pair": "resnet20:resnet8"}, {"methods": "kd(temperature=2)"}, {"methods": "ce,kd+revise(eta=0.9)"}])
+def test_numbers_and_pairs_of_ones_own_are_not_called_published(folder, monkeypatch, changes):
+    data = dataclasses.replace(load_digits().subset(400, 100), name="cifar100")
+    monkeypatch.setattr("sortkd.experiments.load_data", lambda name: data)
+    described = small_experiment(folder, **PUBLISHED | changes).describe()
+    assert "not with published ones" in described and "full run" not in described
+
+
+def test_a_key_for_weights_and_biases_is_looked_for_before_the_work(folder, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": None}))
+    with pytest.raises(ValueError, match="there is no key for it; run `wandb login`"):
+        small_experiment(folder, wandb="online")
+    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "0" * 40}))
+    assert small_experiment(folder, wandb="online").wandb == "online"

@@ -979,3 +979,11 @@ def test_a_loss_that_a_trainer_computes_itself_is_not_replaced(tmp_path, quick_h
     mixed = type("Mixed", (DistillationTrainerMixin, SFTTrainer), {})
     with pytest.raises(TypeError, match="model"):
         mixed(teacher=None, distillation_loss=DistillationLoss("ce"))
+
+
+def test_no_target_of_a_narrow_type_is_taken_for_padding():
+    "As uint8, -100 is 156: a class like any other."
+    student, teacher = torch.randn(2, 2, 200, generator=torch.Generator().manual_seed(0))
+    loss, target = DistillationLoss("kd+sort"), torch.tensor([156, 3])
+    for dtype in (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint64):
+        assert torch.equal(loss(student, teacher, target.to(dtype)), loss(student, teacher, target))
