@@ -6,6 +6,7 @@
 __all__ = ['plan_repetition']
 
 # %% ../nbs/07e_repetition.ipynb #cc96c09d
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from .plugins import check_recorded, load_plugins
 from .records import differences, plain
 from .runs import plan_run
 from .schema import check_record
-from .teachers import load_teacher, read_checkpoint, weights_checksum
+from .teachers import load_teacher
 
 # %% ../nbs/07e_repetition.ipynb #73dd59bb
 def plan_repetition(
@@ -65,7 +66,7 @@ def plan_repetition(
     check_recorded(record.get("plugins", []), load_plugins(plugin))
     torch.set_num_threads(threads)
     if teacher == "auto" and name:
-        teacher = str(_file_with_weights(wanted, name, teachers_dir) or "auto")
+        teacher = str(_file_with_weights(wanted, name, teachers_dir, record["teacher"], data["classes"]) or "auto")
     experiment = plan_experiment(
         **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir, plugin=plugin, again=True,
     )
@@ -81,10 +82,10 @@ def plan_repetition(
     return experiment
 
 
-def _file_with_weights(checksum: str, name: str, folder: str | Path) -> Path | None:
+def _file_with_weights(checksum: str, name: str, folder: str | Path, architecture: str, classes: int) -> Path | None:
     "The file called `name` under `folder` that holds the weights with this checksum."
     for path in sorted(each for each in Path(folder).rglob("*") if each.name == Path(name).name):
-        # As a network reads them: what is kept in half precision is compared in float32.
-        if path.is_file() and weights_checksum(read_checkpoint(path)[0]) == checksum:
-            return path
+        with suppress(ValueError, OSError):  # of another network, or no checkpoint
+            if load_teacher(path, architecture, classes).as_record()["weights_sha256"] == checksum:
+                return path
     return None
