@@ -294,13 +294,14 @@ def _plan_in(path: str) -> dict[str, str] | None:
     return {"name": Path(path).stem, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 
-def plan_experiment(*, data: ImageSet | None = None, **parameters) -> Experiment:
+def plan_experiment(**parameters) -> Experiment:
     """Check the parameters of an experiment, load its data, and say what will run. Nothing is trained or written.
 
-    `parameters`: fields of `Parameters`, which explains each. `data`: the images, whole, where they are loaded already, as in
-    the `full_data` of another experiment; `dataset` is not looked at then. Raises `ValueError` for a name or value that is not
+    `parameters`: fields of `Parameters`, which explains each; and `data`: the images, whole, where they are loaded already, as
+    in the `full_data` of another experiment; `dataset` is not looked at then. Raises `ValueError` for a name or value that is not
     allowed, and what `load_data` and `load_teacher` raise for data or a teacher that cannot be used.
     """
+    data: ImageSet | None = parameters.pop("data", None)
     for name in parameters:
         choice("parameter", name, list(Parameters.__dataclass_fields__))
     given = Parameters(**parameters)
