@@ -79,8 +79,8 @@ class Plan:
                 "recipe_changes": json.dumps(recipe_changes(options.get("set", "")), sort_keys=True)}
 
 
-def read_plan(path: str | Path) -> Plan:
-    """The plan in the YAML file `path`. Raises `ValueError` for a value that is missing or not allowed, and what
+def read_plan(path: str | Path, plugin: str = "") -> Plan:
+    """The plan in the YAML file `path`. `plugin`: the one that the plan may name, as for `make_grid`. Raises `ValueError` for a value that is missing or not allowed, and what
     `make_grid` raises.
     """
     path = Path(path)
@@ -89,7 +89,7 @@ def read_plan(path: str | Path) -> Plan:
     names = ["question", "primary", "comparisons", "beside", "outcome", "smallest_effect", "level", "looks"]
     if not isinstance(given, dict) or set(given) != set(names):
         raise ValueError(f"the section plan of {path} is {shown(given)}; give {', '.join(names)}.")
-    grid = make_grid(settings)
+    grid = make_grid(settings, plugin)
     methods = list(grid.cells["method"].unique())
     for name in ("comparisons", "beside", "looks"):
         if not isinstance(given[name], list):

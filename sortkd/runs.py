@@ -32,7 +32,7 @@ from .models import create_model
 from .plugins import Plugin
 from .progress import Progress
 from .records import SCHEMA_VERSION, append_record, describe_machine, read_records, save_correct
-from .schema import whole
+from .schema import not_finite, whole
 from .teacher_logits import CachedTeacherLogits, TeacherLogits
 from .teachers import Teacher, get_teacher, load_teacher, weights_checksum
 from .checkpoints import fingerprint
@@ -356,8 +356,8 @@ class _Session:
         "For the record: `sessions`, unless there was only one."
         sessions: dict[int, dict] = {}
         for each in read_records(self.path) if self.path.exists() else []:
-            if not isinstance(each.get("first_epoch"), int):
-                continue
+            if not isinstance(each.get("first_epoch"), int) or not_finite(each) is not None:
+                continue  # damaged, or not written by this package
             # An epoch that was lost with its session was trained again in a later one.
             sessions = {epoch: other for epoch, other in sessions.items() if epoch < each["first_epoch"]}
             sessions[each["first_epoch"]] = each

@@ -770,3 +770,26 @@ def test_a_key_for_weights_and_biases_is_looked_for_before_the_work(folder, tmp_
         small_experiment(folder, wandb="online")
     monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "0" * 40}))
     assert small_experiment(folder, wandb="online").wandb == "online"
+
+
+def test_a_record_that_is_not_whole_blocks_no_run(folder, tmp_path):
+    settings = {"methods": "ce", "epochs": 1, "results_dir": str(tmp_path)}
+    record, = run_experiment(small_experiment(folder, **settings), progress=False).records
+    name = record["run_id"].removesuffix(f"-{record['started']}")
+    for line in ({"run_id": f"{name}-x"}, {key: value for key, value in record.items() if key != "curve"}):
+        (tmp_path / "quick.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.warns(UserWarning, match="It does not count"):
+            results = run_experiment(small_experiment(folder, **settings), progress=False)
+        assert results.appended == 1 and compare_runs(record, results.records[0]) == []
+        with pytest.raises(ValueError, match="schema is 'missing'|curve is 'missing'"):
+            plan_repetition(line)
+
+
+def test_a_damaged_session_is_left_out_of_the_record(folder, tmp_path):
+    experiment = small_experiment(folder, methods="ce", epochs=3, results_dir=str(tmp_path))
+    with pytest.raises(Stopped):
+        run_experiment(experiment, progress=False, stop=stop_in(1))
+    path, = tmp_path.rglob("sessions.jsonl")
+    path.write_text(path.read_text() + '{"first_epoch": 1, "machine": {"threads": NaN}}\n{"first_epoch": 1, "machine": 1e400}\n')
+    record, = run_experiment(experiment, progress=False).records
+    assert [each["first_epoch"] for each in record["sessions"]] == [1, 2] and all(each["machine"] == record["machine"] for each in record["sessions"])
