@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checks import finite_number, markdown_text, printable, shown
 from .commands import ends_cleanly
+from .data import whole_set
 from .files import save_atomically
 from .teachers import BUFFERS, read_checkpoint, weights_checksum
 from .training import Recipe
@@ -94,13 +95,13 @@ def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loadi
 
     `text`: what is known of their training, `architecture` and `dataset` at least; `note` is a sentence of one's own.
     `module` and `loading`: the import and the expression that load the network, shown to users.
-    `ValueError` names a value of `text` that is no text, or no number where one is expected.
+    `ValueError` names a value of `text` that is not text, or not a number where one is expected.
     """
     import yaml
 
     text = _checked(text)
     architecture, name = text["architecture"], text["dataset"]
-    title, on_hub = _DATA_SETS.get(name.partition("(")[0], (name, None))  # also for a part of a set
+    title, on_hub = _DATA_SETS.get(whole_set(name), (name, None))
     metadata: dict = {"library_name": "sortkd", "license": "mit", "pipeline_tag": "image-classification",
                       "tags": ["knowledge-distillation", "pytorch_model_hub_mixin"]}
     if on_hub and "top1" in text:

@@ -137,7 +137,7 @@ def folder_path(
         refuse_links(folder, *(Path(folder) / each for each in (*within, *folders)))
         for path in (Path(folder) / each for each in folders):
             if path.exists() and not path.is_dir():
-                raise ValueError(f"{path} is no folder, but files are written there; move it away.")
+                raise ValueError(f"{path} is not a folder, but files are written there; move it away.")
     except ValueError as error:
         raise ValueError(f"{name} is {str(folder)!r}: {error}") from error
     try:

@@ -153,7 +153,7 @@ def _execute_notebook(path: Path, parameters: dict) -> int:
 
 
 def _check_notebook(path: Path) -> None:
-    "Refuse a place for the executed notebook that is none, or where something would be lost."
+    "Refuse a place for the executed notebook that cannot be used, or where something would be lost."
     need_experiments("papermill")
     notebooks = Path(__file__).resolve().parents[1] / "nbs"
     if not (notebooks / "run_experiment.ipynb").is_file():

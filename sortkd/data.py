@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINI_CLASSES', 'DATASETS', 'channel_statistics', 'ImageData', 'has_cifar100', 'load_cifar100', 'load_cifar10',
            'load_cifar100_mini', 'load_digits', 'load_folder', 'load_tiny_imagenet', 'check_dataset', 'load_data',
-           'part_in', 'wrong_labels', 'part_of']
+           'whole_set', 'part_in', 'wrong_labels', 'part_of']
 
 # %% ../nbs/03_data.ipynb #e88eae7e
 import hashlib
@@ -138,8 +138,10 @@ class ImageData(ImageSet):
                        held_out_images=None, held_out_targets=None)
 
     def _images_of(self, split: str, index: torch.Tensor) -> dict[str, Any]:
-        images = getattr(self, f"{split}_images")
-        return {f"{split}_images": images[index.to(images.device)]}
+        names = [f"{split}_images"]
+        if split == "train" and self.true_train_targets is not None:
+            names.append("true_train_targets")
+        return {name: (values := getattr(self, name))[index.to(values.device)] for name in names}
 
     def examples(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "The first `count` training images as uint8 (N, H, H, 3), as normalised input (N, 3, H, H), and their targets."
@@ -236,7 +238,7 @@ def _common_classes(
                                  f"with {shown(order)}; give pairs of image and number.")
             present = [names[label] for label in labels.unique().tolist()]
             if missing := [name for name in present if name not in numbers]:
-                raise ValueError(f"{split} has images of the class {shown(missing[0])}, which is none "
+                raise ValueError(f"{split} has images of the class {shown(missing[0])}, which is not one "
                                  f"of {shown(order)}; give splits with the same classes.")
             labels = torch.tensor([numbers.get(name, -1) for name in names])[labels]
         counted.append(labels)
@@ -465,10 +467,10 @@ def load_folder(path: str | Path) -> ImageData | ImageFolderData:
 
 # %% ../nbs/03_data.ipynb #17ee22d4
 def _named_folders(folder: Path) -> list[str]:
-    "The classes that `wnids.txt` names, in order; `ValueError` for a name that is no folder in `train`."
+    "The classes that `wnids.txt` names, in order; `ValueError` for a name that is not a folder in `train`."
     classes = {*(folder / "wnids.txt").read_text().split()}
     if unknown := sorted(classes - {*list_folder(folder / "train")[0]}):
-        raise ValueError(f"{folder / 'wnids.txt'} names {shown(unknown[0])}, which is no folder in "
+        raise ValueError(f"{folder / 'wnids.txt'} names {shown(unknown[0])}, which is not a folder in "
                          f"{folder / 'train'}; unpack the archive again.")
     return sorted(classes)
 
@@ -558,10 +560,14 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageSet:
 _VALUES = {"train": r"([0-9]{1,9}):([0-9]{1,9})", "held_out": r"([0-9]{1,9}):([0-9]{1,9})", "seed": r"([0-9]{1,9})", "noise": r"(0?\.[0-9]{1,6})"}
 
 
+def whole_set(name: str) -> str:
+    "The name of the set of which `name` is a part, such as `cifar100` for `cifar100(train=0:25000)`; `name` for a whole one."
+    return name.partition("(")[0].strip()
+
+
 def part_in(name: str) -> tuple[str, dict[str, Any]]:
     "The set and the arguments of `part_of` in a name such as `cifar100(train=0:25000,seed=1)`; else `ValueError`."
-    whole, _, inside = name.partition("(")
-    part: dict[str, Any] = {}
+    inside, part = name.partition("(")[2], dict[str, Any]()
     for argument in inside.removesuffix(")").split(","):
         key, _, value = (each.strip() for each in argument.partition("="))
         found = re.fullmatch(_VALUES[key], value) if key in _VALUES and key not in part else None
@@ -571,7 +577,7 @@ def part_in(name: str) -> tuple[str, dict[str, Any]]:
         part[key] = numbers if len(numbers) == 2 else numbers[0]
     else:
         if name.endswith(")") and "train" in part:
-            return whole.strip(), part
+            return whole_set(name), part
     raise ValueError(f"the data set is {shown(name)}; a part of a set is written such as "
                      "'cifar100(train=25000:30000,held_out=30000:50000,seed=0,noise=0.2)', where train is needed.")
 

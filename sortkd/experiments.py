@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .checks import choice, flag, folder_path, listed_names, listed_seeds, short_enough, shown, whole_number
-from .data import DATASETS, check_dataset, has_cifar100, load_data
+from .data import DATASETS, check_dataset, has_cifar100, load_data, whole_set
 from .methods import Method, create_method, plain_name, try_out
 from sortkd.pairs import (
     IMAGENET_PAIRS, PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe, recipe_for,
@@ -224,15 +224,16 @@ def _check_together(given: Parameters, processes: int) -> None:
 
 def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
     "Refuse methods, a cache and networks that the images do not allow."
-    for name in listed_names("methods", given.methods):
-        try_out(create_method(name), data.num_classes)
+    methods = [create_method(name) for name in listed_names("methods", given.methods)]
+    for method in methods:
+        try_out(method, data.num_classes)
     if data.views_per_image is None:
-        for name in listed_names("methods", given.methods):
-            if create_method(name).strong_views:
-                raise ValueError(f"method {name!r} compares strongly augmented views, which are made of images in memory only.")
+        for method in methods:
+            if method.strong_views:
+                raise ValueError(f"method {method.name!r} compares strongly augmented views, which are made of images in memory only.")
         if given.cache == "full":
             raise ValueError(f"cache is 'full', but images of {data.name} are read from files, whose views have no cache.")
-    uses_teacher = any(create_method(name).uses_teacher for name in listed_names("methods", given.methods))
+    uses_teacher = any(method.uses_teacher for method in methods)
     for network in dict.fromkeys((pair.teacher, pair.student) if uses_teacher else (pair.student,)):
         check_takes(network, data.image_size, data.num_classes, recipe_changes(given.set).get("batch_size", 2))
 
@@ -290,7 +291,7 @@ def _plan_in(path: str) -> dict[str, str] | None:
     if isinstance(path, str) and not path:
         return None
     if not isinstance(path, str | Path) or "\0" in str(path) or not os.path.isfile(path):
-        raise ValueError(f"plan is {shown(path)}, which is no file; give a plan such as results/plans/sorting.yaml.")
+        raise ValueError(f"plan is {shown(path)}, which is not a file; give a plan such as results/plans/sorting.yaml.")
     return {"name": Path(path).stem, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 
@@ -318,7 +319,7 @@ def plan_experiment(**parameters) -> Experiment:
     pair, from_files = pair_for(given.pair), given.pair in IMAGENET_PAIRS
     full_data = data or load_data("imagenet" if from_files and given.dataset == "auto" else _dataset_name(given))
     _check_with_data(given, pair, full_data)
-    preset = preset_for(given.preset, "imagenet" if from_files else full_data.name.partition("(")[0], pair)
+    preset = preset_for(given.preset, "imagenet" if from_files else whole_set(full_data.name), pair)
     data, recipe = _part_of(full_data, given, preset), _recipe(given, pair, preset)
     share = recipe.epochs / published_recipe(pair).epochs
     methods = tuple(method_for(name, pair, share) for name in listed_names("methods", given.methods))

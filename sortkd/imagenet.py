@@ -209,7 +209,7 @@ def read_image(path: str):
 
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a queue would be waited for
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         with open(path, "rb") as file, Image.open(file, formats=tuple(_FORMATS)) as image:
             return to_rgb(image)
     except Exception as error:  # Pillow's many formats fail in many ways

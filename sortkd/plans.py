@@ -151,7 +151,7 @@ def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_its_teacher(plan: Plan, runs: pd.DataFrame) -> pd.Series:
-    "Whether each of the runs learned from the plan's teacher: by its weights, and by its name where they are not at hand."
+    "Whether each of the runs learned from the plan's teacher: by its weights, and by its name where they are not available."
     if plan.teacher_sha256:
         return runs["teacher_sha256"] == plan.teacher_sha256
     named = runs["teacher_file"] == Path(plan.grid.options.get("teacher", "")).name

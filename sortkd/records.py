@@ -72,8 +72,8 @@ _LONGEST, _DEEPEST = 10_000_000, 20  # bytes of a line, and levels in it; our re
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """The number and the JSON value of each line of a file that is not blank; None for a line that is no JSON, is
-    nested too deeply, or is too long (then it is the last). `FileNotFoundError` if `path` is no file.
+    """The number and the JSON value of each line of a file that is not blank; None for a line that is not JSON, is
+    nested too deeply, or is too long (then it is the last). `FileNotFoundError` if `path` is not a file.
     """
     if not Path(path).is_file():  # nor is a pipe, which would be waited for
         raise FileNotFoundError(f"there is no file of records {str(path)!r:.200}.")

@@ -143,7 +143,7 @@ def _lines(source) -> Iterable[tuple[Path, int, Any]]:
             if path.is_dir() and file.name == _DEMONSTRATION:
                 yield file, 0, "quick runs show how all works and are no evidence; name the file to read it"
             elif path.is_dir() and not file.is_file():
-                yield file, 0, "it is no file"
+                yield file, 0, "it is not a file"
             else:
                 number = 0
                 for number, record in read_lines(file):

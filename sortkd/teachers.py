@@ -95,7 +95,7 @@ def _reason(error: Exception) -> str:
     "What an error of PyTorch or of safetensors says, on one line."
     if "Weights only load failed" in str(error):
         unknown = re.search(r"GLOBAL (\S+)", str(error))
-        return f"it holds {unknown[1] if unknown else 'other objects':.100}, which is no weights"
+        return f"it holds {unknown[1] if unknown else 'other objects':.100} instead of weights"
     return (str(error).splitlines() or ["the file is empty"])[0]
 
 

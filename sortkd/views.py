@@ -277,13 +277,11 @@ class ImageSet(ABC):
                 raise ValueError(f"{split}_size is {size}, but {self.name} has {len(targets)} {split} images.")
             index = balanced_choice(targets.cpu(), size, seeded_generator("subset", split, seed))
             kept |= {f"{split}_targets": targets[index.to(targets.device)], **self._images_of(split, index)}
-            if split == "train" and (true := getattr(self, "true_train_targets", None)) is not None:
-                kept["true_train_targets"] = true[index.to(true.device)]
         return replace(self, **kept)  # type: ignore[type-var]
 
     @abstractmethod
     def _images_of(self, split: str, index: Tensor) -> dict[str, Any]:
-        "The field that holds the images of `split`, with those of `index` alone."
+        "The fields that hold the images of `split` and what belongs to each, with those of `index` alone."
 
     @abstractmethod
     def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:

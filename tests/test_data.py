@@ -303,7 +303,7 @@ def test_an_archive_that_nobody_unpacked(tmp_path, monkeypatch, offline, title, 
     assert has_cifar100(tmp_path) and len(load_data(root=tmp_path).train_images) == 4 and not offline
     assert (tmp_path / place).is_file() and files_in(tmp_path) == ["cifar-100-python", place, "source"]
     shutil.rmtree(tmp_path / "cifar-100-python")
-    assert load_cifar100(tmp_path, download=False).num_classes == 4, "unpacking is no download"
+    assert load_cifar100(tmp_path, download=False).num_classes == 4, "unpacking is not a download"
 
 
 def test_the_constants_of_the_recipe(tmp_path, monkeypatch):

@@ -359,7 +359,7 @@ def test_of_several_frames_the_first_is_taken(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["eps", "pdf", "fifo", "icns", "jpeg2000", "enormous", "folder"])
 def test_files_that_are_not_opened(tmp_path, monkeypatch, kind):
-    "Formats that start programs or were never promised, under the name of another; and what is no file."
+    "Formats that start programs or were never promised, under the name of another; and what is not a file."
     path = tmp_path / "9.jpg"
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
     if kind in ("fifo", "folder"):

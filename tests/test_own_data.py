@@ -198,7 +198,7 @@ def test_tiny_imagenet(tiny, monkeypatch):
     (lambda root: (root / "val" / "val_annotations.txt").write_text("0.JPEG n01"), "says '0.JPEG n01'; expected"),
     (lambda root: (root / "val" / "images" / "0.JPEG").unlink(), "says '0.JPEG.*expected are an image in val/images"),
     (lambda root: (root / "val" / "val_annotations.txt").write_text("../../secret.JPEG\tn01"), "secret.*expected are an image"),
-    (lambda root: (root / "wnids.txt").write_text("n01 ../../secret"), "wnids.txt names '../../secret', which is no folder"),
+    (lambda root: (root / "wnids.txt").write_text("n01 ../../secret"), "wnids.txt names '../../secret', which is not a folder"),
     (lambda root: (root / "words.txt").unlink() or os.mkfifo(root / "words.txt"), "there is no .*words.txt; unpack"),
     (lambda root: (root / "val" / "images" / "0.JPEG").unlink() or os.mkfifo(root / "val" / "images" / "0.JPEG"), "says '0.JPEG"),
     (lambda root: (shutil.rmtree(root), root.with_suffix(".zip").touch()), "run: python -m zipfile -e .*tiny-imagenet-200.zip "),
@@ -294,7 +294,7 @@ def test_labels_are_taken_by_name(make, test, train, given, names, targets):
 
 
 @pytest.mark.parametrize("test, train, given, words", [
-    ("ad", "abc", "", "test has images of the class 'd', which is none of .'a', 'b', 'c'."),
+    ("ad", "abc", "", "test has images of the class 'd', which is not one of .'a', 'b', 'c'."),
     ("a", "abc", "", "test has the label 1, but names of 1 classes"), ("aa", "abc", "", "two classes have one name"),
     ("ab", "abc", "axy", "train has images of the class 'b'"), ("ab", "abc", "wxyz", "train has images of the class 'a'"),
 ])

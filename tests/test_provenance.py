@@ -68,5 +68,5 @@ def test_a_run_names_its_plan(tmp_path):
     assert record["plan"] == {"name": "plan", "sha256": hashlib.sha256(plan.read_bytes()).hexdigest()}
     again, = run_experiment(plan_experiment(**given), progress=False).records
     assert again["run_id"] == record["run_id"], "it is the same run, planned or not"
-    with pytest.raises(ValueError, match="plan is 'nothing.yaml', which is no file"):
+    with pytest.raises(ValueError, match="plan is 'nothing.yaml', which is not a file"):
         plan_experiment(**given, plan="nothing.yaml")

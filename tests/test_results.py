@@ -442,7 +442,7 @@ def test_a_folder_without_runs_says_why_and_gives_no_table(tmp_path):
     (tmp_path / "quick" / "blank.jsonl").write_text("\n\n")
     frame, left_out = load_results(tmp_path / "quick")
     assert frame.empty and dict(zip(left_out.file, left_out.reason)).keys() == {"quick.jsonl", "pipe.jsonl", "blank.jsonl"}
-    assert left_out.reason.str.contains("no evidence|is no file|holds no record").all() and (left_out.line == 0).all()
+    assert left_out.reason.str.contains("no evidence|is not a file|holds no record").all() and (left_out.line == 0).all()
     frame, left_out = load_results(tmp_path / "empty")
     assert left_out[["file", "reason"]].values.tolist() == [["empty", "the folder holds no file of records (.jsonl)"]]
     assert frame.empty and select_paper(frame).empty and select(frame, preset="short").empty

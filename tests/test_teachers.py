@@ -86,7 +86,7 @@ def test_files_that_are_refused_say_how_to_save(tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "whole.pth")
     torch.save({"mine": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "mine.pth")
     torch.save(argparse.Namespace(model=1), tmp_path / "arguments.pth")
-    for name, words in (("whole", "it holds torch.nn.modules.linear.Linear, which is no weights"), ("mine", "found: 'mine', 'epoch'"),
+    for name, words in (("whole", "it holds torch.nn.modules.linear.Linear instead of weights"), ("mine", "found: 'mine', 'epoch'"),
                         ("arguments", "holds no state dict")):
         with pytest.raises(ValueError, match=words) as error:
             read_checkpoint(tmp_path / f"{name}.pth")

@@ -436,7 +436,7 @@ def test_what_is_a_file_where_a_folder_should_be(tmp_path):
     (tmp_path / "quick.correct").write_text("a file")
     (tmp_path / "runs").mkdir()
     assert folder_path("results_dir", tmp_path, folders=["runs", "absent"], written=True) == tmp_path
-    with pytest.raises(ValueError, match="results_dir is .*quick.correct is no folder"):
+    with pytest.raises(ValueError, match="results_dir is .*quick.correct is not a folder"):
         folder_path("results_dir", tmp_path, folders=["runs", "quick.correct"])
 
 
