@@ -3,7 +3,7 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
@@ -52,7 +52,7 @@ setup(
     # Named although it is the default: an editable install then puts this folder on the path, and `import sortkd` works from the
     # folder above a clone of that name, too.
     package_dir={"": "."},
-    packages=["sortkd"],
+    packages=find_packages(include=["sortkd", "sortkd.*"]),
     package_data={"sortkd": ["py.typed"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),

@@ -16,14 +16,14 @@ import torch
 import usual_way
 from scipy.stats import ttest_ind
 
-from sortkd.data import Batches, load_cifar100
-from sortkd.records import append_record, describe_machine
+from sortkd.train.images import Batches, load_cifar100
+from sortkd.experiment.record import append_record, describe_machine
 from sortkd.methods import create_method
-from sortkd.models import create_model
-from sortkd.teacher_logits import CachedTeacherLogits
-from sortkd.teachers import load_teacher
-from sortkd.devices import create_fabric, precision_of
-from sortkd.training import Recipe, train
+from sortkd.train.networks import create_model
+from sortkd.train.teacher_logits import CachedTeacherLogits
+from sortkd.train.teachers import load_teacher
+from sortkd.train.devices import create_fabric, precision_of
+from sortkd.train.trainer import Recipe, train
 
 
 def initial_student(seed: int) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Do the intervals and tests of chapter 08b hold what they promise? Large simulations, written to results/tables/coverage.md.
+"""Do the intervals and tests of chapter 40 hold what they promise? Large simulations, written to results/tables/coverage.md.
 
     python benchmarks/coverage.py --grids 4000
 
@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from sortkd.statistics import VERDICTS, confidence_sequence, pool_effects, verdict_probabilities, verdicts
-from sortkd.tables import write_table
+from sortkd.evidence.statistics import VERDICTS, confidence_sequence, pool_effects, verdict_probabilities, verdicts
+from sortkd.evidence.tables import write_table
 
 EFFECT = 0.3
 

@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 from speed import cifar_like, random_teacher
 
-from sortkd.checkpoints import weights_on_cpu
-from sortkd.devices import create_fabric
-from sortkd.lessons import Lesson
+from sortkd.train.checkpoints import weights_on_cpu
+from sortkd.train.devices import create_fabric
+from sortkd.train.batches import Lesson
 from sortkd.methods import create_method
-from sortkd.models import create_model
-from sortkd.records import describe_machine
+from sortkd.train.networks import create_model
+from sortkd.experiment.record import describe_machine
 from sortkd.sorting import sort_logits
-from sortkd.teacher_logits import CachedTeacherLogits
-from sortkd.training import Learner, Recipe, Student, train_together
+from sortkd.train.teacher_logits import CachedTeacherLogits
+from sortkd.train.trainer import Learner, Recipe, Student, train_together
 
 
 @dataclass(frozen=True)

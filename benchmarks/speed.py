@@ -22,16 +22,16 @@ from datetime import UTC, datetime
 import torch
 import usual_way
 
-from sortkd.data import Batches, ImageData, has_cifar100, load_cifar100
-from sortkd.devices import create_fabric, native_precision
-from sortkd.lessons import Lesson
+from sortkd.train.images import Batches, ImageData, has_cifar100, load_cifar100
+from sortkd.train.devices import create_fabric, native_precision
+from sortkd.train.batches import Lesson
 from sortkd.methods import create_method
-from sortkd.models import create_model
-from sortkd.pairs import pair_for
-from sortkd.records import append_record, describe_machine
+from sortkd.train.networks import create_model
+from sortkd.experiment.pairs import pair_for
+from sortkd.experiment.record import append_record, describe_machine
 from sortkd.sorting import sort_logits
-from sortkd.teacher_logits import CachedTeacherLogits
-from sortkd.training import Learner, Recipe, Student, evaluate, train, train_together
+from sortkd.train.teacher_logits import CachedTeacherLogits
+from sortkd.train.trainer import Learner, Recipe, Student, evaluate, train, train_together
 
 SORT_SHAPES = [(64, 10), (64, 100), (512, 100), (512, 1000), (64, 4000), (64, 32000)]
 METHODS = ["kd", "kd+sort", "kd+swap", "kd+revise"]  # of the students of one seed

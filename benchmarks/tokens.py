@@ -19,9 +19,9 @@ import torch
 import usual_way
 from speed import print_table, time_in_turns
 
-from sortkd.devices import create_fabric
+from sortkd.train.devices import create_fabric
 from sortkd.losses import kd_loss
-from sortkd.records import append_record, describe_machine
+from sortkd.experiment.record import append_record, describe_machine
 from sortkd.sorting import sort_logits
 
 SHAPES = [(4, 128, 1000), (4, 128, 32000)]  # batch, length, vocabulary

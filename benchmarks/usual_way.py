@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from sortkd.data import ImageData
-from sortkd.training import Recipe
+from sortkd.train.images import ImageData
+from sortkd.train.trainer import Recipe
 
 
 class Images(Dataset):

@@ -94,16 +94,16 @@ def reading_order(text: str) -> dict[str, list[tuple[str, str]]]:
     parts: dict[str, list[tuple[str, str]]] = {}
     for cell in json.loads(text)["cells"]:
         for line in "".join(cell["source"]).splitlines() if cell["cell_type"] == "markdown" else ():
-            if part := re.match(r"\*\*(.+?)\*\*|(On the ground)", line):
-                chapters = parts.setdefault(part[1] or part[2], [])
-            for title, name in re.findall(r"\[([^]]+)\]\((\w+)\.ipynb\)", line):
+            if part := re.match(r"\*\*(.+?)\*\*", line):
+                chapters = parts.setdefault(part[1], [])
+            for title, name in re.findall(r"\[([^]]+)\]\(([\w/]+)\.ipynb\)", line):
                 chapters.append((title[0].upper() + title[1:], f"nbs/{name}"))
     return parts
 
 
 def exported_modules(notebooks: dict[str, str]) -> dict[str, str]:
     "The page of the chapter that exports each module."
-    found = ((re.search(r"#\| default_exp (\w+)", text), page) for page, text in notebooks.items())
+    found = ((re.search(r"#\| default_exp ([\w.]+)", text), page) for page, text in notebooks.items())
     return {module[1]: page for module, page in found if module and module[1] != "__init__"}
 
 
@@ -124,7 +124,7 @@ def write_api(write, parts: dict, modules: dict[str, str]) -> None:
         rows = []
         for title, page in chapters:
             for module in (name for name, its in modules.items() if its == f"{page}.ipynb"):
-                docstring = ast.get_docstring(ast.parse((ROOT / f"sortkd/{module}.py").read_text(encoding="utf-8")))
+                docstring = ast.get_docstring(ast.parse((ROOT / f"sortkd/{module.replace('.', '/')}.py").read_text(encoding="utf-8")))
                 rows.append(f"| [`sortkd.{module}`]({module}.md) | {docstring} | [{title}](../{page}.ipynb) |")
                 write(
                     f"api/{module}.md",
@@ -139,7 +139,7 @@ def write_api(write, parts: dict, modules: dict[str, str]) -> None:
 
 def stage(folder: Path) -> None:
     files = tracked_files()
-    notebooks = {name: (ROOT / name).read_text(encoding="utf-8") for name in sorted(files) if re.fullmatch(r"nbs/\w+\.ipynb", name)}
+    notebooks = {name: (ROOT / name).read_text(encoding="utf-8") for name in sorted(files) if re.fullmatch(r"nbs/[\w/]+\.ipynb", name)}
     parts = reading_order(notebooks[CHAPTERS])
     others, waiting, seen = [], list(notebooks), set()
 

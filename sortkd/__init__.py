@@ -7,7 +7,7 @@ __all__ = ['show_commands', 'DistillationLoss', 'create_method', 'dist_loss', 'd
            'sort_logits', 'sort_topk', 'swap_logits']
 
 # %% ../nbs/index.ipynb #d2084afa
-from .integrations import DistillationLoss
+from .distillation import DistillationLoss
 from .losses import dist_loss, dkd_loss, kd_loss
 from .methods import create_method, list_methods
 from .sorting import sort_logits, swap_logits

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sortkd.data import has_cifar100
+from sortkd.train.images import has_cifar100
 from sortkd.methods import list_methods
-from sortkd.views import seeded_generator
+from sortkd.train.augmentation import seeded_generator
 
 torch.set_num_threads(1)
 

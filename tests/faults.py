@@ -51,7 +51,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 # A process that starts from here has everything imported already; it costs a fork instead of seconds.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["sortkd.runs", "sortkd.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
+    ["sortkd.experiment.run", "sortkd.fronts.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
      "safetensors.torch", "faults"]
 )
 
@@ -104,7 +104,7 @@ def killed_in_half_a_record(number, folder):
     "SIGKILL when half of the line of the `number`-th record is written."
     import io
 
-    import sortkd.records as records
+    import sortkd.experiment.record as records
     count = 0
 
     class Torn(io.FileIO):
@@ -120,7 +120,7 @@ def killed_in_half_a_record(number, folder):
 
 def killed_in_the_cache(when, folder):
     "SIGKILL with some teacher logits stored; or with half of them, though all have their checksums; or the other way round."
-    from sortkd.teacher_logits import CachedTeacherLogits
+    from sortkd.train.teacher_logits import CachedTeacherLogits
     store = CachedTeacherLogits._store
 
     def stops(self, rows, logits):
@@ -157,7 +157,7 @@ def bound_by_permissions(folder):
 
 def clock_that_jumps(hours, folder):
     "Each look at the clock finds it `hours` before the last one; 0: it stands still."
-    from sortkd import runs
+    from sortkd.experiment import run as runs
     looks = itertools.count()
     runs._now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(runs._TIME)
 
@@ -172,7 +172,7 @@ def _keep_every_epoch(runs):
 
 def _start_worker(*arguments):
     "A worker of the experiment, which also keeps a checkpoint after every epoch."
-    from sortkd import runs
+    from sortkd.experiment import run as runs
     _keep_every_epoch(runs)
     runs._start_worker(*arguments)
 
@@ -181,10 +181,10 @@ def _process(settings, break_it, log, folder, as_command):
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         import torch
 
-        from sortkd import runs
-        from sortkd.commands import run
-        from sortkd.experiments import plan_experiment
-        from sortkd.pairs import PRESETS
+        from sortkd.experiment import run as runs
+        from sortkd.fronts.commands import run
+        from sortkd.experiment.setup import plan_experiment
+        from sortkd.experiment.pairs import PRESETS
         torch.set_num_threads(1)
         quick = PRESETS["quick", "digits"]  # a teacher that has to be trained is trained for a few steps
         PRESETS["quick", "digits"] = replace(quick, teacher_train_size=50, teacher_recipe=quick.teacher_recipe.shortened(3))
@@ -266,7 +266,7 @@ HALF_A_RECORD = "killed with half a record written"
 
 def kept_weights(folder: Path, record: dict) -> list[str]:
     "Checksums of the last and the best weights that the run of a record has left."
-    from sortkd.teachers import read_checkpoint, weights_checksum
+    from sortkd.train.teachers import read_checkpoint, weights_checksum
     kept = folder / "results" / "runs" / record["run_id"].removesuffix(f"-{record['started']}") / record["started"]
     return [weights_checksum(read_checkpoint(kept / f"{name}.safetensors")[0]) for name in ("last", "best")]
 
@@ -283,7 +283,7 @@ class Tally:
         """Give the command again (unless all of it had been done), unbroken, and look at what is there: `expected` records of
         each run, and the weights.
         """
-        from sortkd.records import compare_runs, read_records
+        from sortkd.experiment.record import compare_runs, read_records
         self.faults[kind] += faults
         self.runs[kind] += len(reference)
         status = victim.run() if again and not victim.ended else 0
@@ -329,7 +329,7 @@ class Harness:
         import torch
         from safetensors.torch import save_file
 
-        from sortkd.models import create_model
+        from sortkd.train.networks import create_model
         self.folder, self.random, self.tally, self.number = Path(folder), random.Random(seed), Tally(), 0
         self.mounted = False
         torch.manual_seed(0)
@@ -346,7 +346,7 @@ class Harness:
         """The records of the experiment when nobody breaks it, with checksums of its weights in `kept`; how long it took is
         in `self.seconds`.
         """
-        from sortkd.records import read_records
+        from sortkd.experiment.record import read_records
         name = str(changes)
         if name not in self.unbroken:
             started, victim = time.monotonic(), self.victim(**changes)
@@ -590,7 +590,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", help="append what was found to this file")
     arguments = parser.parse_args()
-    from sortkd.records import append_record, describe_machine
+    from sortkd.experiment.record import append_record, describe_machine
     with tempfile.TemporaryDirectory() as folder:
         tally, found = break_everything(Path(folder), arguments.kills, arguments.seed)
     for kind, count in tally.faults.items():

@@ -1,5 +1,5 @@
 """Every method on logits that are masked, of half precision or of a vocabulary's size, and on targets of every integer
-type. One list makes the table of chapter 01 and the tests of tests/test_methods.py.
+type. One list makes the table of chapter 02 and the tests of tests/test_methods.py.
 """
 import torch
 

@@ -6,12 +6,12 @@ from dataclasses import asdict
 
 import numpy as np
 
-from sortkd.pairs import PAIRS, method_for, recipe_for
-from sortkd.records import SCHEMA_VERSION
+from sortkd.experiment.pairs import PAIRS, method_for, recipe_for
+from sortkd.experiment.record import SCHEMA_VERSION
 from sortkd.methods import OBJECTIVES
-from sortkd.results import CIFAR100_CHECKSUM
-from sortkd.teachers import PUBLISHED_TOP1
-from sortkd.training import Recipe
+from sortkd.evidence.results import CIFAR100_CHECKSUM
+from sortkd.train.teachers import PUBLISHED_TOP1
+from sortkd.train.trainer import Recipe
 
 
 def synthetic_record(

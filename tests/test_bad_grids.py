@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-import sortkd.grids
-from sortkd.grids import main
+import sortkd.experiment.grid
+from sortkd.experiment.grid import main
 
 GOOD = {"pairs": "[r56_r20]", "methods": "[kd]", "seeds": "1", "preset": "quick", "cell": "command", "threads": "1", "teachers_dir": "t", "results_dir": "r", "cells_dir": "c", "options": "{dataset: digits}"}
 VALUES = [
@@ -31,7 +31,7 @@ def said(tmp_path, monkeypatch, capsys):
         return error.replace("RuntimeError: fine\n", "fine")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sortkd.grids, "read_state", stop)
+    monkeypatch.setattr(sortkd.experiment.grid, "read_state", stop)
     return ask
 
 

@@ -16,30 +16,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import fake_cifar100, toy_data
 
-import sortkd.data
-import sortkd.experiments
-import sortkd.runs
-from sortkd.commands import evaluate_command, run
-from sortkd.data import Batches, load_cifar100
-from sortkd.experiments import Experiment, plan_experiment
-from sortkd.runs import run_experiment
+import sortkd.train.images
+import sortkd.experiment.setup
+import sortkd.experiment.run
+from sortkd.fronts.commands import evaluate_command, run
+from sortkd.train.images import Batches, load_cifar100
+from sortkd.experiment.setup import Experiment, plan_experiment
+from sortkd.experiment.run import run_experiment
 from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, revise_logits, skip_logits, sld_loss, smooth_logits, standardize
 from sortkd.methods import OBJECTIVES, REPAIRS, create_method
-from sortkd.models import create_model
+from sortkd.train.networks import create_model
 from sortkd.sorting import sort_logits, swap_logits
-from sortkd.teachers import load_teacher, read_checkpoint, save_teacher
-from sortkd.devices import create_fabric
-from sortkd.training import Recipe, train
+from sortkd.train.teachers import load_teacher, read_checkpoint, save_teacher
+from sortkd.train.devices import create_fabric
+from sortkd.train.trainer import Recipe, train
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "resnet20:resnet8", "preset": "quick", "dataset": "digits", "epochs": 1, "train_size": 200, "test_size": 100, "device": "cpu"}
-REAL_CIFAR100 = sortkd.data._cifar_folder("CIFAR-100", None).resolve()  # before the place hides it
+REAL_CIFAR100 = sortkd.train.images._cifar_folder("CIFAR-100", None).resolve()  # before the place hides it
 LONGEST_MESSAGE, LONGEST_ANSWER = 2000, 5.0  # characters, seconds
 
 
 # The parameters of an experiment
 
-load_digits_once = functools.lru_cache(sortkd.data.load_data)
+load_digits_once = functools.lru_cache(sortkd.train.images.load_data)
 
 
 def nested(depth):
@@ -82,7 +82,7 @@ def place(tmp_path_factory):
     (folder / "loop").symlink_to(folder / "loop")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SORTKD_DATA", str(folder / "no data"))
-        patch.setattr(sortkd.experiments, "load_data", load_digits_once)
+        patch.setattr(sortkd.experiment.setup, "load_data", load_digits_once)
         patch.chdir(folder)
         create_fabric("cpu")  # its import takes seconds, and is not the answer's
         yield folder
@@ -138,7 +138,7 @@ def test_generated_values(place, given):
     download = given.get("preset") in ("paper", "short") or given.get("dataset") == "cifar100"
     with pytest.MonkeyPatch.context() as patch:
         if download:  # never from here
-            patch.setattr(sortkd.experiments, "load_data", lambda name: load_cifar100("no data", download=False))
+            patch.setattr(sortkd.experiment.setup, "load_data", lambda name: load_cifar100("no data", download=False))
             given = given | {"dataset": given.get("dataset", "cifar100")}
         try:
             answer(place, **given)
@@ -170,7 +170,7 @@ def test_run_with_bad_values(place, name, capsys, monkeypatch):
     def stop(*_):
         raise RuntimeError("this would run")
 
-    monkeypatch.setattr(sortkd.runs, "run_experiment", stop)
+    monkeypatch.setattr(sortkd.experiment.run, "run_experiment", stop)
     option, there = f"--{name.replace('_', '-')}", everything_in(place)
     small = [part for key, value in (SMALL | {"results_dir": place / "r", "teachers_dir": place / "t"}).items() for part in (f"--{key.replace('_', '-')}", str(value))]
     values = ["", "kd\nce", LONG, "9" * 5000, "$(touch x)", "tpu", "-1", "nan", "None", "--"]  # planning has answered to many more
@@ -376,7 +376,7 @@ def test_checkpoints_of_something_else(tmp_path, content):
 @pytest.mark.parametrize("text", ["[]", "5", "null", "{", "", '{"epochs": "240"}', '{"top1": []}', '{"epochs": null}', "[" * 100_000], ids=lambda text: text[:20] or "empty")
 def test_texts_of_teachers(tmp_path, weights, text):
     from safetensors.torch import save_file
-    from sortkd.teachers import find_teacher
+    from sortkd.train.teachers import find_teacher
     save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "odd.safetensors", {"sortkd": text})
     with pytest.raises(ValueError, match="odd.safetensors"):
         find_teacher("resnet8", load_digits_once("digits"), tmp_path, 1, {})
@@ -406,7 +406,7 @@ def image_folder(tmp_path):
 @pytest.mark.parametrize("content", [png_that_says(10**9, 10**9), png_that_says(20_000, 20_000), png_that_says(0, 5), png_that_says(5, 5), b"\xff\xd8\xff", b"GIF89a", b"P6 9999999999 9999999999 255\n", b"\0" * 1000],
                          ids=["enormous", "large", "flat", "cut", "head", "gif", "pnm", "zeros"])
 def test_images_that_are_none(image_folder, content):
-    from sortkd.imagenet import ImageFolderBatches, load_image_folder
+    from sortkd.train.image_files import ImageFolderBatches, load_image_folder
     (image_folder / "train" / "cat" / "1.JPEG").write_bytes(content)
     with pytest.raises(ValueError, match="1.JPEG cannot be read as an image"):
         list(ImageFolderBatches(load_image_folder(image_folder, 8), workers=0).train(2, 0, 1))
@@ -415,7 +415,7 @@ def test_images_that_are_none(image_folder, content):
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (8, 8)])
 def test_images_of_any_size(image_folder, size):
     from PIL import Image
-    from sortkd.imagenet import ImageFolderBatches, load_image_folder
+    from sortkd.train.image_files import ImageFolderBatches, load_image_folder
     for split in ("train", "val"):
         Image.new("RGB", size).save(image_folder / split / "cat" / "1.JPEG")
     batches = ImageFolderBatches(load_image_folder(image_folder, 8), workers=0)
@@ -576,7 +576,7 @@ def test_records_with_other_values(tmp_path, place, recorded, monkeypatch, capsy
     def stop(*_):
         raise RuntimeError("this would run")
 
-    monkeypatch.setattr(sortkd.runs, "run_experiment", stop)
+    monkeypatch.setattr(sortkd.experiment.run, "run_experiment", stop)
     record, options = recorded
     path, refused = tmp_path / "records.jsonl", 0
     for field in NEEDED:

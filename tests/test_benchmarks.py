@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sortkd.data import load_digits
+from sortkd.train.images import load_digits
 from sortkd.methods import create_method
-from sortkd.models import create_model
+from sortkd.train.networks import create_model
 from sortkd.sorting import sort_logits
-from sortkd.training import Recipe
+from sortkd.train.trainer import Recipe
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

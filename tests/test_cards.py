@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from sortkd.cards import card_command, model_card
-from sortkd.teachers import load_teacher, read_checkpoint, save_teacher
-from sortkd.models import create_model
+from sortkd.fronts.cards import card_command, model_card
+from sortkd.train.teachers import load_teacher, read_checkpoint, save_teacher
+from sortkd.train.networks import create_model
 
 ROOT = Path(__file__).parents[1]
 FILES = [path for folder in ("teachers", "results/students") for path in sorted((ROOT / folder).glob("*.safetensors"))]
@@ -88,7 +88,7 @@ def test_malformed_values_of_a_card_are_named(tmp_path, name):
 
 def test_to_the_hub_and_back(tmp_path, monkeypatch):
     "A folder stands in for the Hub."
-    hub = pytest.importorskip("sortkd.hub", reason="huggingface_hub is not installed")
+    hub = pytest.importorskip("sortkd.fronts.hub", reason="huggingface_hub is not installed")
     from huggingface_hub import HfApi, hub_mixin
 
     class Repository(str):
@@ -121,7 +121,7 @@ def test_to_the_hub_and_back(tmp_path, monkeypatch):
 
 
 def test_trained_in_full_precision_stays_so(tmp_path):
-    hub = pytest.importorskip("sortkd.hub", reason="huggingface_hub is not installed")
+    hub = pytest.importorskip("sortkd.fronts.hub", reason="huggingface_hub is not installed")
     network = hub.PretrainedNetwork("resnet8", 10).eval()
     network.save_pretrained(tmp_path / "network")
     again, images = hub.PretrainedNetwork.from_pretrained(tmp_path / "network"), torch.randn(2, 3, 32, 32)
@@ -130,7 +130,7 @@ def test_trained_in_full_precision_stays_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "README.md", "model.safetensors dangling", "README.md dangling"])
 def test_a_network_is_saved_through_no_link(tmp_path, name):
-    hub = pytest.importorskip("sortkd.hub", reason="huggingface_hub is not installed")
+    hub = pytest.importorskip("sortkd.fronts.hub", reason="huggingface_hub is not installed")
     (tmp_path / "network").mkdir()
     name, _, dangling = name.partition(" ")
     if not dangling:
@@ -143,7 +143,7 @@ def test_a_network_is_saved_through_no_link(tmp_path, name):
 
 @pytest.mark.parametrize("classes, words", [("1000000000", "has no layer for num_classes=1000000000"), ('"10"', "num_classes is '10'"), ("[10]", "num_classes is"), (None, "num_classes is 0")])
 def test_as_many_classes_as_the_weights_have(tmp_path, classes, words):
-    hub = pytest.importorskip("sortkd.hub", reason="huggingface_hub is not installed")
+    hub = pytest.importorskip("sortkd.fronts.hub", reason="huggingface_hub is not installed")
     hub.PretrainedNetwork("resnet8", 10).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}" if classes is None else f'{{"architecture": "resnet8", "num_classes": {classes}}}')
     with pytest.raises(ValueError, match=words):
@@ -162,7 +162,7 @@ def test_the_calibration_error_has_fifteen_bins(tmp_path, monkeypatch):
     "Four confidences that share bins with fifteen of them, and not with ten, fourteen or sixteen."
     from types import SimpleNamespace as Made
 
-    from sortkd.commands import evaluate_checkpoint
+    from sortkd.fronts.commands import evaluate_checkpoint
 
     class Confidence(torch.nn.Module):
         def __init__(self):
@@ -175,8 +175,8 @@ def test_the_calibration_error_has_fifteen_bins(tmp_path, monkeypatch):
     shares = torch.tensor([0.62, 0.66, 0.68, 0.72])
     images, target = (shares / (1 - shares)).log()[:, None, None, None].expand(4, 3, 8, 8), torch.tensor([0, 1, 0, 0])
     data = Made(num_classes=2, test_targets=target, batches=lambda device: Made(test=lambda size: [(images, target)]))
-    monkeypatch.setattr("sortkd.data.load_data", lambda name: data)
-    monkeypatch.setattr("sortkd.models.create_model", lambda *_: Confidence())
+    monkeypatch.setattr("sortkd.train.images.load_data", lambda name: data)
+    monkeypatch.setattr("sortkd.train.networks.create_model", lambda *_: Confidence())
     torch.save({"odds": torch.zeros(1)}, tmp_path / "a.pth")
     quality = evaluate_checkpoint(tmp_path / "a.pth", "resnet8", "digits", "cpu")
     # In the bin from 0.600 to 0.667 one of two is right at 0.64 on average; in the next both, at 0.70.
@@ -186,6 +186,6 @@ def test_the_calibration_error_has_fifteen_bins(tmp_path, monkeypatch):
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.delitem(sys.modules, "sortkd.hub", raising=False)
+    monkeypatch.delitem(sys.modules, "sortkd.fronts.hub", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'sortkd\[hub\]'"):
-        import sortkd.hub  # noqa: F401
+        import sortkd.fronts.hub  # noqa: F401

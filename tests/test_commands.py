@@ -15,21 +15,21 @@ import pytest
 import torch
 from papermill import inspect_notebook
 
-from sortkd.commands import ends_cleanly, evaluate_command, evaluate_checkpoint, run
-from sortkd.data import load_digits
-from sortkd.experiments import plan_experiment
+from sortkd.fronts.commands import ends_cleanly, evaluate_command, evaluate_checkpoint, run
+from sortkd.train.images import load_digits
+from sortkd.experiment.setup import plan_experiment
 from sortkd.methods import OBJECTIVES, REPAIRS
-from sortkd.pairs import IMAGENET_PAIRS, PAIRS
-from sortkd.parameters import Parameters, parameter_cell, parameter_groups
-from sortkd.records import append_record, read_records
-from sortkd.models import create_model
+from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS
+from sortkd.experiment.parameters import Parameters, parameter_cell, parameter_groups
+from sortkd.experiment.record import append_record, read_records
+from sortkd.train.networks import create_model
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = ["--pair", "resnet20:resnet8", "--dataset", "digits", "--preset", "quick", "--epochs", "1", "--train-size", "200", "--test-size", "100", "--device", "cpu", "--quiet"]
 
 
 def test_the_notebook_has_the_parameters_of_the_dataclass():
-    "Regenerate the cell with `sortkd.parameters.parameter_cell()` after a change to `Parameters`."
+    "Regenerate the cell with `sortkd.experiment.parameters.parameter_cell()` after a change to `Parameters`."
     cell, = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if "parameters" in cell.metadata.get("tags", [])]
     assert cell.source == parameter_cell()
     assert all(len(line) <= 100 for line in cell.source.splitlines()), "longer ones are clipped"
@@ -61,7 +61,7 @@ def test_the_help_names_every_pair_objective_and_repair():
 
 
 def test_help_needs_no_experiment():
-    code = "import sys; from sortkd.commands import run\ntry: run(['--help'])\nexcept SystemExit: assert not {'pandas', 'sklearn', 'torchvision', 'lightning_fabric'} & set(sys.modules)"
+    code = "import sys; from sortkd.fronts.commands import run\ntry: run(['--help'])\nexcept SystemExit: assert not {'pandas', 'sklearn', 'torchvision', 'lightning_fabric'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(arguments, words, capsys, tmp_path):
     ("nbs/index.ipynb", "holds the sources"), ("out.ipynb --methods kdd", "methods is 'kdd'"), ("out.ipynb --teacher nowhere.pth", "nowhere.pth"),
 ])
 def test_a_notebook_that_cannot_be_made_leaves_all_as_it_was(monkeypatch, capsys, tmp_path, place, words):
-    monkeypatch.setattr("sortkd.commands._run_bound", None)  # nothing is started
+    monkeypatch.setattr("sortkd.fronts.commands._run_bound", None)  # nothing is started
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out.ipynb").write_text("precious")
     (tmp_path / "link.ipynb").symlink_to("out.ipynb")
@@ -143,7 +143,7 @@ def test_an_earlier_notebook_is_kept_until_another_is_whole(monkeypatch, capsys,
         if end == KeyboardInterrupt:
             raise end
         return end == "fails", "it failed"
-    monkeypatch.setattr("sortkd.commands._run_bound", executed)
+    monkeypatch.setattr("sortkd.fronts.commands._run_bound", executed)
     out, unfinished = tmp_path / "out.ipynb", tmp_path / "out.unfinished.ipynb"
     out.write_text("precious")
     assert run([*SMALL, "--results-dir", str(tmp_path / "results"), "--notebook", str(out)]) == status
@@ -155,7 +155,7 @@ def test_an_earlier_notebook_is_kept_until_another_is_whole(monkeypatch, capsys,
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_bound_command_ends_with_the_one_that_started_it(tmp_path, number):
     bound = f"import os; print(os.getpid(), flush=True); os.read(0, 1); open({str(tmp_path / 'ended')!r}, 'w')"
-    code = "import sys\nfrom sortkd.commands import _run_bound\n_run_bound([sys.executable, '-c', sys.argv[1]])"
+    code = "import sys\nfrom sortkd.fronts.commands import _run_bound\n_run_bound([sys.executable, '-c', sys.argv[1]])"
     with subprocess.Popen([sys.executable, "-c", code, bound], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         process.stdout.readline()  # it has started
         process.send_signal(number)
@@ -205,7 +205,7 @@ def test_eval_mistakes(tmp_path, capsys):
 def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupt(*arguments, **settings):
         raise KeyboardInterrupt
-    monkeypatch.setattr("sortkd.runs.run_experiment", interrupt)
+    monkeypatch.setattr("sortkd.experiment.run.run_experiment", interrupt)
     assert run([*SMALL, "--results-dir", str(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
 
@@ -215,7 +215,7 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path)
 def test_an_interrupted_notebook_saves_and_ends(tmp_path, number):
     "Ctrl-C at a terminal, which reaches all processes of the command; or a signal to the first alone. The kernel ends, too."
     folders = [f"--{name}-dir={tmp_path / name}" for name in ("teachers", "results")]
-    command = [sys.executable, "-c", "from sortkd.commands import run; raise SystemExit(run())", "--notebook", str(tmp_path / "out.ipynb"), "--pair=r56_r20", "--dataset=digits", *folders]
+    command = [sys.executable, "-c", "from sortkd.fronts.commands import run; raise SystemExit(run())", "--notebook", str(tmp_path / "out.ipynb"), "--pair=r56_r20", "--dataset=digits", *folders]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert "teacher resnet56, seed 0: epoch 1/4" in process.stdout.readline()
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)

@@ -20,12 +20,12 @@ import torchvision.transforms.v2.functional as vision
 from conftest import needs_cifar100
 from torchvision.datasets import CIFAR10, CIFAR100
 
-import sortkd.views
-from sortkd.data import (
+import sortkd.train.augmentation
+from sortkd.train.images import (
     Batches, ImageData, Views, batch_bounds, crop, draw_views, has_cifar100, load_cifar100, load_data, load_digits,
     normalize, number_of_views, pad_images, seeded_generator, view_id, views_of,
 )
-from sortkd.views import strong_views
+from sortkd.train.augmentation import strong_views
 
 CIFAR_FILES = ("train", "test", "meta")
 DIGITS_CHECKSUM = "3834cdec9b345647258856fb597d86d80bbd6e4afaf705ce84b73050b6b6b772"
@@ -233,7 +233,7 @@ def test_damaged_files_are_refused(tmp_path, monkeypatch, offline, broken, how):
 
 @needs_cifar100
 def test_one_wrong_byte_in_the_real_files(tmp_path, cifar100):
-    from sortkd.data import _cifar_folder
+    from sortkd.train.images import _cifar_folder
 
     source, folder = _cifar_folder("CIFAR-100", None).resolve(), tmp_path / "cifar-100-python"
     folder.mkdir()
@@ -660,7 +660,7 @@ def test_operations_are_those_of_torchvision(device, operation):
     level, sign = torch.arange(124) // 4, 1 - 2 * (torch.arange(124) % 2)
     kinds = torch.full((124,), operation)
     kinds[::4] = 0
-    ours = sortkd.views._augmented(images.to(device), kinds, level, sign).cpu()
+    ours = sortkd.train.augmentation._augmented(images.to(device), kinds, level, sign).cpu()
     expected = torch.stack([by_torchvision(image.permute(2, 0, 1), *each).permute(1, 2, 0)
                             for image, *each in zip(images, kinds.tolist(), level.tolist(), sign.tolist())])
     difference = (ours.int() - expected.int()).abs()
@@ -708,7 +708,7 @@ def test_strong_images_have_a_crop_and_flip_of_their_own():
 
 
 def test_strong_crops_are_drawn_anew_in_every_epoch(monkeypatch):
-    monkeypatch.setattr(sortkd.views, "strong_views", lambda images, *key: images)  # the crops alone
+    monkeypatch.setattr(sortkd.train.augmentation, "strong_views", lambda images, *key: images)  # the crops alone
     batches, index = Batches(toy_data(pad=2)), torch.arange(40)
     epochs = [batches.strong_images(index, "seed", epoch) for epoch in (1, 2, 3)]
     for one, other in ((0, 1), (1, 2), (0, 2)):

@@ -14,14 +14,14 @@ from faults import context
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sortkd.commands import run
-from sortkd.data import Batches, load_digits
-from sortkd.devices import Ranks, SumOverRanks, SynchronizedBatchNorm, create_fabric
-from sortkd.experiments import plan_experiment
+from sortkd.fronts.commands import run
+from sortkd.train.images import Batches, load_digits
+from sortkd.train.devices import Ranks, SumOverRanks, SynchronizedBatchNorm, create_fabric
+from sortkd.experiment.setup import plan_experiment
 from sortkd.methods import create_method
-from sortkd.pairs import PRESETS
-from sortkd.records import read_records
-from sortkd.training import Recipe, evaluate, train
+from sortkd.experiment.pairs import PRESETS
+from sortkd.experiment.record import read_records
+from sortkd.train.trainer import Recipe, evaluate, train
 
 METHODS = ("kd+sort", "dist+sort", "mlkd+sort", "ctkd")
 IMAGES, TEST_IMAGES, EPOCHS = 130, 61, 2  # in batches of 64: of three processes one has no part in the last batch

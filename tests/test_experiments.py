@@ -16,21 +16,21 @@ import torch
 from conftest import QUICK_METHODS, needs_cifar100, save_sample_folder
 
 import sortkd
-from sortkd.data import Batches, load_digits
-from sortkd.experiments import plan_experiment
-from sortkd.pairs import PAIRS
-from sortkd.plots import conclude, plot_mistakes, summarize
-from sortkd.records import append_record, compare_runs, differences, read_records
-from sortkd.results import load_results
-from sortkd.pairs import method_for, published_recipe, recipe_for
-from sortkd.repetition import plan_repetition
-from sortkd.runs import plan_run, run_experiment
+from sortkd.train.images import Batches, load_digits
+from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.pairs import PAIRS
+from sortkd.evidence.plots import conclude, plot_mistakes, summarize
+from sortkd.experiment.record import append_record, compare_runs, differences, read_records
+from sortkd.evidence.results import load_results
+from sortkd.experiment.pairs import method_for, published_recipe, recipe_for
+from sortkd.experiment.repeat import plan_repetition
+from sortkd.experiment.run import plan_run, run_experiment
 from sortkd.methods import create_method
-from sortkd.models import create_model
-from sortkd.teachers import read_checkpoint, save_atomically, weights_checksum
-from sortkd.checkpoints import Stopped
-from sortkd.devices import create_fabric
-from sortkd.training import Outcome, Recipe, train, train_together
+from sortkd.train.networks import create_model
+from sortkd.train.teachers import read_checkpoint, save_atomically, weights_checksum
+from sortkd.train.checkpoints import Stopped
+from sortkd.train.devices import create_fabric
+from sortkd.train.trainer import Outcome, Recipe, train, train_together
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {"pair": "resnet20:resnet8", "methods": "kd,kd+sort", "preset": "quick", "dataset": "digits", "epochs": 2, "train_size": 100, "test_size": 60}
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 def test_import_needs_torch_and_nothing_else():
     "Nor do experiments load large packages that they do not use: a command that is given again ends in seconds."
     code = """import sys, torch; before = set(sys.modules); import sortkd; print({name.split('.')[0] for name in set(sys.modules) - before})
-from sortkd.devices import create_fabric; create_fabric("cpu"); import sortkd.runs, sortkd.plots
+from sortkd.train.devices import create_fabric; create_fabric("cpu"); import sortkd.experiment.run, sortkd.evidence.plots
 print({"torchmetrics", "torchvision", "transformers", "scipy", "sklearn", "matplotlib", "pandas", "PIL"} & set(sys.modules))"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n") == ["{'sortkd'}", "set()", ""]
 
@@ -97,7 +97,7 @@ def test_a_result_is_of_the_last_epoch_and_of_the_best(folder, tmp_path, monkeyp
 
     outcomes = []
     run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False)  # trains the teacher, if no other test has
-    monkeypatch.setattr("sortkd.runs.train_together", train_and_change)
+    monkeypatch.setattr("sortkd.experiment.run.train_together", train_and_change)
     record, = run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path)), progress=False).records
     result, outcome = record["result"], outcomes[0]
     expected = {"last_top1": 50.0, "best_top1": 60.0, "best_epoch": 1, "last_test_loss": outcome.curve[1]["test_loss"], "training_rows": 200,
@@ -123,7 +123,7 @@ def test_every_pair_takes_a_step(pair):
 def test_killed_and_started_again(folder, tmp_path):
     "A process killed between two epochs ends as one that was never killed. test_faults kills more, and quicker."
     script = ("import os, signal, sys, torch; torch.set_num_threads(1)\n"
-              "import sortkd.experiments as planning, sortkd.runs as experiments\n"
+              "import sortkd.experiment.setup as planning, sortkd.experiment.run as experiments\n"
               "Student = experiments.Student\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
               "experiments.Student = lambda *a, **k: Student(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
@@ -187,7 +187,7 @@ def test_records_of_different_settings_share_no_table(folder):
 
 
 def test_many_writers_share_a_file(tmp_path):
-    code = "import sys; from sortkd.records import append_record\nfor i in range(50): append_record(sys.argv[1], {'writer': sys.argv[2], 'number': i, 'filling': 'x' * 5000})"
+    code = "import sys; from sortkd.experiment.record import append_record\nfor i in range(50): append_record(sys.argv[1], {'writer': sys.argv[2], 'number': i, 'filling': 'x' * 5000})"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "records.jsonl"), str(number)]) for number in range(3)]
     assert all(writer.wait() == 0 for writer in writers)
     records = read_records(tmp_path / "records.jsonl")
@@ -289,8 +289,8 @@ def test_runs_at_once_come_back_in_their_order(folder, tmp_path, monkeypatch):
         return [{"run_id": run.run_id, "seed": run.seed, "about_teacher": None} for run in runs]
 
     others_ended = Event()
-    monkeypatch.setattr("sortkd.runs.ProcessPoolExecutor", Threads)
-    monkeypatch.setattr("sortkd.runs._run_in_worker", last_first)
+    monkeypatch.setattr("sortkd.experiment.run.ProcessPoolExecutor", Threads)
+    monkeypatch.setattr("sortkd.experiment.run._run_in_worker", last_first)
     records = run_experiment(small_experiment(folder, methods="ce", seeds="0,1,2", workers=2, results_dir=str(tmp_path)), progress=False).records
     assert [record["seed"] for record in records] == [0, 1, 2] and all(f"-seed{record['seed']}-" in record["run_id"] for record in records)
 
@@ -305,7 +305,7 @@ def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeyp
     run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False)  # trains the teacher, if no other test has
     plan = small_experiment(folder, methods="kd,mlkd,lskd_mlkd", train_size=0, test_size=0, results_dir=str(tmp_path))
     plan, images = dataclasses.replace(plan, preset_name="paper", recipe=Recipe()), len(plan.full_data.train_targets)
-    monkeypatch.setattr("sortkd.runs.train_together", untrained)
+    monkeypatch.setattr("sortkd.experiment.run.train_together", untrained)
     records = run_experiment(plan, progress=False).records
     rows = {record["method"]["name"]: record["result"]["training_rows"] for record in records}
     assert rows == {"kd": images * 240, "mlkd": images * 480, "lskd_mlkd": images * 480}
@@ -376,7 +376,7 @@ def test_bad_speed_parameters_are_named(changes, words, tmp_path):
 def test_every_method(folder, tmp_path, which):
     "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole."
     from sortkd.methods import OBJECTIVES, list_methods
-    from sortkd.schema import check_record
+    from sortkd.experiment.schema import check_record
     names = QUICK_METHODS if which == "some" else list_methods()
     experiment = small_experiment(folder, methods=",".join(names), epochs=3, train_size=128, cache="full", results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
@@ -402,7 +402,7 @@ def test_a_recorded_run_is_not_run_again(folder, tmp_path):
     assert [record["run_id"] for record in again[:4]] == [record["run_id"] for record in records] and len(again) == 6
     assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 6
     with pytest.MonkeyPatch.context() as patch:  # nor is its teacher looked at
-        patch.setattr("sortkd.runs.evaluate", None)
+        patch.setattr("sortkd.experiment.run.evaluate", None)
         assert run_experiment(small_experiment(folder, seeds="0,1,2", results_dir=results), progress=False).appended == 0
     other = run_experiment(small_experiment(folder, epochs=1, results_dir=results), progress=False).records
     assert other[0]["run_id"] not in {record["run_id"] for record in again}, "another length is another run"
@@ -416,7 +416,7 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
     alone = small_experiment(tmp_path, methods="ce", epochs=1, teacher="nowhere.pt")
     with monkeypatch.context() as patch:
         for name in ("get_teacher", "load_teacher", "evaluate"):
-            patch.setattr(f"sortkd.runs.{name}", None)
+            patch.setattr(f"sortkd.experiment.run.{name}", None)
         done = run_experiment(alone, progress=False)
         record, = done.records
         assert record["about_teacher"] is None and record["teacher"] == "resnet20" and not (tmp_path / "teachers").exists()
@@ -477,8 +477,8 @@ def test_loggers_are_off_unless_asked_for(folder, tmp_path):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     "Images laid out like ImageNet, and a teacher for each pair that has not learned anything."
-    from sortkd.pairs import IMAGENET_PAIRS
-    from sortkd.teachers import save_teacher
+    from sortkd.experiment.pairs import IMAGENET_PAIRS
+    from sortkd.train.teachers import save_teacher
     root = tmp_path_factory.mktemp("photographs")
     save_sample_folder(root / "imagenet", train=5, test=2)
     for name, pair in IMAGENET_PAIRS.items():
@@ -606,7 +606,7 @@ def test_workers_stop_too(folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_same_command_twice_at_once(folder, tmp_path):
-    code = ("import sys, torch; torch.set_num_threads(1); from sortkd.commands import run\n"
+    code = ("import sys, torch; torch.set_num_threads(1); from sortkd.fronts.commands import run\n"
             f"sys.exit(run('--pair resnet20:resnet8 --dataset digits --preset quick --methods kd,kd+sort --epochs 2 --train-size 100 --test-size 60 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")
     started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [each.wait(timeout=200) for each in started] == [0, 0]
@@ -616,7 +616,7 @@ def test_the_same_command_twice_at_once(folder, tmp_path):
 
 
 def test_a_clock_that_stands_still(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sortkd.runs._now", lambda: "2020-01-01T00-00-00.999999Z")
+    monkeypatch.setattr("sortkd.experiment.run._now", lambda: "2020-01-01T00-00-00.999999Z")
     experiment = small_experiment(folder, methods="kd", results_dir=str(tmp_path), again=True)
     started = [run_experiment(experiment, progress=False).records[0]["started"] for _ in range(3)]
     assert started == ["2020-01-01T00-00-00.999999Z", "2020-01-01T00-00-01.000000Z", "2020-01-01T00-00-01.000001Z"]
@@ -651,7 +651,7 @@ def test_on_a_gpu_runs_of_several_seeds_are_taught_together(folder, tmp_path, mo
     "Their numbers are those of each alone."
     alone, together = (small_experiment(folder, methods="kd,kd+sort", seeds="0,1,2", epochs=1, results_dir=str(tmp_path / name)) for name in ("alone", "together"))
     alone = run_experiment(alone, progress=False).records
-    monkeypatch.setattr("sortkd.runs.create_fabric", lambda *_: create_fabric("cpu", together.precision))
+    monkeypatch.setattr("sortkd.experiment.run.create_fabric", lambda *_: create_fabric("cpu", together.precision))
     together = run_experiment(dataclasses.replace(together, device="cuda"), progress=False, students=4).records
     assert [each["students"] for each in alone] == [2] * 6 and [each["students"] for each in together] == [4, 4, 4, 4, 2, 2]
     for one, other in zip(alone, together):
@@ -755,7 +755,7 @@ def test_numbers_of_a_pair(pair, name, numbers):
 @pytest.mark.parametrize("changes", [{"pair": "resnet20:resnet8"}, {"methods": "kd(temperature=2)"}, {"methods": "ce,kd+revise(eta=0.9)"}])
 def test_numbers_and_pairs_of_ones_own_are_not_called_published(folder, monkeypatch, changes):
     data = dataclasses.replace(load_digits().subset(400, 100), name="cifar100")
-    monkeypatch.setattr("sortkd.experiments.load_data", lambda name: data)
+    monkeypatch.setattr("sortkd.experiment.setup.load_data", lambda name: data)
     described = small_experiment(folder, **PUBLISHED | changes).describe()
     assert "not with published ones" in described and "full run" not in described
 

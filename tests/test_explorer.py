@@ -15,14 +15,14 @@ from conftest import needs_cifar100
 from PIL import Image
 from synthetic import synthetic_record
 
-from sortkd.data import load_cifar100
-from sortkd.plans import read_plan
-from sortkd.records import append_record
+from sortkd.train.images import load_cifar100
+from sortkd.evidence.preregistration import read_plan
+from sortkd.experiment.record import append_record
 from sortkd.repairs import revise_logits
-from sortkd.results import load_results, select
+from sortkd.evidence.results import load_results, select
 from sortkd.sorting import sort_logits, swap_logits
-from sortkd.statistics import compare_methods, verdicts
-from sortkd.teachers import load_teacher
+from sortkd.evidence.statistics import compare_methods, verdicts
+from sortkd.train.teachers import load_teacher
 
 ROOT = Path(__file__).parents[1]
 EXPLORER, RESULTS = ROOT / "site" / "explorer", ROOT / "results"

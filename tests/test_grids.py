@@ -14,16 +14,16 @@ import pytest
 import torch
 import yaml
 
-from sortkd import grids
-from sortkd.experiments import plan_experiment
-from sortkd.grids import Deadline, Job, Left, describe_plan, main, make_grid, plan_table, priority, read_grid, read_state, run_slice, speed_of, work_of
-from sortkd.models import create_model
-from sortkd.pairs import PAIRS
-from sortkd.records import append_record, compare_runs, describe_machine, read_records
-from sortkd.results import paper_grid
-from sortkd.runs import plan_run, run_experiment
-from sortkd.teachers import save_teacher
-from sortkd.checkpoints import Stopped
+from sortkd.experiment import grid as grids
+from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.grid import Deadline, Job, Left, describe_plan, main, make_grid, plan_table, priority, read_grid, read_state, run_slice, speed_of, work_of
+from sortkd.train.networks import create_model
+from sortkd.experiment.pairs import PAIRS
+from sortkd.experiment.record import append_record, compare_runs, describe_machine, read_records
+from sortkd.evidence.results import paper_grid
+from sortkd.experiment.run import plan_run, run_experiment
+from sortkd.train.teachers import save_teacher
+from sortkd.train.checkpoints import Stopped
 
 WORKFLOW = Path(__file__).parents[1] / "workflow"
 SETTINGS = {
@@ -312,7 +312,7 @@ def test_killed_in_the_middle_nothing_is_lost(uncut, tmp_path):
     runs, grid = tmp_path / "results" / "runs", grid_in(tmp_path, seeds=1)
     about = {**SETTINGS, "seeds": 1, "results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path / "teachers")}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(about))
-    command = [sys.executable, "-c", "import sys; from sortkd.grids import main; sys.exit(main())", tmp_path / "grid.yaml", "--at-once", "1"]
+    command = [sys.executable, "-c", "import sys; from sortkd.experiment.grid import main; sys.exit(main())", tmp_path / "grid.yaml", "--at-once", "1"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 120
     while process.poll() is None and not list(runs.glob("resnet20-resnet8-kd*/sessions.jsonl")) and time.monotonic() < deadline:

@@ -15,9 +15,9 @@ from PIL import Image
 from torchvision.models import ResNet34_Weights
 from torchvision.transforms import v2
 
-from sortkd.views import batch_bounds, normalize, seeded_generator
-from sortkd.imagenet import IMAGENET_RECIPE, ImageFolderBatches, load_image_folder, read_image, read_images, to_rgb
-from sortkd.training import Recipe
+from sortkd.train.augmentation import batch_bounds, normalize, seeded_generator
+from sortkd.train.image_files import IMAGENET_RECIPE, ImageFolderBatches, load_image_folder, read_image, read_images, to_rgb
+from sortkd.train.trainer import Recipe
 
 
 
@@ -411,7 +411,7 @@ def test_bad_arguments_are_refused_at_once(data):
 
 SCRIPT = """
 import json, multiprocessing, sys, torch
-from sortkd.imagenet import ImageFolderBatches, load_image_folder
+from sortkd.train.image_files import ImageFolderBatches, load_image_folder
 
 def sums(root):
     "Of each batch; they are the same for the same images."

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from sortkd.checks import EXPERIMENT_PACKAGES, need_experiments
+from sortkd.utils.checks import EXPERIMENT_PACKAGES, need_experiments
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,7 +76,7 @@ def test_every_extra_runs_experiments_and_the_base_is_torch(settings, package):
 
 
 def test_the_package_is_the_modules_and_their_types(package):
-    assert package["packages"] == ["sortkd"] and not [path for path in (ROOT / "sortkd").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert sorted(package["packages"]) == sorted([".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "sortkd").rglob("__init__.py")])
     assert package["package_data"] == {"sortkd": ["py.typed"]} and (ROOT / "sortkd" / "py.typed").exists()
     assert package["license_expression"] == "MIT" and (ROOT / "LICENSE").read_text().startswith("MIT License")
 
@@ -115,13 +115,13 @@ def imports_of(path):
 def test_what_is_imported_is_required(settings):
     "Though other requirements may bring it along."
     required = {Requirement(each).name for each in settings["experiments_requirements"].split()}
-    foreign = set().union(*map(imports_of, (ROOT / "sortkd").glob("*.py"))) - {"torch"}
-    assert foreign == set(EXPERIMENT_PACKAGES), "list what modules import in sortkd.checks"
+    foreign = set().union(*map(imports_of, (ROOT / "sortkd").rglob("*.py"))) - {"torch"}
+    assert foreign == set(EXPERIMENT_PACKAGES), "list what modules import in sortkd.utils.checks"
     providers = packages_distributions()
     assert not {name for name in foreign if not {each.lower() for each in providers[name]} & required}
 
 
-BASE = ["", ".sorting", ".topk", ".losses", ".methods", ".integrations", ".checks", ".files"]
+BASE = ["", ".sorting", ".topk", ".losses", ".methods", ".distillation", ".utils.checks", ".utils.files"]
 # A package that is not installed: neither found nor imported.
 BLOCKED = f"""
 import importlib, sys
@@ -138,7 +138,7 @@ def python(code):
 def test_the_method_needs_torch_alone():
     done = python(f"""
 sys.modules["fcntl"] = None  # as on Windows
-for name in {[*BASE, ".records"]!r}:
+for name in {[*BASE, ".experiment.record"]!r}:
     importlib.import_module("sortkd" + name)
 import torch
 from sortkd import DistillationLoss, create_method, kd_loss, sort_logits, swap_logits
@@ -147,7 +147,7 @@ for method in ("kd+sort", "dist+swap", "lskd+revise"):
     assert DistillationLoss(method)(*logits, target).isfinite()
 """)
     assert done.returncode == 0, done.stderr
-    loaded = set().union(*(imports_of(ROOT / "sortkd" / f"{name[1:] or '__init__'}.py") for name in BASE))
+    loaded = set().union(*(imports_of(ROOT / "sortkd" / f"{name[1:].replace('.', '/') or '__init__'}.py") for name in BASE))
     assert loaded <= {"torch", "filelock"}, "and filelock comes with torch"
 
 
@@ -155,12 +155,12 @@ def test_experiments_name_the_extra_that_they_need(settings):
     commands = [each.replace("=", ":").split(":") for each in settings["console_scripts"].split()]
     done = python(f"""
 import pkgutil, sortkd
-for module in pkgutil.iter_modules(sortkd.__path__):
+for module in pkgutil.walk_packages(sortkd.__path__, "sortkd."):
     try:
-        importlib.import_module("sortkd." + module.name)
+        importlib.import_module(module.name)
     except ImportError as error:
         assert str(error).endswith("pip install 'sortkd[experiments]'.") and error.name == "PIL", error
-        print(module.name)
+        print(module.name.rpartition(".")[2])
 for command, module, _ in {commands!r}:  # which end with a line, and without a traceback
     sys.argv = ["/somewhere/bin/" + command]
     try:
@@ -170,7 +170,7 @@ for command, module, _ in {commands!r}:  # which end with a line, and without a 
         print(command)
 """)
     assert done.returncode == 0, done.stderr
-    modules = {"commands", "data", "experiments", "grids", "plots", "results", "runs", "statistics", "tables", "teachers", "training"}
+    modules = {"commands", "grid", "images", "plots", "results", "run", "setup", "statistics", "tables", "teachers", "trainer"}
     assert modules | {"sortkd-run", "sortkd-grid", "sortkd-eval"} <= set(done.stdout.split())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sortkd import sort_logits, swap_logits
-from sortkd.integrations import (
+from sortkd.loops.integrations import (
     DistillationLoss,
     DistillationTrainerMixin,
     FrozenTeacher,
@@ -398,7 +398,7 @@ def test_any_two_networks():
 # ---- torchdistill ----
 
 CONFIG = """
-sortkd: !import_call {key: 'sortkd.integrations.register_torchdistill'}
+sortkd: !import_call {key: 'sortkd.loops.integrations.register_torchdistill'}
 
 num_epochs: 2
 train_data_loader:

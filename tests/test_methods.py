@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from conftest import EVERY_METHOD
-from sortkd.experiments import plan_experiment
+from sortkd.experiment.setup import plan_experiment
 from sortkd.losses import dkd_loss, kd_loss, revise_logits, skip_logits, smooth_logits
 from sortkd.methods import (
     OBJECTIVES, RANGES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, list_methods, repair_defaults, try_out,
 )
-from sortkd.pairs import IMAGENET_PAIRS, PAIRS, method_for
+from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS, method_for
 from sortkd.sorting import swap_logits
 from special_logits import CASES, NO_LIMIT, outcome
 from test_losses import GOLDENS, SORTED, STRONG_STUDENT, STRONG_TEACHER, STUDENT, TARGET, TEACHER, cases
@@ -341,7 +341,7 @@ def test_a_method_is_tried_before_it_is_planned():
 
 @pytest.mark.parametrize("name", EVERY_METHOD)
 def test_special_logits(name):
-    "The table of chapter 01: in every case as the limit of float64 has it, or openly none."
+    "The table of chapter 02: in every case as the limit of float64 has it, or openly none."
     for case, (masked, *_) in CASES.items():
         allowed = {"NaN"} if masked and create_method(name).objective in NO_LIMIT else {"right"}
         if masked == "student":  # nothing is left of a loss whose rows are all skipped

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sortkd.models import NETWORKS, Features, create_model, list_imagenet_models, list_models, pretrained_weights
-from sortkd.pairs import check_takes
-from sortkd.teachers import load_weights
+from sortkd.train.networks import NETWORKS, Features, create_model, list_imagenet_models, list_models, pretrained_weights
+from sortkd.experiment.pairs import check_takes
+from sortkd.train.teachers import load_weights
 
 GOLDENS = Path(__file__).parent / "goldens"
 SHAPES = json.loads((GOLDENS / "state_dict_shapes.json").read_text())

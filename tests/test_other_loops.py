@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sortkd import DistillationLoss, kd_loss, sort_logits
-from sortkd.integrations import DistillationTaskMixin, ModelOptLoss, SortedGKDMixin
+from sortkd.loops.integrations import DistillationTaskMixin, ModelOptLoss, SortedGKDMixin
 
 VOCABULARY, LENGTH = 13, 8
 

@@ -12,20 +12,20 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10, FakeData
 
-from sortkd.checkpoints import Stopped
-from sortkd.commands import evaluate_command, run
-from sortkd.data import (
+from sortkd.train.checkpoints import Stopped
+from sortkd.fronts.commands import evaluate_command, run
+from sortkd.train.images import (
     ImageData, channel_statistics, load_cifar10, load_data, load_folder, load_tiny_imagenet, seeded_generator,
 )
-from sortkd.experiments import plan_experiment
-from sortkd.imagenet import ImageFolderData
-from sortkd.models import create_model
-from sortkd.pairs import check_takes
-from sortkd.records import compare_runs, read_records
-from sortkd.repetition import plan_repetition
-from sortkd.runs import plan_run, run_experiment
-from sortkd.schema import RecordError, check_record
-from sortkd.teachers import find_teacher, save_teacher
+from sortkd.experiment.setup import plan_experiment
+from sortkd.train.image_files import ImageFolderData
+from sortkd.train.networks import create_model
+from sortkd.experiment.pairs import check_takes
+from sortkd.experiment.record import compare_runs, read_records
+from sortkd.experiment.repeat import plan_repetition
+from sortkd.experiment.run import plan_run, run_experiment
+from sortkd.experiment.schema import RecordError, check_record
+from sortkd.train.teachers import find_teacher, save_teacher
 
 
 def noise(count, size=32):
@@ -186,7 +186,7 @@ def test_tiny_imagenet(tiny, monkeypatch):
     assert data.train_targets.tolist() == [0, 0, 0, 1, 1, 1] and data.test_targets.tolist() == [0, 1]
     assert numpy.array_equal(data.test_images[0], Image.open(tiny / "val" / "images" / "1.JPEG"))
     with monkeypatch.context() as patch:  # the pixels are kept
-        patch.setattr("sortkd.data.read_image", None)
+        patch.setattr("sortkd.train.images.read_image", None)
         assert load_data("tiny-imagenet", tiny.parent).checksum == data.checksum
     Image.fromarray(noise(3, 64)[2]).save(tiny / "val" / "images" / "1.JPEG")
     assert load_data("tiny-imagenet", tiny.parent).checksum != data.checksum, "another image is read"
@@ -381,7 +381,7 @@ def test_an_interrupted_experiment_on_a_folder_continues(birds, tmp_path):
 
 
 def test_the_published_recipe_on_other_data(birds, tmp_path, monkeypatch):
-    monkeypatch.setattr("sortkd.repetition.check_record", lambda record: record)  # of runs that have not been made
+    monkeypatch.setattr("sortkd.experiment.repeat.check_record", lambda record: record)  # of runs that have not been made
     plan = plan_experiment(**SMALL | {"preset": "paper", "epochs": 0, "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
     assert plan.recipe.epochs == 240 and not plan.is_full_recipe and not plan.preset.fetch_teacher
     assert "on folder:birds" in plan.describe() and "not with published ones" in plan.describe()

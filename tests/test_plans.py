@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from sortkd.plans import Look, committed, describe_looks, describe_plans, first_start, mark_planned, planned_cells, planned_effects, read_plan, read_plans
-from sortkd.results import load_results
+from sortkd.evidence.preregistration import Look, committed, describe_looks, describe_plans, first_start, mark_planned, planned_cells, planned_effects, read_plan, read_plans
+from sortkd.evidence.results import load_results
 
 ROOT = Path(__file__).parents[1]
 HISTORY = Path(os.environ.get("SORTKD_HISTORY", ROOT))  # a checkout with its history, where the tests run in a copy without

@@ -12,21 +12,21 @@ import pytest
 import torch
 import yaml
 
-from sortkd import plugins
-from sortkd.commands import evaluate_command, run
-from sortkd.data import ImageData, load_digits
-from sortkd.experiments import plan_experiment
-from sortkd.grids import main, read_grid, read_state
+from sortkd.experiment import plugins
+from sortkd.fronts.commands import evaluate_command, run
+from sortkd.train.images import ImageData, load_digits
+from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.grid import main, read_grid, read_state
 from sortkd.methods import OBJECTIVES, REPAIRS, create_method
-from sortkd.models import NETWORKS, create_model
-from sortkd.plugins import load_plugin, register_data, register_objective, register_repair
-from sortkd.repetition import plan_repetition
-from sortkd.runs import run_experiment
-from sortkd.schema import check_record
+from sortkd.train.networks import NETWORKS, create_model
+from sortkd.experiment.plugins import load_plugin, register_data, register_objective, register_repair
+from sortkd.experiment.repeat import plan_repetition
+from sortkd.experiment.run import run_experiment
+from sortkd.experiment.schema import check_record
 
 SOURCE = '''
 import torch
-from sortkd.plugins import register_data, register_model, register_objective, register_repair
+from sortkd.experiment.plugins import register_data, register_model, register_objective, register_repair
 
 @register_repair("boost")
 def boost(logits, target, temperature=1.0):
@@ -215,7 +215,7 @@ def test_entry_point(tmp_path, monkeypatch):
     about = tmp_path / "their_package-1.2.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.2\n")
-    (about / "entry_points.txt").write_text("[sortkd.plugins]\ntheirs = their_package\n")
+    (about / "entry_points.txt").write_text("[sortkd.experiment.plugins]\ntheirs = their_package\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert load_plugin("theirs").file == "theirs (their-package 1.2)"
     assert create_method("mse(scale=3)+boost").settings == {"scale": 3.0}
@@ -239,7 +239,7 @@ def test_entry_point(tmp_path, monkeypatch):
     ("register_objective('new')(lambda s, t, y: t.mean())", "has no gradient"),
 ])
 def test_refused(mine, content, message):
-    mine.write_text("from sortkd.plugins import *\n" * (content[0] not in "d\nx") + content)
+    mine.write_text("from sortkd.experiment.plugins import *\n" * (content[0] not in "d\nx") + content)
     before = list(OBJECTIVES), list(REPAIRS)
     with pytest.raises(ValueError, match=message) as refusal:
         load_plugin(mine)
@@ -255,7 +255,7 @@ def test_a_changed_file_replaces_what_it_had_registered(mine):
     mine.write_text(SOURCE)
     load_plugin(mine)
     assert create_method("mse+boost").objective == "mse"
-    mine.write_text("from sortkd.plugins import register_repair\nregister_repair('boost')(lambda logits, target: logits)\n")
+    mine.write_text("from sortkd.experiment.plugins import register_repair\nregister_repair('boost')(lambda logits, target: logits)\n")
     load_plugin(mine)
     assert "mse" not in OBJECTIVES and create_method("kd+boost").repair_settings == {}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import sortkd
-from sortkd import records
-from sortkd.experiments import plan_experiment
-from sortkd.records import describe_machine, warn_of_another_clone
-from sortkd.runs import run_experiment
+from sortkd.experiment import record as records
+from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.record import describe_machine, warn_of_another_clone
+from sortkd.experiment.run import run_experiment
 
 
 def git(folder, *arguments):

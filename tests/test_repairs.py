@@ -12,12 +12,12 @@ from test_losses import SORTED, STUDENT, TARGET, TEACHER
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sortkd.data import load_cifar100, normalize
+from sortkd.train.images import load_cifar100, normalize
 from sortkd.losses import kd_loss
 from sortkd.methods import REPAIRS
 from sortkd.repairs import revise_logits, skip_logits, smooth_logits
 from sortkd.sorting import swap_logits
-from sortkd.teachers import load_teacher
+from sortkd.train.teachers import load_teacher
 from sortkd.topk import sort_topk
 
 ROOT = Path(__file__).parent.parent

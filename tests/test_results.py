@@ -16,24 +16,24 @@ import pytest
 import torch
 from scipy import stats
 
-from sortkd.experiments import plan_experiment
-from sortkd.pairs import PAIRS
-from sortkd.plots import summarize
-from sortkd.records import append_record, read_correct, read_records, save_correct
-from sortkd.runs import run_experiment
-from sortkd.results import (
+from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.pairs import PAIRS
+from sortkd.evidence.plots import summarize
+from sortkd.experiment.record import append_record, read_correct, read_records, save_correct
+from sortkd.experiment.run import run_experiment
+from sortkd.evidence.results import (
     load_curves,
     CIFAR100_CHECKSUM,
     load_results,
     select,
     select_paper,
 )
-from sortkd.schema import RECORD_SCHEMA, RecordError, check_record, whole
-from sortkd.statistics import (
+from sortkd.experiment.schema import RECORD_SCHEMA, RecordError, check_record, whole
+from sortkd.evidence.statistics import (
     confidence_sequence, crossed_interval, paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number,
     t_test_power, verdict_probabilities, verdicts,
 )
-from sortkd.tables import comparison_title, comparison_table, effect_table, read_reported, write_table
+from sortkd.evidence.tables import comparison_title, comparison_table, effect_table, read_reported, write_table
 from synthetic import synthetic_record, synthetic_records
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"

@@ -13,16 +13,16 @@ import yaml
 from conftest import save_sample_folder
 from PIL import Image
 
-import sortkd.data
-from sortkd.commands import run
-from sortkd.data import ImageData, has_cifar100, load_image_folder
-from sortkd.experiments import plan_experiment
-from sortkd.grids import plan_pairs, read_grid
-from sortkd.parameters import parameter_cell, read_parameters
-from sortkd.pairs import IMAGENET_PAIRS
-from sortkd.records import plain
-from sortkd.repetition import plan_repetition
-from sortkd.runs import plan_run
+import sortkd.train.images
+from sortkd.fronts.commands import run
+from sortkd.train.images import ImageData, has_cifar100, load_image_folder
+from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.grid import plan_pairs, read_grid
+from sortkd.experiment.parameters import parameter_cell, read_parameters
+from sortkd.experiment.pairs import IMAGENET_PAIRS
+from sortkd.experiment.record import plain
+from sortkd.experiment.repeat import plan_repetition
+from sortkd.experiment.run import plan_run
 
 SNAKEFILE = (Path(__file__).parents[1] / "workflow" / "Snakefile").read_text()
 TEACHER = {"architecture": "any", "source": "found", "file": "t.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}
@@ -39,7 +39,7 @@ CASES = [  # preset, data, options
 ]
 
 
-read = functools.cache(sortkd.data.load_data)
+read = functools.cache(sortkd.train.images.load_data)
 subset = functools.cache(ImageData.subset)
 
 
@@ -60,9 +60,9 @@ def quick(monkeypatch, folders):
     def load(name):
         return load_image_folder(folders / "folder") if name == "imagenet" else read(name)
 
-    monkeypatch.setattr("sortkd.experiments.load_data", load)
-    monkeypatch.setattr("sortkd.experiments.check_takes", lambda *_: None)
-    monkeypatch.setattr("sortkd.repetition.check_record", lambda record: record)  # of a run that has not been made
+    monkeypatch.setattr("sortkd.experiment.setup.load_data", load)
+    monkeypatch.setattr("sortkd.experiment.setup.check_takes", lambda *_: None)
+    monkeypatch.setattr("sortkd.experiment.repeat.check_record", lambda record: record)  # of a run that has not been made
     monkeypatch.setattr(ImageData, "subset", lambda self, **sizes: subset(self, **sizes))
 
 
@@ -75,7 +75,7 @@ def by_command(arguments, monkeypatch):
         raise Planned(experiment)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sortkd.runs.run_experiment", stop)
+        patch.setattr("sortkd.experiment.run.run_experiment", stop)
         patch.setattr(torch, "set_num_threads", lambda _: None)
         with pytest.raises(Planned) as planned:
             run([str(each) for each in arguments])

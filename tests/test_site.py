@@ -11,7 +11,7 @@ import check_links  # noqa: E402
 import conf  # noqa: E402
 import stage  # noqa: E402
 
-FILES = {"README.md", "nbs/01_losses.ipynb", "results/README.md", "results/plans/sorting.yaml"}
+FILES = {"README.md", "nbs/02_losses.ipynb", "results/README.md", "results/plans/sorting.yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +26,18 @@ def test_every_chapter_has_a_place(staged):
     listed = [f"{page}.ipynb" for chapters in parts.values() for _, page in chapters]
     chapters = {name for name in stage.tracked_files() if name.startswith("nbs/") and name.endswith(".ipynb")}
     assert set(listed) == chapters - {stage.CHAPTERS} and len(listed) == len(set(listed))
-    assert len(parts) == 5 and all(f":caption: {part}\n" in (staged / "index.md").read_text() for part in parts)
+    assert len(parts) == 7 and all(f":caption: {part}\n" in (staged / "index.md").read_text() for part in parts)
     assert all((staged / name).exists() for name in chapters)
 
 
 def test_every_module_has_a_page(staged):
-    modules = {path.stem for path in (ROOT / "sortkd").glob("[!_]*.py")}
-    assert {path.stem for path in (staged / "api").glob("*.md")} == modules | {"index"}
+    modules = {".".join(path.relative_to(ROOT / "sortkd").with_suffix("").parts) for path in (ROOT / "sortkd").rglob("[!_]*.py")}
+    assert {path.name.removesuffix(".md") for path in (staged / "api").glob("*.md")} == modules | {"index"}
 
 
 def test_no_directive_is_shown_and_nothing_else_is_lost(staged):
-    for path in (staged / "nbs").glob("*.ipynb"):
-        was, now = (json.loads((folder / "nbs" / path.name).read_text())["cells"] for folder in (ROOT, staged))
+    for path in (staged / "nbs").rglob("*.ipynb"):
+        was, now = (json.loads((folder / path.relative_to(staged)).read_text())["cells"] for folder in (ROOT, staged))
         assert not any(line.startswith("#|") for cell in now for line in cell["source"].splitlines())
         assert sum(len(cell.get("outputs", ())) for cell in now) == sum(len(cell.get("outputs", ())) for cell in was)
         assert sum(cell["cell_type"] == "markdown" for cell in now) == sum(cell["cell_type"] == "markdown" for cell in was)
@@ -54,7 +54,7 @@ def test_readme_becomes_the_front_page_and_another(staged):
 
 
 @pytest.mark.parametrize("page, link, expected, reached", [
-    ("nbs/00.ipynb", "01_losses.ipynb#a", "01_losses.ipynb#a", ["nbs/01_losses.ipynb"]),
+    ("nbs/00.ipynb", "02_losses.ipynb#a", "02_losses.ipynb#a", ["nbs/02_losses.ipynb"]),
     ("nbs/00.ipynb", "../README.md", "../index.md", []),
     ("nbs/00.ipynb", "../README.md#two-commands", "../using.md#two-commands", []),
     ("results/README.md", "plans", "plans/index.md", ["results/plans/index.md"]),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import needs_cifar100
 
-from sortkd.data import Batches, draw_views, load_cifar100, load_digits, view_id, views_of
-from sortkd.files import exclusive
-from sortkd.models import create_model
-from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
-from sortkd.teachers import load_teacher
+from sortkd.train.images import Batches, draw_views, load_cifar100, load_digits, view_id, views_of
+from sortkd.utils.files import exclusive
+from sortkd.train.networks import create_model
+from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
+from sortkd.train.teachers import load_teacher
 
 
 def seeded_network(seed=0, classes=10):
@@ -93,7 +93,7 @@ def test_no_view_is_computed_twice(batches, tmp_path):
 
 
 def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
-    code = ("import os, signal, sys, torch\nfrom sortkd.data import Batches, draw_views, load_digits\nfrom sortkd.models import create_model\nfrom sortkd.teacher_logits import CachedTeacherLogits\n"
+    code = ("import os, signal, sys, torch\nfrom sortkd.train.images import Batches, draw_views, load_digits\nfrom sortkd.train.networks import create_model\nfrom sortkd.train.teacher_logits import CachedTeacherLogits\n"
             "torch.set_num_threads(1); torch.manual_seed(0)\n"
             "cache = CachedTeacherLogits(create_model('resnet8', 10), Batches(load_digits().subset(train_size=120)), sys.argv[1], batch_size=16)\n"
             "cache(draw_views(120, 2, False, 0, 1)); cache.close()\n"
@@ -128,7 +128,7 @@ def test_one_process_fills_and_others_wait(batches, tmp_path, capfd):
 
 @pytest.mark.slow
 def test_several_processes_fill_one_cache(batches, tmp_path):
-    code = ("import sys, torch\nfrom sortkd.data import Batches, load_digits\nfrom sortkd.models import create_model\nfrom sortkd.teacher_logits import CachedTeacherLogits\n"
+    code = ("import sys, torch\nfrom sortkd.train.images import Batches, load_digits\nfrom sortkd.train.networks import create_model\nfrom sortkd.train.teacher_logits import CachedTeacherLogits\n"
             "torch.set_num_threads(1); torch.manual_seed(0)\n"
             "cache = CachedTeacherLogits(create_model('resnet8', 10), Batches(load_digits().subset(train_size=120)), sys.argv[1], batch_size=16)\n"
             "for rows in torch.arange(3000).split(100): cache(cache._views(rows))\n"
@@ -214,7 +214,7 @@ def test_files_of_another_size_are_refused(batches, tmp_path, damage):
 
 def test_a_cache_without_checksums_is_not_used(batches, tmp_path, capsys):
     "As earlier versions made it."
-    from sortkd.teacher_logits import _identity, _key
+    from sortkd.train.teacher_logits import _identity, _key
     identity = _identity(TeacherLogits(seeded_network(), batches), batches.data)
     earlier = tmp_path / _key(identity | {"format": 1})
     earlier.mkdir()

@@ -4,9 +4,9 @@ same numbers in a cache that others have filled, or that was carried away and is
 import pytest
 import torch
 
-from sortkd.data import Batches, draw_views, load_digits
-from sortkd.models import create_model
-from sortkd.teacher_logits import CachedTeacherLogits
+from sortkd.train.images import Batches, draw_views, load_digits
+from sortkd.train.networks import create_model
+from sortkd.train.teacher_logits import CachedTeacherLogits
 
 
 @pytest.fixture(scope="module")

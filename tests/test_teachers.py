@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sortkd.data import load_digits
-from sortkd.models import create_model
-from sortkd.teachers import find_teacher, get_teacher, load_teacher, load_weights, read_checkpoint, save_teacher, weights_checksum
+from sortkd.train.images import load_digits
+from sortkd.train.networks import create_model
+from sortkd.train.teachers import find_teacher, get_teacher, load_teacher, load_weights, read_checkpoint, save_teacher, weights_checksum
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +224,10 @@ import os, sys, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
-import sortkd.teachers
-from sortkd.data import load_digits
-from sortkd.models import create_model
-from sortkd.teachers import get_teacher
+import sortkd.train.teachers
+from sortkd.train.images import load_digits
+from sortkd.train.networks import create_model
+from sortkd.train.teachers import get_teacher
 
 digits, published = load_digits(), "published" in sys.argv
 if published:  # the first process alone asks the network, which the second could not reach
@@ -238,7 +238,7 @@ def fetch(folder):
     time.sleep(0.5)
     if "unreachable" in sys.argv:
         raise ConnectionError("no network.")
-    path = folder / sortkd.teachers._published_member("resnet56")
+    path = folder / sortkd.train.teachers._published_member("resnet56")
     path.parent.mkdir(parents=True)
     torch.save({"model": network().state_dict()}, path)
 
@@ -259,7 +259,7 @@ for job in range(jobs):
     for rank in range(2):
         if os.fork() == 0:
             dist.init_process_group("gloo", init_method=f"file://{Path.cwd()}/meeting{job}", rank=rank, world_size=2)
-            sortkd.teachers.fetch_published = fetch
+            sortkd.train.teachers.fetch_published = fetch
             Path(f"asked-{job}-{rank}").touch()
             teacher = get_teacher("resnet56" if published else "resnet8", digits, "teachers", {"seed": 0}, train, fetch=published)
             Path(f"{teacher.source}-{job}-{rank}.end").touch()

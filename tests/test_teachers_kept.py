@@ -5,11 +5,11 @@ import pytest
 import torch
 from conftest import needs_cifar100
 
-from sortkd.data import load_data
-from sortkd.models import list_models
-from sortkd.teachers import PUBLISHED_TOP1, load_teacher, read_checkpoint
-from sortkd.devices import create_fabric
-from sortkd.training import evaluate
+from sortkd.train.images import load_data
+from sortkd.train.networks import list_models
+from sortkd.train.teachers import PUBLISHED_TOP1, load_teacher, read_checkpoint
+from sortkd.train.devices import create_fabric
+from sortkd.train.trainer import evaluate
 
 FILES = sorted((Path(__file__).parents[1] / "teachers").rglob("*.safetensors"))
 KEPT = [path for path in FILES if "local" not in path.parts]  # the others were made on this machine, and are not committed

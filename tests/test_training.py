@@ -15,14 +15,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conftest import QUICK_METHODS
-from sortkd.data import Batches, draw_views, load_digits
+from sortkd.train.images import Batches, draw_views, load_digits
 from sortkd.methods import create_method
-from sortkd.models import create_model
-from sortkd.teacher_logits import CachedTeacherLogits, TeacherLogits
-from sortkd.checkpoints import Checkpoint, Stopped, fingerprint
-from sortkd.devices import Ranks, create_fabric
-from sortkd.lessons import Lessons
-from sortkd.training import Learner, Outcome, Recipe, Student, evaluate, teach, train, train_together
+from sortkd.train.networks import create_model
+from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
+from sortkd.train.checkpoints import Checkpoint, Stopped, fingerprint
+from sortkd.train.devices import Ranks, create_fabric
+from sortkd.train.batches import Lessons
+from sortkd.train.trainer import Learner, Outcome, Recipe, Student, evaluate, teach, train, train_together
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, momentum=0.9, weight_decay=0.05, milestones=(2, 3), lr_decay=0.1)
@@ -275,8 +275,8 @@ def test_streams_of_students_taught_together(monkeypatch, batches, fabric):
         yield
         log.append(f"{stream} queued")
 
-    monkeypatch.setattr("sortkd.training.on_stream", on_stream)
-    monkeypatch.setattr("sortkd.training.wait_for", lambda stream: log.append(f"wait for {stream}"))
+    monkeypatch.setattr("sortkd.train.trainer.on_stream", on_stream)
+    monkeypatch.setattr("sortkd.train.trainer.wait_for", lambda stream: log.append(f"wait for {stream}"))
     monkeypatch.setattr(Learner, "learn", lambda self, lesson: (log.append(f"step of {self.stream}"), learn(self, lesson)))
     learners = [Learner(Student(network(8), create_method("ce"), RECIPE), fabric, "") for _ in "ab"]
     for learner, learner.stream in zip(learners, "ab"):

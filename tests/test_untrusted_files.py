@@ -23,20 +23,20 @@ from test_data import fake_cifar100
 from torchvision.datasets import CIFAR100
 
 import sortkd
-import sortkd.plugins
-import sortkd.teachers
-from sortkd.commands import evaluate_command, run
-from sortkd.data import load_cifar100, load_digits
-from sortkd.checks import folder_path, short_enough
-from sortkd.experiments import plan_experiment
-from sortkd.files import save_atomically
-from sortkd.grids import main, make_grid, read_yaml
-from sortkd.plans import read_plan, read_plans
-from sortkd.records import append_record, read_correct, read_records, save_correct
-from sortkd.runs import run_experiment
-from sortkd.models import create_model
-from sortkd.teachers import fetch_published, find_teacher, get_teacher, load_teacher, read_checkpoint, save_teacher
-from sortkd.checkpoints import Stopped
+import sortkd.experiment.plugins
+import sortkd.train.teachers
+from sortkd.fronts.commands import evaluate_command, run
+from sortkd.train.images import load_cifar100, load_digits
+from sortkd.utils.checks import folder_path, short_enough
+from sortkd.experiment.setup import plan_experiment
+from sortkd.utils.files import save_atomically
+from sortkd.experiment.grid import main, make_grid, read_yaml
+from sortkd.evidence.preregistration import read_plan, read_plans
+from sortkd.experiment.record import append_record, read_correct, read_records, save_correct
+from sortkd.experiment.run import run_experiment
+from sortkd.train.networks import create_model
+from sortkd.train.teachers import fetch_published, find_teacher, get_teacher, load_teacher, read_checkpoint, save_teacher
+from sortkd.train.checkpoints import Stopped
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"pair": "resnet8:resnet8", "preset": "quick", "dataset": "digits", "methods": "kd+sort", "epochs": 2, "train_size": 200, "test_size": 100, "device": "cpu"}
@@ -151,9 +151,9 @@ def test_a_training_checkpoint_with_something_else_in_it(tmp_path, interrupted, 
 
 
 def test_a_teachers_training_checkpoint_that_would_run_code(tmp_path):
-    from sortkd.pairs import SHORT_TEACHER
-    from sortkd.runs import teacher_training, train_teacher
-    from sortkd.checkpoints import fingerprint
+    from sortkd.experiment.pairs import SHORT_TEACHER
+    from sortkd.experiment.run import teacher_training, train_teacher
+    from sortkd.train.checkpoints import fingerprint
     data = load_digits().subset(train_size=40, test_size=20)
     name = f"teacher-resnet8-{fingerprint('resnet8', teacher_training('resnet8', data, SHORT_TEACHER, 0))}.pt"
     save_zip(CreatesFile(tmp_path / "executed"), tmp_path / name)
@@ -267,7 +267,7 @@ def test_an_archive_with_a_teacher_that_would_run_code(tmp_path, web, monkeypatc
     folder, address = web
     save_zip(CreatesFile(tmp_path / "executed"), tmp_path / "hostile.pth")
     make_archive(folder / "teachers.tar", member(known("resnet56"), (tmp_path / "hostile.pth").read_bytes()))
-    monkeypatch.setattr(sortkd.teachers, "fetch_published", functools.partial(fetch_published, url=f"{address}/teachers.tar"))
+    monkeypatch.setattr(sortkd.train.teachers, "fetch_published", functools.partial(fetch_published, url=f"{address}/teachers.tar"))
     data = load_digits()
     object.__setattr__(data, "name", "cifar100")
     with pytest.raises(ValueError, match="ckpt_epoch_240.pth cannot be read as weights"):
@@ -319,7 +319,7 @@ def test_redirections_stay_within_the_scheme(tmp_path, web, monkeypatch, place):
 def test_addresses_are_https():
     from torchvision.models import get_model_weights
     assert all(get_model_weights(name)["IMAGENET1K_V1"].url.startswith("https://") for name in ("resnet34", "resnet50"))
-    assert sortkd.teachers.PUBLISHED_ARCHIVE.startswith("https://") and CIFAR100.url.startswith("https://")
+    assert sortkd.train.teachers.PUBLISHED_ARCHIVE.startswith("https://") and CIFAR100.url.startswith("https://")
     assert re.fullmatch("[0-9a-f]{32}", CIFAR100.tgz_md5)
 
 
@@ -329,14 +329,14 @@ def test_https_is_never_left_for_http(monkeypatch, tmp_path):
 
     def refuse(self, request, *_, **__):
         asked.append(request.full_url)
-        raise sortkd.teachers.URLError("TLS failed")
+        raise sortkd.train.teachers.URLError("TLS failed")
 
     monkeypatch.setattr("urllib.request.HTTPSHandler.https_open", refuse)
     monkeypatch.setattr("urllib.request.HTTPHandler.http_open", refuse)
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(ConnectionError, match="TLS failed"):
         fetch_published(tmp_path)
-    assert asked == [sortkd.teachers.PUBLISHED_ARCHIVE]
+    assert asked == [sortkd.train.teachers.PUBLISHED_ARCHIVE]
 
 
 def serve_cifar100(tmp_path, web, monkeypatch, *more, checksum_fits=True):
@@ -464,7 +464,7 @@ def test_names_that_no_file_can_have():
 PLUGIN = """
 from pathlib import Path
 Path({mark!r}).touch()
-from sortkd.plugins import register_repair
+from sortkd.experiment.plugins import register_repair
 register_repair("boost")(lambda logits, target: logits)
 """
 GRID = {"pairs": ["resnet8:resnet8"], "methods": ["kd"], "seeds": 1, "preset": "quick", "options": {"dataset": "digits", "teacher": "none.pth"}}
@@ -487,7 +487,7 @@ def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, way):
     def fine(*_):
         raise RuntimeError("fine")
 
-    monkeypatch.setattr("sortkd.grids.read_state", fine)
+    monkeypatch.setattr("sortkd.experiment.grid.read_state", fine)
     if way.startswith("plan"):
         with pytest.raises(ValueError, match="names the plugin .*mine.py"):
             read_plan(grid) if way == "plan" else read_plans(tmp_path)
@@ -499,7 +499,7 @@ def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, way):
     assert not mark.exists() and not (tmp_path / "other").exists()
     if way in ("grid", "config.yaml beside it"):
         assert main([str(grid), "--dry-run", "--plugin", str(plugin)]) == 1 and "fine" in capsys.readouterr().err
-        sortkd.plugins._forget(str(plugin))
+        sortkd.experiment.plugins._forget(str(plugin))
         assert mark.exists(), "the planted file does nothing, so this test shows nothing"
 
 
@@ -538,7 +538,7 @@ def test_parameters_reach_no_shell(tmp_path, monkeypatch, capsys, teacher_file, 
     from inspect import signature
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SORTKD_DATA", text)
-    monkeypatch.setattr("sortkd.runs.run_experiment", lambda *_: (_ for _ in ()).throw(RuntimeError("this would run")))
+    monkeypatch.setattr("sortkd.experiment.run.run_experiment", lambda *_: (_ for _ in ()).throw(RuntimeError("this would run")))
     given = SMALL | {"teacher": str(teacher_file)}
     for name in signature(plan_experiment).parameters:
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in (given | {name: text}).items()]
@@ -602,7 +602,7 @@ def note(event, arguments):
     for path in paths:
         written.add((event, os.path.realpath(os.fsdecode(path)) if not isinstance(path, int) else str(path)))
 sys.addaudithook(note)
-from sortkd.commands import run
+from sortkd.fronts.commands import run
 status = run(sys.argv[1:])
 sys.stdout.write("WRITTEN" + json.dumps(sorted(written)))
 sys.exit(status)
@@ -634,7 +634,7 @@ def test_nothing_is_written_outside_the_folders_that_were_named(tmp_path):
     assert all("matplotlib" in str(path) for path in home.rglob("*") if path.is_file())
 
 
-CODE = sorted((ROOT / "sortkd").glob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
+CODE = sorted((ROOT / "sortkd").rglob("*.py")) + sorted((ROOT / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
@@ -699,9 +699,9 @@ MAKER = """
 import os, sys, time
 import torch
 from pathlib import Path
-from sortkd.data import ImageData
-from sortkd.models import create_model
-from sortkd.teachers import get_teacher
+from sortkd.train.images import ImageData
+from sortkd.train.networks import create_model
+from sortkd.train.teachers import get_teacher
 images, targets = torch.zeros(10, 8, 8, 3, dtype=torch.uint8), torch.arange(10)
 data = ImageData("digits", images, targets, images, targets, tuple("0123456789"), (0.5,) * 3, (0.5,) * 3, 1, False)
 def train():
@@ -780,7 +780,7 @@ def test_a_folder_of_teachers_that_can_only_be_read(tmp_path, monkeypatch):
     get_teacher("resnet8", load_digits(), tmp_path, {}, lambda: (weights, {}))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for name in ("exclusive", "save_atomically", "_check_writable"):
-        monkeypatch.setattr(sortkd.teachers, name, lambda *_: pytest.fail("writes"))
+        monkeypatch.setattr(sortkd.train.teachers, name, lambda *_: pytest.fail("writes"))
     assert get_teacher("resnet8", load_digits(), tmp_path, {}, lambda: pytest.fail("trained")).source == "found"
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

@@ -15,9 +15,9 @@ import psutil
 import pytest
 import yaml
 
-from sortkd.pairs import PAIRS
-from sortkd.records import read_records
-from sortkd.results import paper_grid
+from sortkd.experiment.pairs import PAIRS
+from sortkd.experiment.record import read_records
+from sortkd.evidence.results import paper_grid
 
 pytest.importorskip("snakemake")
 ROOT = Path(__file__).parents[1]

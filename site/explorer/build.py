@@ -14,10 +14,10 @@ from pathlib import Path
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
-from sortkd.plans import Plan, describe_looks, describe_plans, mark_planned, planned_cells, planned_effects, read_plans
-from sortkd.results import load_results, select
-from sortkd.statistics import compare_methods, verdicts
-from sortkd.tables import method_title
+from sortkd.evidence.preregistration import Plan, describe_looks, describe_plans, mark_planned, planned_cells, planned_effects, read_plans
+from sortkd.evidence.results import load_results, select
+from sortkd.evidence.statistics import compare_methods, verdicts
+from sortkd.evidence.tables import method_title
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "results"

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sortkd.data import load_cifar100
-from sortkd.teachers import load_teacher
+from sortkd.train.images import load_cifar100
+from sortkd.train.teachers import load_teacher
 
 HERE = Path(__file__).parent
 TEACHER = HERE.parents[1] / "teachers" / "resnet20-cifar100-30epochs.safetensors"

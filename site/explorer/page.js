@@ -132,7 +132,7 @@ function showNothing(id, text) {
   $(id).textContent = text;
 }
 
-/** Colour by repair, as in sortkd.plots; dashes by objective. */
+/** Colour by repair, as in sortkd.evidence.plots; dashes by objective. */
 function lineOf(method) {
   const [objective, repair] = method.split("+");
   const objectives = [...new Set(["kd", ...Object.keys(DATA.titles).map((name) => name.split("+")[0])])];
