@@ -15,7 +15,7 @@ from typing import Any
 
 from ..utils.checks import printable, shown
 from ..experiment.grid import paper_grid  # noqa: F401 (part of this module's public face)
-from ..experiment.pairs import has_published_length, method_for, recipe_for
+from ..experiment.pairs import PAIRS, has_published_length, method_for, recipe_for
 from ..methods import plain_name
 from ..experiment.record import read_correct, read_lines
 from ..experiment.schema import RecordError, check_record
