@@ -16,8 +16,10 @@ import torch
 import usual_way
 from scipy.stats import ttest_ind
 
-from sortkd.train.images import Batches, load_cifar100
-from sortkd.experiment.record import append_record, describe_machine
+from sortkd.train.augmentation import Batches
+from sortkd.train.images import load_cifar100
+from sortkd.experiment.storage import append_record
+from sortkd.experiment.provenance import describe_machine
 from sortkd.methods import create_method
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits

@@ -26,7 +26,7 @@ from sortkd.train.devices import create_fabric
 from sortkd.train.batches import Lesson
 from sortkd.methods import create_method
 from sortkd.train.networks import create_model
-from sortkd.experiment.record import describe_machine
+from sortkd.experiment.provenance import describe_machine
 from sortkd.sorting import sort_logits
 from sortkd.train.teacher_logits import CachedTeacherLogits
 from sortkd.train.trainer import Learner, Recipe, Student, train_together

@@ -22,13 +22,15 @@ from datetime import UTC, datetime
 import torch
 import usual_way
 
-from sortkd.train.images import Batches, ImageData, has_cifar100, load_cifar100
+from sortkd.train.augmentation import Batches
+from sortkd.train.images import ImageData, has_cifar100, load_cifar100
 from sortkd.train.devices import create_fabric, native_precision
 from sortkd.train.batches import Lesson
 from sortkd.methods import create_method
 from sortkd.train.networks import create_model
 from sortkd.experiment.pairs import pair_for
-from sortkd.experiment.record import append_record, describe_machine
+from sortkd.experiment.storage import append_record
+from sortkd.experiment.provenance import describe_machine
 from sortkd.sorting import sort_logits
 from sortkd.train.teacher_logits import CachedTeacherLogits
 from sortkd.train.trainer import Learner, Recipe, Student, evaluate, train, train_together

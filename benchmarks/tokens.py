@@ -21,7 +21,8 @@ from speed import print_table, time_in_turns
 
 from sortkd.train.devices import create_fabric
 from sortkd.losses import kd_loss
-from sortkd.experiment.record import append_record, describe_machine
+from sortkd.experiment.storage import append_record
+from sortkd.experiment.provenance import describe_machine
 from sortkd.sorting import sort_logits
 
 SHAPES = [(4, 128, 1000), (4, 128, 32000)]  # batch, length, vocabulary

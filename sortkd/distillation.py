@@ -9,9 +9,8 @@ __all__ = ['DistillationLoss']
 import torch
 from torch import Tensor, nn
 
-from .losses import leave_out_rows
+from .repairs import check_positive, leave_out_rows
 from .methods import OBJECTIVES, create_method
-from .repairs import check_positive
 from .sorting import check_arguments, check_range, class_indices, find_wrong_rows
 
 

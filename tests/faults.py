@@ -183,7 +183,7 @@ def _process(settings, break_it, log, folder, as_command):
 
         from sortkd.experiment import run as runs
         from sortkd.fronts.commands import run
-        from sortkd.experiment.setup import plan_experiment
+        from sortkd.experiment.setup import prepare_experiment
         from sortkd.experiment.pairs import PRESETS
         torch.set_num_threads(1)
         quick = PRESETS["quick", "digits"]  # a teacher that has to be trained is trained for a few steps
@@ -194,7 +194,7 @@ def _process(settings, break_it, log, folder, as_command):
         if as_command:
             sys.exit(run([f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in settings.items()] + ["--quiet"]))
         try:
-            runs.run_experiment(plan_experiment(**settings), progress=False)
+            runs.run_experiment(prepare_experiment(**settings), progress=False)
         except Exception as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)  # there is room for words
             print("".join(traceback.format_tb(error.__traceback__)))
@@ -283,7 +283,8 @@ class Tally:
         """Give the command again (unless all of it had been done), unbroken, and look at what is there: `expected` records of
         each run, and the weights.
         """
-        from sortkd.experiment.record import compare_runs, read_records
+        from sortkd.experiment.record import compare_runs
+        from sortkd.experiment.storage import read_records
         self.faults[kind] += faults
         self.runs[kind] += len(reference)
         status = victim.run() if again and not victim.ended else 0
@@ -346,7 +347,7 @@ class Harness:
         """The records of the experiment when nobody breaks it, with checksums of its weights in `kept`; how long it took is
         in `self.seconds`.
         """
-        from sortkd.experiment.record import read_records
+        from sortkd.experiment.storage import read_records
         name = str(changes)
         if name not in self.unbroken:
             started, victim = time.monotonic(), self.victim(**changes)
@@ -590,7 +591,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", help="append what was found to this file")
     arguments = parser.parse_args()
-    from sortkd.experiment.record import append_record, describe_machine
+    from sortkd.experiment.storage import append_record
+    from sortkd.experiment.provenance import describe_machine
     with tempfile.TemporaryDirectory() as folder:
         tally, found = break_everything(Path(folder), arguments.kills, arguments.seed)
     for kind, count in tally.faults.items():

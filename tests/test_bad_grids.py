@@ -11,7 +11,7 @@ VALUES = [
     "null", "true", "[]", "{}", "[null]", "[kd, kd]", "-1", "0", "1.5", ".nan", "1e400", "9" * 5000, "2000000000", "2026-01-01", "!!binary aGk=", '"\\0"', '"\\u202e"',
     '"$(touch planted)"', '""', '" "', "&a [*a]", "x" * 5000, "{", "r: 5", "!!int x", "!!python/object/apply:os.system [touch planted]",
 ]
-FOLDERS = {'"\\u202e"', '"$(touch planted)"', '" "', "1e400"}  # so far as a grid can tell; plan_experiment looks closer
+FOLDERS = {'"\\u202e"', '"$(touch planted)"', '" "', "1e400"}  # so far as a grid can tell; prepare_experiment looks closer
 NOTHING = {"{}", "null", "[]", "0", '""'}
 
 

@@ -20,10 +20,12 @@ import sortkd.train.images
 import sortkd.experiment.setup
 import sortkd.experiment.run
 from sortkd.fronts.commands import evaluate_command, run
-from sortkd.train.images import Batches, load_cifar100
-from sortkd.experiment.setup import Experiment, plan_experiment
+from sortkd.train.augmentation import Batches
+from sortkd.train.images import load_cifar100
+from sortkd.experiment.setup import Experiment, describe_teacher_logits, prepare_experiment
 from sortkd.experiment.run import run_experiment
-from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, revise_logits, skip_logits, sld_loss, smooth_logits, standardize
+from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss, sld_loss, standardize
+from sortkd.repairs import revise_logits, skip_logits, smooth_logits
 from sortkd.methods import OBJECTIVES, REPAIRS, create_method
 from sortkd.train.networks import create_model
 from sortkd.sorting import sort_logits, swap_logits
@@ -97,7 +99,7 @@ def answer(place, **given):
     "What planning says: an experiment or a message. All that is promised of both is checked here."
     there, start = everything_in(place), time.monotonic()
     try:
-        plan = plan_experiment(**SMALL | {"results_dir": str(place / "results"), "teachers_dir": str(place / "teachers")} | given)
+        plan = prepare_experiment(**SMALL | {"results_dir": str(place / "results"), "teachers_dir": str(place / "teachers")} | given)
     except (ValueError, TypeError, OSError) as error:
         plan, said = None, str(error)
         assert len(said) <= LONGEST_MESSAGE, f"{len(said)} characters"
@@ -105,14 +107,14 @@ def answer(place, **given):
         assert any(name in said or repr(value)[1:40].rstrip("'") in said for name, value in given.items()), f"nothing is named: {said}"
     else:
         assert isinstance(plan, Experiment)
-        said = plan.describe() + plan.describe_teacher_logits()  # a plan can be talked about
+        said = plan.describe() + describe_teacher_logits(plan)  # a plan can be talked about
     assert time.monotonic() - start < LONGEST_ANSWER
     assert everything_in(place) == there, "planning has written"
     return plan, said
 
 
 def test_every_parameter_has_bad_values():
-    assert VALUES.keys() | {"data"} == signature(plan_experiment).parameters.keys()
+    assert VALUES.keys() | {"data"} == signature(prepare_experiment).parameters.keys()
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -557,7 +559,7 @@ def recorded(place):
     torch.manual_seed(0)
     folder = place.with_name("recorded")
     teacher = save_teacher(folder / "resnet20.safetensors", create_model("resnet20", 10).state_dict(), {"architecture": "resnet20", "dataset": "digits"})
-    plan = plan_experiment(**SMALL | {"methods": "kd+sort", "teacher": str(teacher), "teachers_dir": str(folder), "results_dir": str(folder / "results")})
+    plan = prepare_experiment(**SMALL | {"methods": "kd+sort", "teacher": str(teacher), "teachers_dir": str(folder), "results_dir": str(folder / "results")})
     record, = run_experiment(plan, progress=False).records
     return json.loads(json.dumps(record)), ["--quiet", f"--teachers-dir={folder}", f"--results-dir={folder / 'again'}", "--from-record"]
 

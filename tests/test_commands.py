@@ -15,13 +15,14 @@ import pytest
 import torch
 from papermill import inspect_notebook
 
-from sortkd.fronts.commands import ends_cleanly, evaluate_command, evaluate_checkpoint, run
+from sortkd.utils.progress import ends_cleanly
+from sortkd.fronts.commands import evaluate_command, evaluate_checkpoint, run
 from sortkd.train.images import load_digits
-from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.methods import OBJECTIVES, REPAIRS
 from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS
 from sortkd.experiment.parameters import Parameters, parameter_cell, parameter_groups
-from sortkd.experiment.record import append_record, read_records
+from sortkd.experiment.storage import append_record, read_records
 from sortkd.train.networks import create_model
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
@@ -35,7 +36,7 @@ def test_the_notebook_has_the_parameters_of_the_dataclass():
     assert all(len(line) <= 100 for line in cell.source.splitlines()), "longer ones are clipped"
     found = inspect_notebook(NOTEBOOK)
     assert found.pop("progress") == {"name": "progress", "inferred_type_name": "bool", "default": "True", "help": "print a line after each epoch"}
-    assert list(found) == [each.name for group in parameter_groups().values() for each in group] == list(signature(plan_experiment).parameters)[:-1]
+    assert list(found) == [each.name for group in parameter_groups().values() for each in group] == list(signature(prepare_experiment).parameters)[:-1]
     for each in fields(Parameters):
         assert ast.literal_eval(found[each.name]["default"]) == each.default
         assert found[each.name]["inferred_type_name"] == each.type.__name__ == type(each.default).__name__

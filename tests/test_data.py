@@ -21,10 +21,11 @@ from conftest import needs_cifar100
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import sortkd.train.augmentation
-from sortkd.train.images import (
-    Batches, ImageData, Views, batch_bounds, crop, draw_views, has_cifar100, load_cifar100, load_data, load_digits,
-    normalize, number_of_views, pad_images, seeded_generator, view_id, views_of,
+from sortkd.train.augmentation import (
+    Batches, Views, batch_bounds, crop, draw_views, normalize, number_of_views, pad_images,
+    seeded_generator, view_id, views_of,
 )
+from sortkd.train.images import ImageData, has_cifar100, load_cifar100, load_data, load_digits
 from sortkd.train.augmentation import strong_views
 
 CIFAR_FILES = ("train", "test", "meta")

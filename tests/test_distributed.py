@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sortkd.fronts.commands import run
-from sortkd.train.images import Batches, load_digits
+from sortkd.train.augmentation import Batches
+from sortkd.train.images import load_digits
 from sortkd.train.devices import Ranks, SumOverRanks, SynchronizedBatchNorm, create_fabric
-from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.methods import create_method
 from sortkd.experiment.pairs import PRESETS
-from sortkd.experiment.record import read_records
+from sortkd.experiment.storage import read_records
 from sortkd.train.trainer import Recipe, evaluate, train
 
 METHODS = ("kd+sort", "dist+sort", "mlkd+sort", "ctkd")
@@ -65,7 +66,7 @@ def run_all(folder: Path) -> None:
     curves["evaluation"] = vars(found) | {"correct": found.correct.tolist()}
     if fabric.world_size > 1:
         with pytest.raises(ValueError, match="workers is 2"):
-            plan_experiment(pair="r56_r20", methods="kd", dataset="digits", preset="quick", device="cpu", workers=2)
+            prepare_experiment(pair="r56_r20", methods="kd", dataset="digits", preset="quick", device="cpu", workers=2)
     if not fabric.is_global_zero:
         assert not any(curves[name] for name in METHODS), "callbacks belong to the first process"
         return

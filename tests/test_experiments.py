@@ -16,18 +16,21 @@ import torch
 from conftest import QUICK_METHODS, needs_cifar100, save_sample_folder
 
 import sortkd
-from sortkd.train.images import Batches, load_digits
-from sortkd.experiment.setup import plan_experiment
-from sortkd.experiment.pairs import PAIRS
+from sortkd.train.augmentation import Batches
+from sortkd.train.images import load_digits
+from sortkd.experiment.setup import describe_teacher_logits, prepare_experiment
+from sortkd.experiment.pairs import PAIRS, method_for, published_recipe, recipe_for
 from sortkd.evidence.plots import conclude, plot_mistakes, summarize
-from sortkd.experiment.record import append_record, compare_runs, differences, read_records
+from sortkd.experiment.storage import append_record, read_records
+from sortkd.experiment.record import compare_runs, differences
 from sortkd.evidence.results import load_results
-from sortkd.experiment.pairs import method_for, published_recipe, recipe_for
-from sortkd.experiment.repeat import plan_repetition
-from sortkd.experiment.run import plan_run, run_experiment
+from sortkd.experiment.repeat import prepare_repetition
+from sortkd.experiment.one_run import prepare_run
+from sortkd.experiment.run import run_experiment
 from sortkd.methods import create_method
 from sortkd.train.networks import create_model
-from sortkd.train.teachers import read_checkpoint, save_atomically, weights_checksum
+from sortkd.train.teachers import read_checkpoint, weights_checksum
+from sortkd.utils.files import save_atomically
 from sortkd.train.checkpoints import Stopped
 from sortkd.train.devices import create_fabric
 from sortkd.train.trainer import Outcome, Recipe, train, train_together
@@ -37,7 +40,7 @@ SMALL = {"pair": "resnet20:resnet8", "methods": "kd,kd+sort", "preset": "quick",
 
 
 def small_experiment(folder, **changes):
-    return plan_experiment(**(SMALL | {"teachers_dir": f"{folder}/teachers", "results_dir": f"{folder}/results"} | changes))
+    return prepare_experiment(**(SMALL | {"teachers_dir": f"{folder}/teachers", "results_dir": f"{folder}/results"} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +130,7 @@ def test_killed_and_started_again(folder, tmp_path):
               "Student = experiments.Student\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
               "experiments.Student = lambda *a, **k: Student(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
-              f"e = planning.plan_experiment(pair='resnet20:resnet8', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=100, test_size=60, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
+              f"e = planning.prepare_experiment(pair='resnet20:resnet8', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=100, test_size=60, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
               "experiments.run_experiment(e, progress=False)\n")
     small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
     run_experiment(small_teacher, progress=False)
@@ -154,12 +157,12 @@ def test_killed_and_started_again(folder, tmp_path):
     ({"pair": "resnet20:resnet9"}, "no network 'resnet9'. Did you mean resnet8"), ({"pair": "resnet20:"}, "TEACHER:STUDENT"), ({"pair": "timm:resnet8:resnet8"}, "timm"),
     ({"pair": "imagenet/ResNet34:resnet8"}, "is for ImageNet"), ({"methods": "kd(temp=2)"}, "no setting 'temp'"), ({"methods": "kd(beta=1,temperature=2)"}, "no setting 'beta'"),
     ({"methods": "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)"}, "give each method once"),
-    ({"set": "lr"}, "give numbers, such as"), ({"set": "lr=-1"}, "lr is -1"), ({"set": "batchsize=3"}, "Did you mean 'batch_size'"), ({"set": "batch_size=1.5"}, "give numbers"), ({"set": "epochs=3"}, "the name in set"),
+    ({"recipe": "lr"}, "give numbers, such as"), ({"recipe": "lr=-1"}, "lr is -1"), ({"recipe": "batchsize=3"}, "Did you mean 'batch_size'"), ({"recipe": "batch_size=1.5"}, "give numbers"), ({"recipe": "epochs=3"}, "the name in set"),
     ({"pairs": "r56_r20"}, "parameter is 'pairs'.*Did you mean 'pair'"), ({"seed": 1}, "Did you mean 'seeds'"), ({"\n": 1}, "parameter is"),
 ])
 def test_bad_parameters_are_named(changes, words, tmp_path):
     with pytest.raises(ValueError, match=words):
-        plan_experiment(**(SMALL | {"results_dir": str(tmp_path / "results")} | changes))
+        prepare_experiment(**(SMALL | {"results_dir": str(tmp_path / "results")} | changes))
     assert not list(tmp_path.iterdir())
 
 
@@ -170,7 +173,7 @@ def test_a_teacher_that_does_not_exist_is_named(tmp_path):
 
 def test_parameters_are_keywords():
     with pytest.raises(TypeError, match="positional"):
-        plan_experiment("r56_r20")
+        prepare_experiment("r56_r20")
 
 
 def test_another_networks_checkpoint_is_refused(tmp_path):
@@ -239,11 +242,11 @@ def test_the_result_in_words():
 
 @needs_cifar100
 def test_the_quick_preset_teaches_ten_classes(tmp_path):
-    experiment = plan_experiment(pair="r56_r20", preset="quick", teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    experiment = prepare_experiment(pair="r56_r20", preset="quick", teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
     assert (experiment.data.name, experiment.data.num_classes, experiment.data.image_size) == ("cifar100-mini", 10, 16)
     assert [method.name for method in experiment.methods] == ["ce", "kd", "kd+sort"] and "Expect" in experiment.describe()
     with pytest.raises(ValueError, match="is for CIFAR-100"):
-        plan_experiment(preset="short", dataset="cifar100-mini", results_dir=str(tmp_path))
+        prepare_experiment(preset="short", dataset="cifar100-mini", results_dir=str(tmp_path))
 
 
 @needs_cifar100
@@ -251,14 +254,14 @@ def test_the_quick_preset_teaches_ten_classes(tmp_path):
 @pytest.mark.parametrize("pair", ["r32x4_r8x4", "r56_r20", "vgg13_vgg8"])
 def test_the_first_run_convinces(pair, tmp_path):
     "Every student at five times chance or more."
-    experiment = plan_experiment(pair=pair, preset="quick", teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    experiment = prepare_experiment(pair=pair, preset="quick", teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
     assert all(record["result"]["last_top1"] >= 50 for record in run_experiment(experiment, progress=False).records)
 
 
 @needs_cifar100
 def test_real_cifar100(tmp_path):
     "The documented CIFAR-100 command, much smaller."
-    experiment = plan_experiment(pair="r56_r20", methods="kd,kd+sort", preset="quick", dataset="cifar100", epochs=1, train_size=150, test_size=100, teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
+    experiment = prepare_experiment(pair="r56_r20", methods="kd,kd+sort", preset="quick", dataset="cifar100", epochs=1, train_size=150, test_size=100, teachers_dir=str(tmp_path / "teachers"), results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
     assert records[0]["data"]["full_checksum"] == experiment.full_data.checksum and records[0]["data"]["train_images"] == 150
     assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0
@@ -318,7 +321,7 @@ PUBLISHED = {"pair": "r56_r20", "preset": "paper", "dataset": "cifar100", "epoch
 @pytest.mark.parametrize("changes,full", [
     ({}, True), ({"epochs": 240}, True), ({"train_size": 400, "test_size": 100}, True), ({"methods": "ce,mlkd"}, True),
     ({"epochs": 239}, False), ({"epochs": 241}, False), ({"epochs": 480, "methods": "mlkd"}, False), ({"train_size": 399}, False),
-    ({"test_size": 99}, False), *(({"set": change}, False) for change in ("lr=0.1", "batch_size=128", "momentum=0", "weight_decay=0", "lr_decay=0.2")),
+    ({"test_size": 99}, False), *(({"recipe": change}, False) for change in ("lr=0.1", "batch_size=128", "momentum=0", "weight_decay=0", "lr_decay=0.2")),
     ({"preset": "short"}, False), ({"preset": "short", "epochs": 240, "train_size": 400}, False), ({"preset": "quick"}, False),
 ])
 def test_a_changed_recipe_is_not_called_the_published_one(folder, monkeypatch, changes, full):
@@ -330,8 +333,8 @@ def test_a_changed_recipe_is_not_called_the_published_one(folder, monkeypatch, c
     described = plan.describe()
     assert plan.is_full_recipe == full == described.startswith("This is a full run of the published recipe: ")
     assert full == ("can be compared with published ones" in described)
-    run = plan_run(plan, plan.methods[0], 0, "cached", None)
-    assert run.settings["full_recipe"] == full
+    run = prepare_run(plan, plan.methods[0], 0, "cached", None)
+    assert run.facts["full_recipe"] == full
 
 
 def test_a_failing_worker_says_why_and_loses_nothing(folder, tmp_path):
@@ -356,7 +359,7 @@ def test_kept_and_computed_teacher_logits(folder, tmp_path):
     assert auto["curve"]["train_loss"] == pytest.approx(off["curve"]["train_loss"], rel=0.01)
     assert auto["result"]["teacher_wrong_rows"] == pytest.approx(off["result"]["teacher_wrong_rows"], abs=3)
     assert (tmp_path / "auto" / "teacher_logits").is_dir() and not (tmp_path / "off" / "teacher_logits").exists()
-    assert "are cached" in results["auto"].experiment.describe_teacher_logits() and "every epoch" in results["off"].experiment.describe_teacher_logits()
+    assert "are cached" in describe_teacher_logits(results["auto"].experiment) and "every epoch" in describe_teacher_logits(results["off"].experiment)
 
 
 def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
@@ -376,7 +379,7 @@ def test_bad_speed_parameters_are_named(changes, words, tmp_path):
 def test_every_method(folder, tmp_path, which):
     "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole."
     from sortkd.methods import OBJECTIVES, list_methods
-    from sortkd.experiment.schema import check_record
+    from sortkd.experiment.record import check_record
     names = QUICK_METHODS if which == "some" else list_methods()
     experiment = small_experiment(folder, methods=",".join(names), epochs=3, train_size=128, cache="full", results_dir=str(tmp_path))
     records = run_experiment(experiment, progress=False).records
@@ -422,7 +425,7 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
         assert record["about_teacher"] is None and record["teacher"] == "resnet20" and not (tmp_path / "teachers").exists()
         assert done.describe_teacher() == "No method used a teacher." and plot_mistakes(done) is None and "resnet8 is trained on" in alone.describe()
         before = record | {"about_teacher": {"architecture": "resnet20", "source": "found", "file": "other.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}}  # as records were
-        again, = run_experiment(plan_repetition(before, results_dir=tmp_path / "repeated"), progress=False).records
+        again, = run_experiment(prepare_repetition(before, results_dir=tmp_path / "repeated"), progress=False).records
         assert compare_runs(before, again) == []
     beside = run_experiment(small_experiment(folder, methods="kd,ce", epochs=1, results_dir=results), progress=False)
     assert beside.appended == 1 and beside.records[1]["run_id"] == record["run_id"] and "is right on" in beside.describe_teacher()
@@ -505,7 +508,7 @@ def test_imagenet_through_the_notebook(photographs, monkeypatch):
 
 def test_imagenet_of_the_other_pair(photographs, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(photographs))
-    plan = plan_experiment(pair="in_r50_mv1", methods="dkd+sort", preset="quick", epochs=1, train_size=8, test_size=4, results_dir=str(photographs / "other"),
+    plan = prepare_experiment(pair="in_r50_mv1", methods="dkd+sort", preset="quick", epochs=1, train_size=8, test_size=4, results_dir=str(photographs / "other"),
                            teacher=str(photographs / "in_r50_mv1.safetensors"))
     record, = run_experiment(plan, progress=False).records
     assert record["method"]["settings"] == {"alpha": 1.0, "beta": 2.0, "temperature": 1.0} and record["data"]["train_images"] == 8
@@ -513,17 +516,17 @@ def test_imagenet_of_the_other_pair(photographs, monkeypatch):
 
 def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(photographs))
-    plan = plan_experiment(pair="in_r34_r18", methods="kd,dkd", preset="paper")
+    plan = prepare_experiment(pair="in_r34_r18", methods="kd,dkd", preset="paper")
     assert (plan.recipe.epochs, plan.recipe.batch_size, plan.recipe.lr, plan.recipe.milestones) == (100, 512, 0.2, (30, 60, 90))
     assert plan.methods[1].warmup_epochs == 1 and plan.preset.fetch_teacher
     assert not plan.is_full_recipe and "shortened" in plan.describe(), "twenty images are not ImageNet, whatever their folder is called"
     for wrong, words in (({"methods": "mlkd"}, "strongly augmented"), ({"preset": "short"}, "CIFAR-100"), ({"dataset": "digits"}, "imagenet"),
                          ({"cache": "full"}, "no cache")):
         with pytest.raises(ValueError, match=words):
-            plan_experiment(**({"pair": "in_r34_r18", "preset": "quick"} | wrong))
+            prepare_experiment(**({"pair": "in_r34_r18", "preset": "quick"} | wrong))
     monkeypatch.setenv("SORTKD_DATA", str(photographs / "elsewhere"))
     with pytest.raises(FileNotFoundError, match="SORTKD_DATA"):
-        plan_experiment(pair="in_r34_r18", preset="quick")
+        prepare_experiment(pair="in_r34_r18", preset="quick")
 
 
 def stop_in(epochs):
@@ -663,7 +666,7 @@ def test_a_record_is_enough_to_repeat_its_run(folder, tmp_path):
     for changes in ({"methods": "dkd+sort", "cache": "off", "seeds": "5"}, {"methods": "mlkd", "precision": "float32"}):
         record, = run_experiment(small_experiment(folder, **changes, results_dir=str(tmp_path / "results")), progress=False).records
         torch.set_num_threads(2)  # the record knows better
-        again = plan_repetition(json.loads(json.dumps(record)), teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
+        again = prepare_repetition(json.loads(json.dumps(record)), teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
         assert torch.get_num_threads() == 1 and again.teacher_file.name == record["about_teacher"]["file"]
         repeated, = run_experiment(again, progress=False).records
         assert compare_runs(record, repeated) == []
@@ -672,7 +675,7 @@ def test_a_record_is_enough_to_repeat_its_run(folder, tmp_path):
 
 def test_a_pair_and_numbers_of_one_s_own(folder, tmp_path):
     "Two networks, a temperature and a recipe that no paper has: in the records, and repeated from one of them."
-    own = small_experiment(folder, pair="resnet20:resnet8", methods="kd(temperature=2)+sort,kd", set="lr=0.02,batch_size=32", results_dir=str(tmp_path / "results"))
+    own = small_experiment(folder, pair="resnet20:resnet8", methods="kd(temperature=2)+sort,kd", recipe="lr=0.02,batch_size=32", results_dir=str(tmp_path / "results"))
     assert not own.is_full_recipe and own.pair.lr == 0.05
     changed, usual = run_experiment(own, progress=False).records
     assert (changed["pair"], changed["teacher"], changed["student"]) == ("resnet20:resnet8", "resnet20", "resnet8")
@@ -681,7 +684,7 @@ def test_a_pair_and_numbers_of_one_s_own(folder, tmp_path):
     assert changed["students"] == 2
     frame, _ = load_results(tmp_path / "results" / "quick.jsonl")
     assert list(frame.sort_values("method").method) == ["kd", "kd(temperature=2)+sort"] and frame.not_paper.notna().all()
-    again = plan_repetition(changed, teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
+    again = prepare_repetition(changed, teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
     repeated, = run_experiment(again, progress=False).records
     assert compare_runs(changed, repeated) == [] and "students" not in repeated
 
@@ -695,14 +698,14 @@ def test_a_student_from_another_library(library, name, folder, tmp_path):
 
 def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
     record, = run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path / "results")), progress=False).records
-    def repeat(**changes): return plan_repetition(record | changes, teachers_dir=str(folder / "teachers"), results_dir=str(tmp_path / "repeated"))
+    def repeat(**changes): return prepare_repetition(record | changes, teachers_dir=str(folder / "teachers"), results_dir=str(tmp_path / "repeated"))
     for changes, words in (({"method": record["method"] | {"kd_weight": 0.5}}, "method.kd_weight is 0.9 here and 0.5 there"),
                            ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"device": "tpu"}, "tpu"), ({"recipe": None}, "recipe is None, expected an object")):
         with pytest.raises(ValueError, match=words):
             repeat(**changes)
     without_machine = {key: value for key, value in record.items() if key != "machine"}
     with pytest.raises(ValueError, match="machine"):
-        plan_repetition(without_machine)
+        prepare_repetition(without_machine)
     other = run_experiment(small_experiment(folder, methods="kd", seeds="1", results_dir=str(tmp_path / "results")), progress=False).records[0]
     assert "weights differ; last top-1 was" in compare_runs(record, other)[0]
 
@@ -716,7 +719,7 @@ def test_a_compiled_run_says_so(folder, tmp_path, monkeypatch):
     assert "compiled" not in eager and compiled["compiled"] is True and same_numbers(eager, compiled)
     found, _ = load_results([tmp_path / "quick.jsonl"])
     assert {*found["precision"]} == {eager["precision"], f"{eager['precision']}, compiled"}  # which do not share a table
-    again = plan_repetition(compiled, teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
+    again = prepare_repetition(compiled, teachers_dir=folder / "teachers", results_dir=tmp_path / "repeated")
     assert again.compile
 
 
@@ -782,7 +785,7 @@ def test_a_record_that_is_not_whole_blocks_no_run(folder, tmp_path):
             results = run_experiment(small_experiment(folder, **settings), progress=False)
         assert results.appended == 1 and compare_runs(record, results.records[0]) == []
         with pytest.raises(ValueError, match="schema is 'missing'|curve is 'missing'"):
-            plan_repetition(line)
+            prepare_repetition(line)
 
 
 def test_a_damaged_session_is_left_out_of_the_record(folder, tmp_path):

@@ -17,7 +17,7 @@ from synthetic import synthetic_record
 
 from sortkd.train.images import load_cifar100
 from sortkd.evidence.preregistration import read_plan
-from sortkd.experiment.record import append_record
+from sortkd.experiment.storage import append_record
 from sortkd.repairs import revise_logits
 from sortkd.evidence.results import load_results, select
 from sortkd.sorting import sort_logits, swap_logits

@@ -15,13 +15,16 @@ import torch
 import yaml
 
 from sortkd.experiment import grid as grids
-from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.grid import Deadline, Job, Left, describe_plan, main, make_grid, plan_table, priority, read_grid, read_state, run_slice, speed_of, work_of
 from sortkd.train.networks import create_model
 from sortkd.experiment.pairs import PAIRS
-from sortkd.experiment.record import append_record, compare_runs, describe_machine, read_records
-from sortkd.evidence.results import paper_grid
-from sortkd.experiment.run import plan_run, run_experiment
+from sortkd.experiment.storage import append_record, read_records
+from sortkd.experiment.record import compare_runs
+from sortkd.experiment.provenance import describe_machine
+from sortkd.experiment.grid import paper_grid
+from sortkd.experiment.one_run import prepare_run
+from sortkd.experiment.run import run_experiment
 from sortkd.train.teachers import save_teacher
 from sortkd.train.checkpoints import Stopped
 
@@ -118,8 +121,8 @@ def taught(tmp_path, monkeypatch):
     about, experiment = state.teachers["resnet20"].as_record(), state.experiments["resnet20:resnet8"]
 
     def cell(method, seed, **changes):
-        run = plan_run(experiment, next(each for each in experiment.methods if each.name == method), seed, "computed", about)
-        record = {"run_id": f"{run.folder.name}-2026", **run.settings, "data": run.about_data, "about_teacher": about, **describe_machine("cpu"), "result": {"seconds": 2.4}}
+        run = prepare_run(experiment, next(each for each in experiment.methods if each.name == method), seed, "computed", about)
+        record = {"run_id": f"{run.folder.name}-2026", **run.facts, "data": run.facts["data"], "about_teacher": about, **describe_machine("cpu"), "result": {"seconds": 2.4}}
         return run.folder, record | changes
 
     return grid, experiment.records_file, cell
@@ -277,7 +280,7 @@ def uncut(tmp_path_factory):
     folder, threads = tmp_path_factory.mktemp("uncut"), torch.get_num_threads()
     shared = {"results_dir": str(folder / "results"), "teachers_dir": str(folder / "teachers"), **SETTINGS["options"]}
     torch.set_num_threads(1)
-    run_experiment(plan_experiment(pair="resnet20:resnet8", methods="kd,kd+sort", seeds="0", preset="quick", **shared), progress=False)
+    run_experiment(prepare_experiment(pair="resnet20:resnet8", methods="kd,kd+sort", seeds="0", preset="quick", **shared), progress=False)
     torch.set_num_threads(threads)
     return records_in(folder)
 

@@ -12,12 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sortkd import sort_logits, swap_logits
-from sortkd.loops.integrations import (
-    DistillationLoss,
-    DistillationTrainerMixin,
-    FrozenTeacher,
-    SortedKDLoss,
-)
+from sortkd.distillation import DistillationLoss
+from sortkd.loops.integrations import DistillationTrainerMixin, FrozenTeacher, SortedKDLoss
 from sortkd.losses import dist_loss, dkd_loss, kd_loss
 from sortkd.methods import create_method
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from conftest import EVERY_METHOD
-from sortkd.experiment.setup import plan_experiment
-from sortkd.losses import dkd_loss, kd_loss, revise_logits, skip_logits, smooth_logits
+from sortkd.experiment.setup import prepare_experiment
+from sortkd.losses import dkd_loss, kd_loss
+from sortkd.repairs import revise_logits, skip_logits, smooth_logits
 from sortkd.methods import (
     OBJECTIVES, RANGES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, list_methods, repair_defaults, try_out,
 )
@@ -183,12 +184,12 @@ def test_list_of_methods():
 
 
 def test_an_experiment_gives_the_pair_its_beta_and_no_other_objective():
-    plan = plan_experiment(pair="r56_r20", methods="dkd,lskd_dkd+sort,dist,ctkd_dkd", dataset="digits", device="cpu")
+    plan = prepare_experiment(pair="r56_r20", methods="dkd,lskd_dkd+sort,dist,ctkd_dkd", dataset="digits", device="cpu")
     dkd, lskd_dkd, dist, ctkd_dkd = plan.methods
     assert dkd.settings["beta"] == lskd_dkd.settings["beta"] == PAIRS["r56_r20"].beta == 2
     assert lskd_dkd.kd_weight == 18 and lskd_dkd.settings["temperature"] == 3  # of this pair, by the name of its log
     assert dist == create_method("dist")
-    wide = plan_experiment(pair="r32x4_r8x4", methods="ctkd_dkd", dataset="digits", device="cpu")
+    wide = prepare_experiment(pair="r32x4_r8x4", methods="ctkd_dkd", dataset="digits", device="cpu")
     assert PAIRS["r32x4_r8x4"].beta == 8 and wide.methods[0].settings["beta"] == ctkd_dkd.settings["beta"] == 2
 
 

@@ -15,16 +15,18 @@ from torchvision.datasets import CIFAR10, FakeData
 from sortkd.train.checkpoints import Stopped
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.train.images import (
-    ImageData, channel_statistics, load_cifar10, load_data, load_folder, load_tiny_imagenet, seeded_generator,
+    ImageData, channel_statistics, load_cifar10, load_data, load_folder, load_tiny_imagenet,
 )
-from sortkd.experiment.setup import plan_experiment
+from sortkd.train.augmentation import seeded_generator
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.train.image_files import ImageFolderData
 from sortkd.train.networks import create_model
 from sortkd.experiment.pairs import check_takes
-from sortkd.experiment.record import compare_runs, read_records
-from sortkd.experiment.repeat import plan_repetition
-from sortkd.experiment.run import plan_run, run_experiment
-from sortkd.experiment.schema import RecordError, check_record
+from sortkd.experiment.record import RecordError, check_record, compare_runs
+from sortkd.experiment.storage import read_records
+from sortkd.experiment.repeat import prepare_repetition
+from sortkd.experiment.one_run import prepare_run
+from sortkd.experiment.run import run_experiment
 from sortkd.train.teachers import find_teacher, save_teacher
 
 
@@ -349,28 +351,28 @@ def test_an_experiment_on_a_folder_and_its_repetition(birds, tmp_path, capsys, m
 def test_an_experiment_on_tiny_imagenet(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(tmp_path))
     places = {"teachers_dir": str(tmp_path / "teachers"), "results_dir": str(tmp_path / "results")}
-    record, = run_experiment(plan_experiment(**SMALL | {"methods": "kd"}, **places, dataset="tiny-imagenet"), progress=False).records
+    record, = run_experiment(prepare_experiment(**SMALL | {"methods": "kd"}, **places, dataset="tiny-imagenet"), progress=False).records
     assert record["data"]["name"] == "tiny-imagenet" and record["data"]["image_size"] == 64
-    again = plan_repetition(record, teachers_dir=places["teachers_dir"], results_dir=tmp_path / "again")
+    again = prepare_repetition(record, teachers_dir=places["teachers_dir"], results_dir=tmp_path / "again")
     assert compare_runs(record, run_experiment(again, progress=False).records[0]) == []
 
 
 def test_an_experiment_on_streamed_images(birds, tmp_path):
     Image.new("RGB", (200, 100), "red").save(birds / "test" / "wren" / "9.jpg")
     parameters = SMALL | {"methods": "kd", "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path)}
-    plan = plan_experiment(**parameters, test_size=2, train_size=4)
+    plan = prepare_experiment(**parameters, test_size=2, train_size=4)
     assert plan.cache == "off" and plan.data.image_size == 224
     for wrong, words in (({"methods": "mlkd"}, "strongly augmented"), ({"cache": "full"}, "no cache")):
         with pytest.raises(ValueError, match=words):
-            plan_experiment(**parameters | wrong)
-    assert plan_experiment(**parameters | {"pair": "imagenet/ResNet34:imagenet/ResNet18"}).pair.student == "imagenet/ResNet18"
-    assert plan_experiment(**parameters | {"pair": "in_r34_r18"}).recipe.batch_size == 16
+            prepare_experiment(**parameters | wrong)
+    assert prepare_experiment(**parameters | {"pair": "imagenet/ResNet34:imagenet/ResNet18"}).pair.student == "imagenet/ResNet18"
+    assert prepare_experiment(**parameters | {"pair": "in_r34_r18"}).recipe.batch_size == 16
 
 
 def test_an_interrupted_experiment_on_a_folder_continues(birds, tmp_path):
     def plan(name):
         places = {"teachers_dir": str(tmp_path / "teachers"), "results_dir": str(tmp_path / name)}
-        return plan_experiment(**SMALL | {"methods": "kd+sort", "epochs": 2, "dataset": f"folder:{birds}"}, **places)
+        return prepare_experiment(**SMALL | {"methods": "kd+sort", "epochs": 2, "dataset": f"folder:{birds}"}, **places)
 
     straight, = run_experiment(plan("straight"), progress=False).records
     with pytest.raises(Stopped):
@@ -382,22 +384,22 @@ def test_an_interrupted_experiment_on_a_folder_continues(birds, tmp_path):
 
 def test_the_published_recipe_on_other_data(birds, tmp_path, monkeypatch):
     monkeypatch.setattr("sortkd.experiment.repeat.check_record", lambda record: record)  # of runs that have not been made
-    plan = plan_experiment(**SMALL | {"preset": "paper", "epochs": 0, "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
+    plan = prepare_experiment(**SMALL | {"preset": "paper", "epochs": 0, "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
     assert plan.recipe.epochs == 240 and not plan.is_full_recipe and not plan.preset.fetch_teacher
     assert "on folder:birds" in plan.describe() and "not with published ones" in plan.describe()
-    changed = plan_experiment(**SMALL | {"preset": "paper", "epochs": 0, "methods": "mlkd", "set": "lr=0.01", "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
+    changed = prepare_experiment(**SMALL | {"preset": "paper", "epochs": 0, "methods": "mlkd", "recipe": "lr=0.01", "dataset": f"folder:{birds}", "results_dir": str(tmp_path / "results")})
     for each in (replace(plan, methods=changed.methods), changed):
-        run = plan_run(each, each.methods[0], 0, "cached", {"weights_sha256": "0" * 64, "file": "none"})
-        assert run.settings["recipe"]["epochs"] == 480 and not run.settings["full_recipe"], "MLKD's own length, on any data and with any rate"
-        record = {**run.settings, "data": run.about_data, "about_teacher": run.about_teacher, "machine": {"threads": 1}}
-        repeated = plan_repetition(record, dataset=f"folder:{birds}", results_dir=str(tmp_path / "results"))
+        run = prepare_run(each, each.methods[0], 0, "cached", {"weights_sha256": "0" * 64, "file": "none"})
+        assert run.facts["recipe"]["epochs"] == 480 and not run.facts["full_recipe"], "MLKD's own length, on any data and with any rate"
+        record = {**run.facts, "machine": {"threads": 1}}
+        repeated = prepare_repetition(record, dataset=f"folder:{birds}", results_dir=str(tmp_path / "results"))
         assert repeated.recipe_for(repeated.methods[0]) == each.recipe_for(each.methods[0])
 
 
 def test_a_network_that_cannot_take_the_images_is_refused(tmp_path):
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match="torchvision:squeezenet1_1 cannot take images of 16×16") as error:
-        plan_experiment(**SMALL | {"pair": "resnet20:torchvision:squeezenet1_1", "dataset": "digits", "results_dir": str(tmp_path)})
+        prepare_experiment(**SMALL | {"pair": "resnet20:torchvision:squeezenet1_1", "dataset": "digits", "results_dir": str(tmp_path)})
     assert "\n" not in str(error.value)
     state = torch.get_rng_state()
     check_takes("resnet8", 32, 10)

@@ -126,7 +126,7 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     for other in ({"epochs": 5}, {"teacher_sha256": "another's"}, {"preset": "short"}, {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"},
                   {"recipe_changes": '{"lr": 0.1}'}):
         assert (mark_planned(runs.assign(**other), [plan])["plan"] == "").all()
-    faster = replace(plan, grid=replace(plan.grid, options=plan.grid.options | {"set": "lr=0.1"}))
+    faster = replace(plan, grid=replace(plan.grid, options=plan.grid.options | {"recipe": "lr=0.1"}))
     assert (mark_planned(runs.assign(recipe_changes='{"lr": 0.1}'), [faster])["plan"] == "sorting").all() and (mark_planned(runs, [faster])["plan"] == "").all()
     effects = planned_effects(plan, PLANS, measured(runs))
     assert effects.comparison.tolist() == ["kd+sort minus kd"] and effects.seeds[0] == effects.planned[0] == 15 and math.isnan(effects.p_holm[0])

@@ -15,14 +15,14 @@ import yaml
 from sortkd.experiment import plugins
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.train.images import ImageData, load_digits
-from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.grid import main, read_grid, read_state
 from sortkd.methods import OBJECTIVES, REPAIRS, create_method
 from sortkd.train.networks import NETWORKS, create_model
 from sortkd.experiment.plugins import load_plugin, register_data, register_objective, register_repair
-from sortkd.experiment.repeat import plan_repetition
+from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.run import run_experiment
-from sortkd.experiment.schema import check_record
+from sortkd.experiment.record import check_record
 
 SOURCE = '''
 import torch
@@ -104,17 +104,17 @@ def test_in_records_and_repeated(mine, tmp_path, capsys):
 
 def test_a_run_that_uses_no_plugin_stays_the_same_run(mine, tmp_path):
     places = dict(results_dir=str(tmp_path / "r"), teachers_dir=str(tmp_path / "t"))
-    run_experiment(plan_experiment(pair="resnet8:resnet8", methods="kd", **SIZES, **places), progress=False)
-    planned = plan_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), **SIZES, **places)
+    run_experiment(prepare_experiment(pair="resnet8:resnet8", methods="kd", **SIZES, **places), progress=False)
+    planned = prepare_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), **SIZES, **places)
     assert run_experiment(planned, progress=False).appended == 1
     mine.write_text(SOURCE.replace("square().mean()", "abs().mean()"))  # another mse is another run
-    planned = plan_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), **SIZES, **places)
+    planned = prepare_experiment(pair="resnet8:resnet8", methods="kd,mse", plugin=str(mine), **SIZES, **places)
     assert run_experiment(planned, progress=False).appended == 1
 
 
 def test_an_experiment_brings_its_plugins_to_another_process(mine, tmp_path):
     "As if in a worker: nothing is registered there, and the module is unknown."
-    planned = plan_experiment(pair="tiny:tiny", methods="kd+boost,mse", plugin=str(mine), **SIZES, results_dir=str(tmp_path))
+    planned = prepare_experiment(pair="tiny:tiny", methods="kd+boost,mse", plugin=str(mine), **SIZES, results_dir=str(tmp_path))
     sent = pickle.dumps((planned, create_model("tiny", 10)))
     forget_plugins()
     assert "mse" not in OBJECTIVES and "tiny" not in NETWORKS
@@ -125,7 +125,7 @@ def test_an_experiment_brings_its_plugins_to_another_process(mine, tmp_path):
 @pytest.mark.slow
 def test_in_workers(mine, tmp_path):
     places = dict(results_dir=str(tmp_path / "r"), teachers_dir=str(tmp_path / "t"))
-    planned = plan_experiment(pair="tiny:tiny", methods="kd+boost,mse", plugin=str(mine), workers=2, **SIZES, **places)
+    planned = prepare_experiment(pair="tiny:tiny", methods="kd+boost,mse", plugin=str(mine), workers=2, **SIZES, **places)
     assert run_experiment(planned, progress=False).appended == 2
 
 
@@ -180,15 +180,15 @@ def test_in_a_session(tmp_path):
     for _ in range(2):
         register_repair("twice")(twice)
     places = dict(results_dir=str(tmp_path / "r"), teachers_dir=str(tmp_path / "t"))
-    planned = plan_experiment(pair="resnet8:resnet8", methods="kd+twice", **SIZES, **places)
+    planned = prepare_experiment(pair="resnet8:resnet8", methods="kd+twice", **SIZES, **places)
     record, = run_experiment(planned, progress=False).records
     assert [each["file"] for each in record["plugins"]] == ["session:twice"]
-    plan_repetition(record, teachers_dir=str(tmp_path / "t"), results_dir=str(tmp_path / "again"))
+    prepare_repetition(record, teachers_dir=str(tmp_path / "t"), results_dir=str(tmp_path / "again"))
     with pytest.raises(ValueError, match="other processes do not know session:twice"):
-        plan_experiment(pair="resnet8:resnet8", methods="kd+twice", workers=2, **SIZES, **places)
+        prepare_experiment(pair="resnet8:resnet8", methods="kd+twice", workers=2, **SIZES, **places)
     register_repair("twice")(lambda logits, target, factor=2.0: logits * factor)
     with pytest.raises(ValueError, match="register it in this session first"):
-        plan_repetition(record, teachers_dir=str(tmp_path / "t"), results_dir=str(tmp_path / "again"))
+        prepare_repetition(record, teachers_dir=str(tmp_path / "t"), results_dir=str(tmp_path / "again"))
 
 
 def test_own_data(tmp_path):
@@ -200,12 +200,12 @@ def test_own_data(tmp_path):
                          digits.class_names, digits.mean, digits.std, pad=2, flip=False)
 
     places = dict(results_dir=str(tmp_path / "r"), teachers_dir=str(tmp_path / "t"))
-    planned = plan_experiment(pair="resnet8:resnet8", methods="kd", **SIZES | {"dataset": "pixels"}, **places)
+    planned = prepare_experiment(pair="resnet8:resnet8", methods="kd", **SIZES | {"dataset": "pixels"}, **places)
     record, = run_experiment(planned, progress=False).records
     assert record["data"]["name"] == "pixels" and record["plugins"][0]["file"] == "session:pixels"
     register_data("other")(pixels)
     with pytest.raises(ValueError, match="must be an ImageData of that name, but the function returned 'pixels'"):
-        plan_experiment(pair="resnet8:resnet8", **SIZES | {"dataset": "other"}, **places)
+        prepare_experiment(pair="resnet8:resnet8", **SIZES | {"dataset": "other"}, **places)
 
 
 def test_entry_point(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 
 import sortkd
 from sortkd.experiment import record as records
-from sortkd.experiment.setup import plan_experiment
-from sortkd.experiment.record import describe_machine, warn_of_another_clone
+from sortkd.experiment.setup import prepare_experiment
+from sortkd.experiment.provenance import describe_machine, warn_of_another_clone
 from sortkd.experiment.run import run_experiment
 
 
@@ -56,7 +56,7 @@ def test_code_of_another_clone_is_named(clone, tmp_path, monkeypatch, recwarn):
     assert not recwarn.list
     monkeypatch.chdir(other / "nbs")
     with pytest.warns(UserWarning, match=f"the code that runs is {clone / 'sortkd'}, not {other / 'sortkd'}"):
-        plan_experiment(pair="resnet20:resnet8", dataset="digits", preset="quick", results_dir=str(tmp_path), teachers_dir=str(tmp_path))
+        prepare_experiment(pair="resnet20:resnet8", dataset="digits", preset="quick", results_dir=str(tmp_path), teachers_dir=str(tmp_path))
 
 
 def test_a_run_names_its_plan(tmp_path):
@@ -64,9 +64,9 @@ def test_a_run_names_its_plan(tmp_path):
     plan.write_text("plan: {question: '?'}\n")
     given = {"pair": "resnet20:resnet8", "methods": "ce", "dataset": "digits", "preset": "quick", "epochs": 1, "train_size": 20, "test_size": 20,
              "results_dir": str(tmp_path), "teachers_dir": str(tmp_path)}
-    record, = run_experiment(plan_experiment(**given, plan=str(plan)), progress=False).records
+    record, = run_experiment(prepare_experiment(**given, plan=str(plan)), progress=False).records
     assert record["plan"] == {"name": "plan", "sha256": hashlib.sha256(plan.read_bytes()).hexdigest()}
-    again, = run_experiment(plan_experiment(**given), progress=False).records
+    again, = run_experiment(prepare_experiment(**given), progress=False).records
     assert again["run_id"] == record["run_id"], "it is the same run, planned or not"
     with pytest.raises(ValueError, match="plan is 'nothing.yaml', which is not a file"):
-        plan_experiment(**given, plan="nothing.yaml")
+        prepare_experiment(**given, plan="nothing.yaml")

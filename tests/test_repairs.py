@@ -12,7 +12,8 @@ from test_losses import SORTED, STUDENT, TARGET, TEACHER
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sortkd.train.images import load_cifar100, normalize
+from sortkd.train.images import load_cifar100
+from sortkd.train.augmentation import normalize
 from sortkd.losses import kd_loss
 from sortkd.methods import REPAIRS
 from sortkd.repairs import revise_logits, skip_logits, smooth_logits

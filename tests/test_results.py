@@ -16,10 +16,10 @@ import pytest
 import torch
 from scipy import stats
 
-from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.pairs import PAIRS
 from sortkd.evidence.plots import summarize
-from sortkd.experiment.record import append_record, read_correct, read_records, save_correct
+from sortkd.experiment.storage import append_record, read_correct, read_records, save_correct
 from sortkd.experiment.run import run_experiment
 from sortkd.evidence.results import (
     load_curves,
@@ -28,7 +28,7 @@ from sortkd.evidence.results import (
     select,
     select_paper,
 )
-from sortkd.experiment.schema import RECORD_SCHEMA, RecordError, check_record, whole
+from sortkd.experiment.record import RECORD_SCHEMA, RecordError, check_record, whole
 from sortkd.evidence.statistics import (
     confidence_sequence, crossed_interval, paired_effects, pool_effects, seed_deviation, seeds_needed, sign_flip_test, smallest_number,
     t_test_power, verdict_probabilities, verdicts,
@@ -241,7 +241,7 @@ def test_curves_are_one_row_an_epoch(tmp_path):
 
 
 def test_what_an_experiment_writes_is_valid(tmp_path):
-    experiment = plan_experiment(
+    experiment = prepare_experiment(
         pair="r56_r20",
         methods="ce,kd+sort",
         preset="quick",
@@ -272,13 +272,13 @@ def test_what_an_experiment_writes_is_valid(tmp_path):
 
 def test_a_run_that_diverges_is_recorded_and_counts(tmp_path):
     parameters = dict(pair="resnet20:resnet8", methods="ce,kd", preset="quick", dataset="digits", epochs=3, train_size=100, test_size=50,
-                      set="lr=1e30", teachers_dir=f"{tmp_path}/teachers", results_dir=f"{tmp_path}/results")
+                      recipe="lr=1e30", teachers_dir=f"{tmp_path}/teachers", results_dir=f"{tmp_path}/results")
     with pytest.raises(FloatingPointError, match="loss of (ce|kd) is (nan|inf) in epoch 1.*It is recorded"):
-        run_experiment(plan_experiment(**parameters), progress=False)
+        run_experiment(prepare_experiment(**parameters), progress=False)
     frame, left_out = load_results(tmp_path / "results" / "quick.jsonl")
     assert frame.diverged.tolist() == [True, True] and frame.last_top1.between(0, 40).all() and left_out.empty
     with pytest.raises(FloatingPointError, match="It is recorded"):  # not trained again
-        run_experiment(plan_experiment(**parameters), progress=False)
+        run_experiment(prepare_experiment(**parameters), progress=False)
     assert len(load_results(tmp_path / "results" / "quick.jsonl")[0]) == 2
     record = read_records(tmp_path / "results" / "quick.jsonl")[0]
     with pytest.raises(RecordError, match="the number of epochs in curve"):

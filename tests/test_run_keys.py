@@ -15,14 +15,15 @@ from PIL import Image
 
 import sortkd.train.images
 from sortkd.fronts.commands import run
-from sortkd.train.images import ImageData, has_cifar100, load_image_folder
-from sortkd.experiment.setup import plan_experiment
-from sortkd.experiment.grid import plan_pairs, read_grid
+from sortkd.train.images import ImageData, has_cifar100
+from sortkd.train.image_files import load_image_folder
+from sortkd.experiment.setup import prepare_experiment
+from sortkd.experiment.grid import prepare_pairs, read_grid
 from sortkd.experiment.parameters import parameter_cell, read_parameters
 from sortkd.experiment.pairs import IMAGENET_PAIRS
 from sortkd.experiment.record import plain
-from sortkd.experiment.repeat import plan_repetition
-from sortkd.experiment.run import plan_run
+from sortkd.experiment.repeat import prepare_repetition
+from sortkd.experiment.one_run import prepare_run
 
 SNAKEFILE = (Path(__file__).parents[1] / "workflow" / "Snakefile").read_text()
 TEACHER = {"architecture": "any", "source": "found", "file": "t.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}
@@ -30,7 +31,7 @@ PAIRS = ["r56_r20", "wrn40_2_shuv1", "resnet20:resnet8", "resnet8:ShuffleV2"]  #
 METHODS = ["ce", "kd+sort", "dkd", "ctkd(start=2)", "lskd_mlkd+swap", "rld", "sld"]
 IMAGENET = {"pairs": [*IMAGENET_PAIRS], "methods": ["ce", "kd+sort", "dkd"]}
 CASES = [  # preset, data, options
-    ("quick", "digits", {}), ("quick", "digits", {"epochs": 3, "set": "lr=0.01,batch_size=32"}), ("quick", "digits", {"train_size": 90, "cache": "off"}),
+    ("quick", "digits", {}), ("quick", "digits", {"epochs": 3, "recipe": "lr=0.01,batch_size=32"}), ("quick", "digits", {"train_size": 90, "cache": "off"}),
     ("quick", "digits(train=0:500,held_out=500:900)", {"precision": "float32"}),
     ("quick", "folder", {}), ("short", "squares", {"compile": True}), ("paper", "squares", {}), ("paper", "folder", {"epochs": 24}),
     ("quick", "cifar100-mini", {}), ("quick", "auto", {"epochs": 2}), ("quick", "cifar100", {}), ("short", "auto", {}), ("short", "cifar100", {"epochs": 7}),
@@ -85,7 +86,7 @@ def by_command(arguments, monkeypatch):
 def by_notebook(parameters):
     variables = {}
     exec(parameter_cell(), variables)
-    return plan_experiment(**read_parameters(variables | parameters, {"__builtins__"}))
+    return prepare_experiment(**read_parameters(variables | parameters, {"__builtins__"}))
 
 
 def by_workflow(grid, cell, monkeypatch):
@@ -100,7 +101,7 @@ def by_workflow(grid, cell, monkeypatch):
 def runs_of(experiment, method, seed):
     about = TEACHER | {"architecture": experiment.pair.teacher}
     kind = "computed" if experiment.cache == "off" else "cached"
-    return plan_run(experiment, next(each for each in experiment.methods if each.name == method), seed, kind, about)
+    return prepare_run(experiment, next(each for each in experiment.methods if each.name == method), seed, kind, about)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "-".join(map(str, CASES[number])).replace("/", "-"))
@@ -115,20 +116,20 @@ def test_every_way_leads_to_the_same_run(number, folders, tmp_path, monkeypatch,
     settings = {**chosen, "seeds": "1-2", "preset": preset, "options": shared, "cells_dir": str(tmp_path), **places, "cell": "command"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
     grid = read_grid(tmp_path / "grid.yaml")
-    by_grid = plan_pairs(grid)
+    by_grid = prepare_pairs(grid)
     cells = [*grid.cells[grid.cells["seed"] == 2].itertuples()]
     assert len({runs_of(by_grid[cell.pair], cell.method, 2).folder for cell in cells}) == len(cells)
     for place, cell in enumerate(cells[number % 5::5]):  # all of them, over the cases
         parameters = {"pair": cell.pair, "methods": cell.method, "seeds": str(cell.seed), "preset": preset, **shared, **places}
         wanted = runs_of(by_grid[cell.pair], cell.method, 2)
-        record = plain({**wanted.settings, "data": wanted.about_data, "about_teacher": wanted.about_teacher,
+        record = plain({**wanted.facts, "about_teacher": wanted.about_teacher,
                         "machine": {"threads": torch.get_num_threads()}})
         where = {"dataset": data} if data.startswith("folder:") else {}
-        ways = {"notebook": by_notebook(parameters), "repetition": plan_repetition(record, **where, **places)}
+        ways = {"notebook": by_notebook(parameters), "repetition": prepare_repetition(record, **where, **places)}
         if place == 0:  # it prints, and is the slowest
             given = [(f"--{key.replace('_', '-')}", *([] if value is True else [value])) for key, value in parameters.items()]
             ways |= {"command": by_command([*itertools.chain(*given)], monkeypatch), "workflow": by_workflow(grid, cell, monkeypatch)}
         for way, experiment in ways.items():
             found = runs_of(experiment, cell.method, 2)
-            assert (found.settings, found.about_data) == (wanted.settings, wanted.about_data), way
+            assert found.facts == wanted.facts, way
             assert found.folder == wanted.folder, way

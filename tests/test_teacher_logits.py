@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import needs_cifar100
 
-from sortkd.train.images import Batches, draw_views, load_cifar100, load_digits, view_id, views_of
+from sortkd.train.augmentation import Batches, draw_views, view_id, views_of
+from sortkd.train.images import load_cifar100, load_digits
 from sortkd.utils.files import exclusive
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits

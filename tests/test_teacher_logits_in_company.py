@@ -4,7 +4,8 @@ same numbers in a cache that others have filled, or that was carried away and is
 import pytest
 import torch
 
-from sortkd.train.images import Batches, draw_views, load_digits
+from sortkd.train.augmentation import Batches, draw_views
+from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits
 

@@ -15,7 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from conftest import QUICK_METHODS
-from sortkd.train.images import Batches, draw_views, load_digits
+from sortkd.train.augmentation import Batches, draw_views
+from sortkd.train.images import load_digits
 from sortkd.methods import create_method
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits

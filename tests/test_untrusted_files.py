@@ -26,13 +26,13 @@ import sortkd
 import sortkd.experiment.plugins
 import sortkd.train.teachers
 from sortkd.fronts.commands import evaluate_command, run
-from sortkd.train.images import load_cifar100, load_digits
+from sortkd.train.images import ImageData, load_cifar100, load_digits
 from sortkd.utils.checks import folder_path, short_enough
-from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.utils.files import save_atomically
 from sortkd.experiment.grid import main, make_grid, read_yaml
 from sortkd.evidence.preregistration import read_plan, read_plans
-from sortkd.experiment.record import append_record, read_correct, read_records, save_correct
+from sortkd.experiment.storage import append_record, read_correct, read_records, save_correct
 from sortkd.experiment.run import run_experiment
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import fetch_published, find_teacher, get_teacher, load_teacher, read_checkpoint, save_teacher
@@ -80,7 +80,7 @@ def teacher_file(tmp_path_factory):
 
 
 def small_experiment(folder, teacher_file, **changes):
-    return plan_experiment(**SMALL | {"teacher": str(teacher_file), "teachers_dir": f"{folder}/teachers", "results_dir": f"{folder}/results"} | changes)
+    return prepare_experiment(**SMALL | {"teacher": str(teacher_file), "teachers_dir": f"{folder}/teachers", "results_dir": f"{folder}/results"} | changes)
 
 
 def state_of(folder):
@@ -152,7 +152,7 @@ def test_a_training_checkpoint_with_something_else_in_it(tmp_path, interrupted, 
 
 def test_a_teachers_training_checkpoint_that_would_run_code(tmp_path):
     from sortkd.experiment.pairs import SHORT_TEACHER
-    from sortkd.experiment.run import teacher_training, train_teacher
+    from sortkd.experiment.teacher import teacher_training, train_teacher
     from sortkd.train.checkpoints import fingerprint
     data = load_digits().subset(train_size=40, test_size=20)
     name = f"teacher-resnet8-{fingerprint('resnet8', teacher_training('resnet8', data, SHORT_TEACHER, 0))}.pt"
@@ -449,7 +449,7 @@ def test_a_file_system_without_locks_is_found_before_any_work(tmp_path, monkeypa
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(ValueError, match=f"results_dir is .*nothing can be written in .*no locks: {failure.strerror}.*name another folder"):
-        plan_experiment(**SMALL | {"results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path)})
+        prepare_experiment(**SMALL | {"results_dir": str(tmp_path / "results"), "teachers_dir": str(tmp_path)})
 
 
 def test_names_that_no_file_can_have():
@@ -540,7 +540,7 @@ def test_parameters_reach_no_shell(tmp_path, monkeypatch, capsys, teacher_file, 
     monkeypatch.setenv("SORTKD_DATA", text)
     monkeypatch.setattr("sortkd.experiment.run.run_experiment", lambda *_: (_ for _ in ()).throw(RuntimeError("this would run")))
     given = SMALL | {"teacher": str(teacher_file)}
-    for name in signature(plan_experiment).parameters:
+    for name in signature(prepare_experiment).parameters:
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in (given | {name: text}).items()]
         try:
             assert run([*arguments, "--quiet"]) == 1
@@ -602,7 +602,6 @@ def note(event, arguments):
     for path in paths:
         written.add((event, os.path.realpath(os.fsdecode(path)) if not isinstance(path, int) else str(path)))
 sys.addaudithook(note)
-from sortkd.fronts.commands import run
 status = run(sys.argv[1:])
 sys.stdout.write("WRITTEN" + json.dumps(sorted(written)))
 sys.exit(status)
@@ -699,8 +698,6 @@ MAKER = """
 import os, sys, time
 import torch
 from pathlib import Path
-from sortkd.train.images import ImageData
-from sortkd.train.networks import create_model
 from sortkd.train.teachers import get_teacher
 images, targets = torch.zeros(10, 8, 8, 3, dtype=torch.uint8), torch.arange(10)
 data = ImageData("digits", images, targets, images, targets, tuple("0123456789"), (0.5,) * 3, (0.5,) * 3, 1, False)

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 from sortkd.experiment.pairs import PAIRS
-from sortkd.experiment.record import read_records
-from sortkd.evidence.results import paper_grid
+from sortkd.experiment.storage import read_records
+from sortkd.experiment.grid import paper_grid
 
 pytest.importorskip("snakemake")
 ROOT = Path(__file__).parents[1]

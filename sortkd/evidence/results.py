@@ -8,57 +8,60 @@ __all__ = ['CIFAR100_CHECKSUM', 'load_results', 'load_curves', 'select', 'select
 # %% ../../nbs/4_evidence/41_results.ipynb #e9a52d58
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..utils.checks import printable, shown
 from ..experiment.grid import paper_grid  # noqa: F401 (part of this module's public face)
 from ..experiment.pairs import PAIRS, has_published_length, method_for, recipe_for
+from ..experiment.record import Record, RecordError, parse_record, run_key
+from ..experiment.storage import checked_lines, read_correct
 from ..methods import plain_name
-from ..experiment.record import read_correct, read_lines
-from ..experiment.schema import RecordError, check_record
-from .statistics import seeds_needed  # noqa: F401 (part of this module's public face)
 from ..train.teachers import PUBLISHED_TOP1
 from ..train.trainer import Recipe
+from ..utils.checks import one_line, printable
 import numpy as np  # after our modules, which say what is not installed
 import pandas as pd
 
-# %% ../../nbs/4_evidence/41_results.ipynb #8949aa5f
+# %% ../../nbs/4_evidence/41_results.ipynb #a3745e91
 CIFAR100_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
-_LATER_METHOD_FIELDS = ("standardize",)  # records from before these existed lack them, and mean the default
 
 
+def _expected(record: dict) -> Iterator[tuple[str, object, object]]:
+    "Name, value and published value of everything that the published recipe fixes. `ValueError` for its method."
+    data, pair = record["data"], PAIRS[record["pair"]]
+    method = method_for(record["method"]["name"], pair)
+    recipe = json.loads(json.dumps(asdict(recipe_for(method, pair, Recipe(lr=pair.lr), True))))
+    yield "preset", record["preset"], "paper"
+    yield "full_recipe", record["full_recipe"], True
+    yield "data", data["name"], "cifar100"
+    yield "data checksum", data["checksum"], CIFAR100_CHECKSUM
+    yield "train_images", data["train_images"], 50_000
+    yield "test_images", data["test_images"], 10_000
+    for name, value in recipe.items():
+        yield name, record["recipe"].get(name), value
+    for name, value in method.as_record().items():
+        yield f"method {name}", record["method"].get(name), value
+
+# %% ../../nbs/4_evidence/41_results.ipynb #b05cbf58
 def _why_not_paper(record: dict) -> str | None:
-    "The first thing in which a valid record differs from the published recipe on all of CIFAR-100, or None."
-    data, recipe, about = record["data"], record["recipe"], record["about_teacher"]
+    "The first thing in which a record differs from the published recipe on all of CIFAR-100, or None."
     if record["pair"] not in PAIRS:
         return f"the pair {record['pair']} is not one of the paper's"
-    pair = PAIRS[record["pair"]]
+    name = record["method"]["name"]
+    if name != plain_name(name):
+        return f"method {name} has numbers of its own"
     try:
-        method = method_for(record["method"]["name"], pair)
-    except ValueError as error:
+        for what, value, expected in _expected(record):
+            if value != expected:
+                return f"{what} is {value}, not {expected}"
+    except ValueError as error:  # a method of a plugin
         return str(error)
-    published = json.loads(json.dumps(asdict(recipe_for(method, pair, Recipe(lr=pair.lr), True))))
-    if method.name != plain_name(method.name):
-        return f"method {method.name} has numbers of its own"
-    method_fields = method.as_record()
-    pairs = [
-        ("preset", record["preset"], "paper"), ("full_recipe", record["full_recipe"], True),
-        ("data", data["name"], "cifar100"), ("data checksum", data["checksum"], CIFAR100_CHECKSUM),
-        ("train_images", data["train_images"], 50_000), ("test_images", data["test_images"], 10_000),
-        *((name, recipe.get(name), value) for name, value in published.items()),
-    ]
-    absent = {name: value for name, value in method_fields.items() if name in _LATER_METHOD_FIELDS}
-    stated = absent | record["method"]
-    pairs += [(f"method {name}", stated.get(name), value) for name, value in method_fields.items()]
-    for name, value, expected in pairs:
-        if value != expected:
-            return f"{name} is {value}, not {expected}"
-    return _why_not_paper_teacher(about) if method.uses_teacher else None
+    return record["about_teacher"] and _why_not_paper_teacher(record["about_teacher"])
 
-
+# %% ../../nbs/4_evidence/41_results.ipynb #536fece7
 def _why_not_paper_teacher(about: dict) -> str | None:
     training, claimed = about["training"], PUBLISHED_TOP1.get(about["architecture"])
     if not training:
@@ -66,101 +69,115 @@ def _why_not_paper_teacher(about: dict) -> str | None:
         if published and claimed is not None and abs(about["top1"] - claimed) <= 0.5:
             return None
         return f"nothing is known of the training of the teacher {about['file']} ({about['top1']:.2f} % top-1)"
-    expected = {"train_images": 50_000, "data_checksum": CIFAR100_CHECKSUM}
-    for name, value in expected.items():
+    for name, value in {"train_images": 50_000, "data_checksum": CIFAR100_CHECKSUM}.items():
         if training.get(name) != value:
             return f"the teacher's {name} is {training.get(name)}, not {value}"
     if not training.get("epochs", 0) >= 240:
         return f"the teacher had {training.get('epochs')} epochs, fewer than 240"
     return None
 
+# %% ../../nbs/4_evidence/41_results.ipynb #5474cad1
+_FIELDS = {  # column: place in the record
+    **{name: name for name in ("run_id", "pair", "teacher", "student", "seed", "preset", "device", "started",
+                               "finished", "synthetic")},
+    "method": "method.name", "objective": "method.objective", "repair": "method.repair",
+    "last_top1": "result.last_top1", "epochs": "recipe.epochs", "lr": "recipe.lr",
+    "data": "data.name", "data_checksum": "data.checksum",
+    "train_images": "data.train_images", "test_images": "data.test_images",
+}
+_ABOUT_TEACHER = {"teacher_sha256": "weights_sha256", "teacher_top1": "top1", "teacher_file": "file"}
+_NO_TEACHER = {"teacher_sha256": "", "teacher_top1": math.nan, "teacher_file": ""}
 
-def _base_recipe(record: dict) -> dict:
-    "The record's recipe; that of the other methods, where an objective is published with a length of its own."
+# %% ../../nbs/4_evidence/41_results.ipynb #edfe7564
+def _as_text(values: dict, without: Iterable[str] = ()) -> str:
+    return json.dumps({name: value for name, value in values.items() if name not in without}, sort_keys=True)
+
+
+def _settings(record: dict, parsed: Record) -> dict[str, Any]:
+    "The columns that say whether two runs can share a table."
     recipe = record["recipe"]
-    return recipe | {"epochs": Recipe().epochs} if has_published_length(record) else recipe
-
-
-def _unseen_top1(record: dict) -> float:
-    "Last-epoch top-1 over all images that nobody was trained with: the test images and the held-out ones."
-    result, tested = record["result"], record["data"]["test_images"]
-    held_out = result.get("held_out_images", 0)
-    return (result["last_top1"] * tested + result.get("held_out_top1", 0) * held_out) / (tested + held_out)
-
-
-def _row(record: dict) -> dict:
-    "The record as plain columns; nested settings become canonical JSON, so that they can be compared."
-
-    def text(values: dict, without=()) -> str:
-        return json.dumps({key: value for key, value in values.items() if key not in without}, sort_keys=True)
-
-    data, result, about = record["data"], record["result"], record["about_teacher"]
-    if about is None or record["method"]["objective"] == "ce":  # earlier records tell of a teacher that was not used
-        about = {"weights_sha256": "", "top1": math.nan}
-    rows = result.get("training_rows") or data["train_images"] * record["recipe"]["epochs"]
+    if has_published_length(record):  # an objective may be published with a length of its own
+        recipe = recipe | {"epochs": Recipe().epochs}
     return {
-        **{key: record[key] for key in ("run_id", "pair", "teacher", "student")}, "method": record["method"]["name"],
-        "objective": record["method"]["objective"], "repair": record["method"]["repair"], "seed": record["seed"],
-        "last_top1": result["last_top1"], "best_top1": result.get("best_top1", result["last_top1"]),
-        "unseen_top1": _unseen_top1(record), "best_epoch": result.get("best_epoch", 0), "seconds": result.get("seconds", math.nan), "diverged": "diverged" in record, "wrong_share": result.get("teacher_wrong_rows", math.nan) / rows,
-        "changed_share": result.get("changed_rows", math.nan) / rows, "preset": record["preset"],
-        "epochs": record["recipe"]["epochs"], "lr": record["recipe"]["lr"],
-        "recipe": text(_base_recipe(record), without=("lr",)), "recipe_changes": text(record.get("recipe_changes", {})),
-        "method_settings": text(record["method"], without=("name", "repair")), "data": data["name"],
-        "data_checksum": data["checksum"], "train_images": data["train_images"], "test_images": data["test_images"],
-        "teacher_sha256": about["weights_sha256"], "teacher_top1": about["top1"], "teacher_file": about.get("file", ""), "device": record["device"],
-        "machine": record["machine"].get("gpu") or record["machine"].get("processor") or record["device"],
-        "precision": record["precision"] + (", compiled" if record.get("compiled") else ""), "commit": record.get("commit") or "",
-        "code_sha256": record.get("code_sha256", ""), "plan_sha256": (record.get("plan") or {}).get("sha256", ""), "started": record["started"], "finished": record["finished"],
-        "synthetic": bool(record.get("synthetic", False)), "not_paper": _why_not_paper(record),
-        "correct_sha256": result.get("correct_sha256", ""), "curve": record["curve"],
+        "recipe": _as_text(recipe, without=("lr",)),
+        "recipe_changes": _as_text(parsed.recipe_changes),
+        "method_settings": _as_text(record["method"], without=("name", "repair")),
+        "precision": parsed.precision + (", compiled" if parsed.compiled else ""),
+        "machine": parsed.machine.gpu or parsed.machine.processor or parsed.device,
+        "commit": parsed.commit or "",
+        "code_sha256": parsed.code_sha256 or "",
+        "plan_sha256": parsed.plan.sha256 if parsed.plan else "",
+        "run_key": run_key(record),
+        "not_paper": _why_not_paper(record),
     }
 
+# %% ../../nbs/4_evidence/41_results.ipynb #2fb7045f
+def _outcome(parsed: Record) -> dict[str, Any]:
+    "The columns of the result. `unseen_top1` is over all images that nobody was trained with."
+    result, tested = parsed.result, parsed.data.test_images
+    held_out = result.held_out_images or 0
+    right = result.last_top1 * tested + (result.held_out_top1 or 0) * held_out
+    rows = result.training_rows or parsed.data.train_images * parsed.recipe.epochs
+    shares = {
+        name: math.nan if count is None else count / rows
+        for name, count in (("wrong_share", result.teacher_wrong_rows), ("changed_share", result.changed_rows))
+    }
+    return {
+        "best_top1": result.last_top1 if result.best_top1 is None else result.best_top1,
+        "unseen_top1": right / (tested + held_out),
+        "best_epoch": result.best_epoch or 0,
+        "seconds": math.nan if result.seconds is None else result.seconds,
+        "diverged": parsed.diverged is not None,
+        "correct_sha256": result.correct_sha256 or "",
+        **shares,
+    }
 
+# %% ../../nbs/4_evidence/41_results.ipynb #58ba8ffd
+def _row(record: dict) -> dict:
+    "A record, checked, as a row of the frame."
+    parsed = parse_record(record)
+    about = parsed.about_teacher
+    teacher = {column: getattr(about, name) for column, name in _ABOUT_TEACHER.items()} if about else _NO_TEACHER
+    fields = {column: attrgetter(place)(parsed) for column, place in _FIELDS.items()}
+    return {**fields, **_outcome(parsed), **teacher, **_settings(record, parsed), "curve": record["curve"]}
+
+# %% ../../nbs/4_evidence/41_results.ipynb #73ca7464
 _COLUMNS = [
-    "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1", "unseen_top1",
-    "best_epoch", "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr", "recipe", "recipe_changes", "method_settings", "data",
-    "data_checksum", "train_images", "test_images", "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision",
-    "commit", "code_sha256", "plan_sha256", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
-]  # fmt: skip
-_SAME_RUN = [
-    "pair", "method", "seed", "preset", "lr", "recipe", "method_settings", "data_checksum", "teacher_sha256",
-    "precision",
+    "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1",
+    "unseen_top1", "best_epoch", "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr",
+    "recipe", "recipe_changes", "method_settings", "data", "data_checksum", "train_images", "test_images",
+    "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision", "commit", "code_sha256",
+    "plan_sha256", "run_key", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
 ]
 
+# %% ../../nbs/4_evidence/41_results.ipynb #366de1da
+_DEMONSTRATION = "quick.jsonl"  # runs of a small task are no evidence
 
-_DEMONSTRATION = "quick.jsonl"  # one run of a small task is no evidence
 
-
-def _lines(source) -> Iterable[tuple[Path, int, Any]]:
-    "File, number and JSON value of each line, None if it is damaged; 0 and the reason for what is not read."
-    paths = [source] if isinstance(source, str | Path) else list(source)
-    for path in map(Path, paths):
+def _lines(source) -> Iterator[tuple[Path, int, dict | str]]:
+    "File, number, and record of each line, or the reason why it is left out; number 0 for a file that is not read."
+    for path in map(Path, [source] if isinstance(source, str | Path) else source):
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
             yield path, 0, "the folder holds no file of records (.jsonl)"
         for file in files:
             if path.is_dir() and file.name == _DEMONSTRATION:
                 yield file, 0, "quick runs show how all works and are no evidence; name the file to read it"
-            elif path.is_dir() and not file.is_file():
-                yield file, 0, "it is not a file"
-            else:
-                number = 0
-                for number, record in read_lines(file):
-                    yield file, number, record
-                if not number:
-                    yield file, 0, "the file holds no record"
+                continue
+            number = 0
+            for number, record in checked_lines(file):
+                yield file, number, record if isinstance(record, dict) else str(record)
+            if not number:
+                yield file, 0, "the file holds no record"
 
-
+# %% ../../nbs/4_evidence/41_results.ipynb #23b84a3f
 def _correct_images(file: Path, record: dict) -> np.ndarray | None:
+    "Which test images the run got right, None if no file says so; `ValueError` if that contradicts its accuracy."
     checksum, images = record["result"].get("correct_sha256"), record["data"]["test_images"]
-    try:
-        correct = None if checksum is None else read_correct(file, checksum, images)
-    except ValueError as error:
-        raise RecordError(f"record {record['run_id']}: {error}") from error
+    correct = None if checksum is None else read_correct(file, checksum, images)
     if correct is not None and 100 * int(correct.sum()) / images != record["result"]["last_top1"]:
-        raise RecordError(f"record {record['run_id']}: its file of correct images has {correct.sum()} of {images}, but "
-                          f"last_top1 is {record['result']['last_top1']}.")
+        raise ValueError(f"its file of correct images has {correct.sum()} of {images}, but last_top1 is "
+                         f"{record['result']['last_top1']}.")
     return correct
 
 
@@ -171,10 +188,23 @@ def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
 
     return pd.DataFrame([{name: plain(value) for name, value in row.items()} for row in rows], columns=columns)
 
+# %% ../../nbs/4_evidence/41_results.ipynb #75b168d2
+def _without_repetitions(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
+    "The first record of each run, and why the others are left out."
+    frame = frame.sort_values(["finished", "run_id"], kind="stable")
+    again = frame.duplicated("run_key")
+    first = frame[~again].set_index("run_key")["run_id"]
+    left_out = [
+        {"file": row.file, "line": row.line, "run": row.run_id,
+         "reason": f"the same run as {first[row.run_key]}, which finished first"}
+        for row in frame[again].itertuples()
+    ]
+    return frame[~again], left_out
 
+# %% ../../nbs/4_evidence/41_results.ipynb #b554cc39
 def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no evidence, such as `quick.jsonl`), a file,
-    or a list of either.
+    """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no evidence, such as
+    `quick.jsonl`), a file, or a list of either.
 
     Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for each line that
     was left out, with line 0 for a whole file or folder. The column `correct` holds which test images the run got
@@ -184,73 +214,70 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
     rows, left_out = [], []
     for file, number, record in _lines(source):
         place = {"file": file.name or str(file), "line": number}
-        if not number or record is None:
-            left_out.append({**place, "run": "", "reason": record or "the line is not a whole record"})
+        if isinstance(record, str):
+            left_out.append({**place, "run": "", "reason": record})
             continue
         try:
-            row = _row(check_record(record)) | {"correct": _correct_images(file, record)}
+            row = _row(record) | {"correct": _correct_images(file, record)}
             if row["synthetic"] != synthetic:
-                kind = "synthetic" if row["synthetic"] else "real"
-                raise RecordError(f"record {row['run_id']} is {kind}, and not read here")
+                raise ValueError(f"it is {'synthetic' if row['synthetic'] else 'real'}, and not read here")
             rows.append({**row, **place})
-        except RecordError as error:
-            run = record.get("run_id", "") if isinstance(record, dict) else ""
-            run = run if isinstance(run, str) else shown(run)
-            left_out.append({**place, "run": run, "reason": str(error)})
-    frame = _frame(rows, [*_COLUMNS, "correct", "file", "line"]).sort_values(["finished", "run_id"], kind="stable")
-    again = frame.duplicated(_SAME_RUN)
-    for row in frame[again].itertuples():
-        first = frame[(frame[_SAME_RUN] == frame.loc[row.Index, _SAME_RUN]).all(axis=1)].iloc[0]
-        reason = f"the same run as {first.run_id}, which finished first"
-        left_out.append({"file": row.file, "line": row.line, "run": row.run_id, "reason": reason})
-    left_out = _frame(left_out, ["file", "line", "run", "reason"]).sort_values(["file", "line"])
+        except ValueError as error:
+            run = one_line(record["run_id"])
+            left_out.append({**place, "run": run, "reason": f"record {run}: {error}"})
+    frame, repeated = _without_repetitions(_frame(rows, [*_COLUMNS, "correct", "file", "line"]))
+    left = _frame(left_out + repeated, ["file", "line", "run", "reason"]).sort_values(["file", "line"])
     order = ["preset", "pair", "method", "seed", "finished"]
-    return frame[~again].sort_values(order).reset_index(drop=True), left_out.reset_index(drop=True)
+    return frame.sort_values(order).reset_index(drop=True), left.reset_index(drop=True)
 
 # %% ../../nbs/4_evidence/41_results.ipynb #14840db5
 def load_curves(source, synthetic: bool = False) -> pd.DataFrame:
-    """The curves of the runs in `source`, one row for each epoch: the columns of the run that tell it from others (run_id,
-    pair, method, objective, repair, seed, preset, data), and those of the curve (epoch, lr, train_loss, train_top1,
-    test_loss, test_top1, seconds; NaN where a method has none). Arguments and errors as for `load_results`.
+    """The curves of the runs in `source`, one row for each epoch: the columns of the run that tell it from others
+    (run_id, pair, method, objective, repair, seed, preset, data), and those of the curve (epoch, lr, train_loss,
+    train_top1, test_loss, test_top1, seconds; NaN where a method has none). Arguments and errors as for
+    `load_results`.
     """
     runs, _ = load_results(source, synthetic)
     columns = ["run_id", "pair", "method", "objective", "repair", "seed", "preset", "data"]
-    parts = [pd.DataFrame(run["curve"]).assign(**{name: run[name] for name in columns}) for run in runs.to_dict("records")]
+    parts = [pd.DataFrame(run["curve"]).assign(**{name: run[name] for name in columns})
+             for run in runs.to_dict("records")]
     if not parts:
         return pd.DataFrame(columns=[*columns, "epoch", "train_loss", "train_top1", "test_top1"])
     frame = pd.concat(parts, ignore_index=True)
     return frame[[*columns, *(name for name in frame if name not in columns)]]
 
-# %% ../../nbs/4_evidence/41_results.ipynb #6011b200
-_SAME_IN_A_TABLE = {
+# %% ../../nbs/4_evidence/41_results.ipynb #8232c0fa
+_SAME_IN_A_TABLE = {  # among runs that share these columns, the others must be the same
     (): ["preset", "recipe", "data_checksum", "train_images", "test_images", "precision", "device", "synthetic"],
-    ("pair",): ["teacher", "student", "teacher_sha256"], ("pair", "objective"): ["method_settings", "lr"],
+    ("pair",): ["teacher", "student", "teacher_sha256"],
+    ("pair", "objective"): ["method_settings", "lr"],
     ("pair", "method", "seed"): ["run_id"],
 }
 
 
+def _check_same(runs: pd.DataFrame, column: str, where: str) -> None:
+    values = [value for value in runs[column].unique() if value != ""]  # a method without a teacher goes with any
+    if len(values) > 1:
+        named = ", ".join(f"{value!s:.40}" for value in sorted(values, key=str))
+        raise ValueError(f"runs{where} with {len(values)} different values of {column} cannot share a table "
+                         f"({named}); add a condition such as {column}={values[0]!r}.")
+
+# %% ../../nbs/4_evidence/41_results.ipynb #6011b200
 def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     """The runs that meet `conditions` (a column's value, or a list of values), which must belong into one table.
 
     `ValueError` for a column that does not exist, and if runs are left that differ in more than pair, method and
-    seed: by preset, recipe, data, precision, device, for one pair by teacher, or for one objective of it by learning rate.
-    The frame may be empty.
+    seed: by preset, recipe, data, precision, device, for one pair by teacher, or for one objective of it by learning
+    rate. The frame may be empty.
     """
     for name, value in conditions.items():
         if name not in frame:
             raise ValueError(f"there is no column {name!r} to select by; the columns are {', '.join(frame)}.")
         frame = frame[frame[name].isin(value if isinstance(value, list | tuple | set) else [value])]
     for group, columns in _SAME_IN_A_TABLE.items():
-        for key, runs in frame.groupby(list(group)) if group else [("", frame)]:
+        for key, runs in frame.groupby(list(group)) if group else [((), frame)]:
             for column in columns:
-                values = [value for value in runs[column].unique() if value != ""]  # a method without a teacher goes with any
-                if len(values) > 1:
-                    where = f" of {', '.join(map(str, key))}" if group else ""
-                    shown = ", ".join(f"{value!s:.40}" for value in sorted(values, key=str))
-                    raise ValueError(
-                        f"runs{where} with {len(values)} different values of {column} cannot share a table "
-                        f"({shown}); add a condition such as {column}={values[0]!r}."
-                    )
+                _check_same(runs, column, f" of {', '.join(map(str, key))}" if group else "")
     return frame.reset_index(drop=True)
 
 

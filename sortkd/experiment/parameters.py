@@ -32,7 +32,7 @@ _log = _group("Also log")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    "What an experiment depends on. Every field has a default; `plan_experiment` checks the values."
+    "What an experiment depends on. Every field has a default; `prepare_experiment` checks the values."
 
     pair: str = _run(
         "r32x4_r8x4",
@@ -66,7 +66,9 @@ class Parameters:
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
     epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")
-    set: str = _data("", "numbers of the recipe, changed for all students", "Such as lr=0.1,batch_size=128,weight_decay=1e-4.")
+    recipe: str = _data(
+        "", "numbers of the recipe, changed for all students", "Such as lr=0.1,batch_size=128,weight_decay=1e-4."
+    )
     train_size: int = _data(0, "number of training images, balanced over classes; 0: set by the preset")
     test_size: int = _data(0, "number of test images, balanced over classes; 0: set by the preset")
 

@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +70,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, only one prints
 
     def work():
-        from sortkd.experiment.setup import compute_calmly, plan_experiment
+        from sortkd.experiment.setup import describe_teacher_logits, limit_threads, prepare_experiment
         from sortkd.evidence.plots import conclude, summarize
         from sortkd.experiment.run import run_experiment
 
@@ -79,12 +81,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return _repeat(source, changed, progress)
         if notebook is not None:
             _check_notebook(Path(notebook))
-        experiment = plan_experiment(**given)
+        experiment = prepare_experiment(**given)
         if notebook is not None:
             return _execute_notebook(Path(notebook), changed | {"progress": progress})
-        compute_calmly(experiment)
+        limit_threads(experiment)
         if first:
-            print(experiment.describe(), experiment.describe_teacher_logits(), flush=True)
+            print(experiment.describe(), describe_teacher_logits(experiment), flush=True)
         results = run_experiment(experiment, progress)
         recorded.append(len(results.records))
         if first:
@@ -170,14 +172,14 @@ def _papermill() -> None:
 
 def _repeat(source: str, given: dict, progress: bool) -> int:
     from sortkd.experiment.record import compare_runs
-    from sortkd.experiment.repeat import plan_repetition
+    from sortkd.experiment.repeat import prepare_repetition
     from sortkd.experiment.run import run_experiment
 
     others = given.keys() - {"teacher", "teachers_dir", "results_dir", "cache_dir", "dataset", "plugin"}
     if others:
         raise ValueError(f"with --from-record the record says {', '.join(sorted(others))}; give only folders, the teacher and plugins.")
     record = _find_record(source)
-    experiment = plan_repetition(record, **given)
+    experiment = prepare_repetition(record, **given)
     print(f"Repeating {record['run_id']}. {experiment.describe()}", flush=True)
     again, = run_experiment(experiment, progress).records
     differences = compare_runs(record, again)
@@ -187,7 +189,7 @@ def _repeat(source: str, given: dict, progress: bool) -> int:
 
 def _find_record(source: str) -> dict:
     "The record that FILE or FILE:RUN_ID names."
-    from sortkd.experiment.record import read_records
+    from sortkd.experiment.storage import read_records
 
     path, _, run_id = (source, "", "") if os.path.isfile(source) else source.rpartition(":")
     if not os.path.isfile(path):  # which also says so of a name that no file can have
@@ -219,7 +221,7 @@ def evaluate_checkpoint(
     """Measure the network of a checkpoint on the test images of `dataset`, without augmentation.
 
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file that names its own.
-    `progress`: print a line every five seconds. `plugin`: files that register the network or the data, as for `plan_experiment`.
+    `progress`: print a line every five seconds. `plugin`: files that register the network or the data, as for `prepare_experiment`.
     Raises `ValueError` for an architecture that is missing or does not fit, and what `read_checkpoint` raises.
     """
     from sortkd.train.teachers import load_weights, read_checkpoint

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from ..distillation import DistillationLoss
-from ..losses import leave_out_rows
+from ..repairs import check_positive, leave_out_rows
 from ..methods import OBJECTIVES, create_method
-from ..repairs import check_positive
 from ..sorting import check_arguments, check_range, class_indices, find_wrong_rows, sort_logits
 
 # %% ../../nbs/5_loops/50_bring_your_own.ipynb #f67608f7
