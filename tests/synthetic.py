@@ -50,6 +50,7 @@ def synthetic_record(
         "run_id": f"synthetic-{pair}-{method}-seed{seed}",
         "started": f"2026-01-01T00-00-{seed % 60:02}.000000Z",
         "finished": f"2026-01-01T01-00-{seed % 60:02}.000000Z",
+        "parameters": {"pair": pair, "methods": method, "seeds": str(seed), "preset": preset},
         "pair": pair,
         "teacher": teacher,
         "student": student,
@@ -60,12 +61,14 @@ def synthetic_record(
         "recipe": asdict(recipe),
         "device": "cpu",
         "precision": "float32",
+        "teacher_logits": "computed",
         "data": {
             "name": "cifar100" if full else "synthetic",
             "checksum": CIFAR100_CHECKSUM if full else "0" * 64,
             "full_checksum": CIFAR100_CHECKSUM if full else "0" * 64,
             "train_images": images,
             "test_images": 10_000 if full else 500,
+            "classes": 100,
         },
         "about_teacher": {
             "architecture": teacher,
@@ -75,7 +78,7 @@ def synthetic_record(
             "training": {},
             "top1": PUBLISHED_TOP1[teacher],
         },
-        "machine": {"processor": "none"},
+        "machine": {"processor": "none", "threads": 1},
         "curve": {
             "epoch": steps.tolist(),
             "train_loss": np.linspace(4, 1, recipe.epochs).tolist(),

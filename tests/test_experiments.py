@@ -21,7 +21,7 @@ from sortkd.train.images import load_digits
 from sortkd.experiment.setup import describe_teacher_logits, prepare_experiment
 from sortkd.experiment.pairs import PAIRS, method_for, published_recipe, recipe_for
 from sortkd.evidence.plots import conclude, plot_mistakes, summarize
-from sortkd.experiment.storage import append_record, read_records
+from sortkd.experiment.storage import append_record, read_lines, read_records
 from sortkd.experiment.record import compare_runs, differences
 from sortkd.evidence.results import load_results
 from sortkd.experiment.repeat import prepare_repetition
@@ -100,7 +100,7 @@ def test_a_result_is_of_the_last_epoch_and_of_the_best(folder, tmp_path, monkeyp
 
     outcomes = []
     run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False)  # trains the teacher, if no other test has
-    monkeypatch.setattr("sortkd.experiment.run.train_together", train_and_change)
+    monkeypatch.setattr("sortkd.experiment.one_run.train_together", train_and_change)
     record, = run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path)), progress=False).records
     result, outcome = record["result"], outcomes[0]
     expected = {"last_top1": 50.0, "best_top1": 60.0, "best_epoch": 1, "last_test_loss": outcome.curve[1]["test_loss"], "training_rows": 200,
@@ -126,12 +126,12 @@ def test_every_pair_takes_a_step(pair):
 def test_killed_and_started_again(folder, tmp_path):
     "A process killed between two epochs ends as one that was never killed. test_faults kills more, and quicker."
     script = ("import os, signal, sys, torch; torch.set_num_threads(1)\n"
-              "import sortkd.experiment.setup as planning, sortkd.experiment.run as experiments\n"
+              "import sortkd.experiment.setup as planning, sortkd.experiment.one_run as experiments\nfrom sortkd.experiment.run import run_experiment\n"
               "Student = experiments.Student\n"
               "def stop(row):\n    if sys.argv[2] == 'kill' and row['epoch'] == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
               "experiments.Student = lambda *a, **k: Student(*a, **(k | {'checkpoint_seconds': 0, 'callbacks': [stop]}))\n"
               f"e = planning.prepare_experiment(pair='resnet20:resnet8', methods='kd+sort', preset='quick', dataset='digits', epochs=3, train_size=100, test_size=60, teachers_dir={str(folder / 'teachers')!r}, results_dir=sys.argv[1])\n"
-              "experiments.run_experiment(e, progress=False)\n")
+              "run_experiment(e, progress=False)\n")
     small_teacher = small_experiment(folder, results_dir=str(tmp_path / "teacher_first"))
     run_experiment(small_teacher, progress=False)
     def run(results, mode): return subprocess.run([sys.executable, "-c", script, str(tmp_path / results), mode], capture_output=True, text=True)
@@ -157,7 +157,7 @@ def test_killed_and_started_again(folder, tmp_path):
     ({"pair": "resnet20:resnet9"}, "no network 'resnet9'. Did you mean resnet8"), ({"pair": "resnet20:"}, "TEACHER:STUDENT"), ({"pair": "timm:resnet8:resnet8"}, "timm"),
     ({"pair": "imagenet/ResNet34:resnet8"}, "is for ImageNet"), ({"methods": "kd(temp=2)"}, "no setting 'temp'"), ({"methods": "kd(beta=1,temperature=2)"}, "no setting 'beta'"),
     ({"methods": "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)"}, "give each method once"),
-    ({"recipe": "lr"}, "give numbers, such as"), ({"recipe": "lr=-1"}, "lr is -1"), ({"recipe": "batchsize=3"}, "Did you mean 'batch_size'"), ({"recipe": "batch_size=1.5"}, "give numbers"), ({"recipe": "epochs=3"}, "the name in set"),
+    ({"recipe": "lr"}, "give numbers, such as"), ({"recipe": "lr=-1"}, "lr is -1"), ({"recipe": "batchsize=3"}, "Did you mean 'batch_size'"), ({"recipe": "batch_size=1.5"}, "give numbers"), ({"recipe": "epochs=3"}, "the name in recipe"),
     ({"pairs": "r56_r20"}, "parameter is 'pairs'.*Did you mean 'pair'"), ({"seed": 1}, "Did you mean 'seeds'"), ({"\n": 1}, "parameter is"),
 ])
 def test_bad_parameters_are_named(changes, words, tmp_path):
@@ -190,10 +190,10 @@ def test_records_of_different_settings_share_no_table(folder):
 
 
 def test_many_writers_share_a_file(tmp_path):
-    code = "import sys; from sortkd.experiment.record import append_record\nfor i in range(50): append_record(sys.argv[1], {'writer': sys.argv[2], 'number': i, 'filling': 'x' * 5000})"
+    code = "import sys; from sortkd.experiment.storage import append_record\nfor i in range(50): append_record(sys.argv[1], {'writer': sys.argv[2], 'number': i, 'filling': 'x' * 5000})"
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "records.jsonl"), str(number)]) for number in range(3)]
     assert all(writer.wait() == 0 for writer in writers)
-    records = read_records(tmp_path / "records.jsonl")
+    records = [value for _, value in read_lines(tmp_path / "records.jsonl")]
     assert len(records) == 150 and len({(record["writer"], record["number"]) for record in records}) == 150
 
 
@@ -214,7 +214,7 @@ def test_a_writer_waits_for_another(tmp_path):
         writer.join(0.5)
         assert writer.is_alive() and not path.read_text()
     writer.join(60)
-    assert read_records(path) == [{"number": 1}]
+    assert [*read_lines(path)] == [(1, {"number": 1})]
 
 
 def test_nothing_but_numbers_enters_a_record(tmp_path):
@@ -292,8 +292,8 @@ def test_runs_at_once_come_back_in_their_order(folder, tmp_path, monkeypatch):
         return [{"run_id": run.run_id, "seed": run.seed, "about_teacher": None} for run in runs]
 
     others_ended = Event()
-    monkeypatch.setattr("sortkd.experiment.run.ProcessPoolExecutor", Threads)
-    monkeypatch.setattr("sortkd.experiment.run._run_in_worker", last_first)
+    monkeypatch.setattr("sortkd.experiment.workers.ProcessPoolExecutor", Threads)
+    monkeypatch.setattr("sortkd.experiment.workers._run_in_worker", last_first)
     records = run_experiment(small_experiment(folder, methods="ce", seeds="0,1,2", workers=2, results_dir=str(tmp_path)), progress=False).records
     assert [record["seed"] for record in records] == [0, 1, 2] and all(f"-seed{record['seed']}-" in record["run_id"] for record in records)
 
@@ -308,7 +308,7 @@ def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeyp
     run_experiment(small_experiment(folder, methods="kd", epochs=1), progress=False)  # trains the teacher, if no other test has
     plan = small_experiment(folder, methods="kd,mlkd,lskd_mlkd", train_size=0, test_size=0, results_dir=str(tmp_path))
     plan, images = dataclasses.replace(plan, preset_name="paper", recipe=Recipe()), len(plan.full_data.train_targets)
-    monkeypatch.setattr("sortkd.experiment.run.train_together", untrained)
+    monkeypatch.setattr("sortkd.experiment.one_run.train_together", untrained)
     records = run_experiment(plan, progress=False).records
     rows = {record["method"]["name"]: record["result"]["training_rows"] for record in records}
     assert rows == {"kd": images * 240, "mlkd": images * 480, "lskd_mlkd": images * 480}
@@ -327,8 +327,7 @@ PUBLISHED = {"pair": "r56_r20", "preset": "paper", "dataset": "cifar100", "epoch
 def test_a_changed_recipe_is_not_called_the_published_one(folder, monkeypatch, changes, full):
     "On images that say that they are all of CIFAR-100."
     data = dataclasses.replace(load_digits().subset(400, 100), name="cifar100")
-    for module in ("data", "experiments"):
-        monkeypatch.setattr(f"sortkd.{module}.load_data", lambda name: data, raising=False)
+    monkeypatch.setattr("sortkd.experiment.setup.load_data", lambda name: data)
     plan = small_experiment(folder, **PUBLISHED | changes)
     described = plan.describe()
     assert plan.is_full_recipe == full == described.startswith("This is a full run of the published recipe: ")
@@ -418,15 +417,15 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
     results = str(tmp_path / "results")
     alone = small_experiment(tmp_path, methods="ce", epochs=1, teacher="nowhere.pt")
     with monkeypatch.context() as patch:
-        for name in ("get_teacher", "load_teacher", "evaluate"):
-            patch.setattr(f"sortkd.experiment.run.{name}", None)
+        for name in ("teacher.get_teacher", "teacher.load_teacher", "run.evaluate"):
+            patch.setattr(f"sortkd.experiment.{name}", None)
         done = run_experiment(alone, progress=False)
         record, = done.records
         assert record["about_teacher"] is None and record["teacher"] == "resnet20" and not (tmp_path / "teachers").exists()
         assert done.describe_teacher() == "No method used a teacher." and plot_mistakes(done) is None and "resnet8 is trained on" in alone.describe()
-        before = record | {"about_teacher": {"architecture": "resnet20", "source": "found", "file": "other.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}}  # as records were
+        before = {name: value for name, value in record.items() if name != "parameters"} | {"schema": 1, "about_teacher": {"architecture": "resnet20", "source": "found", "file": "other.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}}  # as records were
         again, = run_experiment(prepare_repetition(before, results_dir=tmp_path / "repeated"), progress=False).records
-        assert compare_runs(before, again) == []
+        assert compare_runs(record, again) == []
     beside = run_experiment(small_experiment(folder, methods="kd,ce", epochs=1, results_dir=results), progress=False)
     assert beside.appended == 1 and beside.records[1]["run_id"] == record["run_id"] and "is right on" in beside.describe_teacher()
 
@@ -521,7 +520,7 @@ def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
     assert plan.methods[1].warmup_epochs == 1 and plan.preset.fetch_teacher
     assert not plan.is_full_recipe and "shortened" in plan.describe(), "twenty images are not ImageNet, whatever their folder is called"
     for wrong, words in (({"methods": "mlkd"}, "strongly augmented"), ({"preset": "short"}, "CIFAR-100"), ({"dataset": "digits"}, "imagenet"),
-                         ({"cache": "full"}, "no cache")):
+                         ({"cache": "full"}, "not cached")):
         with pytest.raises(ValueError, match=words):
             prepare_experiment(**({"pair": "in_r34_r18", "preset": "quick"} | wrong))
     monkeypatch.setenv("SORTKD_DATA", str(photographs / "elsewhere"))
@@ -619,7 +618,7 @@ def test_the_same_command_twice_at_once(folder, tmp_path):
 
 
 def test_a_clock_that_stands_still(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sortkd.experiment.run._now", lambda: "2020-01-01T00-00-00.999999Z")
+    monkeypatch.setattr("sortkd.experiment.one_run.time_now", lambda: "2020-01-01T00-00-00.999999Z")
     experiment = small_experiment(folder, methods="kd", results_dir=str(tmp_path), again=True)
     started = [run_experiment(experiment, progress=False).records[0]["started"] for _ in range(3)]
     assert started == ["2020-01-01T00-00-00.999999Z", "2020-01-01T00-00-01.000000Z", "2020-01-01T00-00-01.000001Z"]
@@ -631,8 +630,7 @@ def test_a_line_that_was_cut_hurts_no_other(tmp_path):
     append_record(file, record)
     file.write_bytes(file.read_bytes() + json.dumps(record, ensure_ascii=False).encode()[:13])  # in the middle of a letter
     append_record(file, record | {"name": "\udc80"})
-    with pytest.warns(UserWarning, match="line 2,"):
-        assert read_records(file) == [record, record | {"name": "\udc80"}]
+    assert [*read_lines(file)] == [(1, record), (2, None), (3, record | {"name": "\udc80"})]
 
 
 def test_a_full_disk_leaves_the_records_as_they_were(tmp_path):
@@ -700,7 +698,7 @@ def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
     record, = run_experiment(small_experiment(folder, methods="kd", results_dir=str(tmp_path / "results")), progress=False).records
     def repeat(**changes): return prepare_repetition(record | changes, teachers_dir=str(folder / "teachers"), results_dir=str(tmp_path / "repeated"))
     for changes, words in (({"method": record["method"] | {"kd_weight": 0.5}}, "method.kd_weight is 0.9 here and 0.5 there"),
-                           ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"device": "tpu"}, "tpu"), ({"recipe": None}, "recipe is None, expected an object")):
+                           ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"device": "tpu"}, "tpu"), ({"recipe": None}, "recipe is None: Expected `object`")):
         with pytest.raises(ValueError, match=words):
             repeat(**changes)
     without_machine = {key: value for key, value in record.items() if key != "machine"}
@@ -781,10 +779,10 @@ def test_a_record_that_is_not_whole_blocks_no_run(folder, tmp_path):
     name = record["run_id"].removesuffix(f"-{record['started']}")
     for line in ({"run_id": f"{name}-x"}, {key: value for key, value in record.items() if key != "curve"}):
         (tmp_path / "quick.jsonl").write_text(json.dumps(line) + "\n")
-        with pytest.warns(UserWarning, match="It does not count"):
+        with pytest.warns(UserWarning, match="line 1, was left out"):
             results = run_experiment(small_experiment(folder, **settings), progress=False)
         assert results.appended == 1 and compare_runs(record, results.records[0]) == []
-        with pytest.raises(ValueError, match="schema is 'missing'|curve is 'missing'"):
+        with pytest.raises(ValueError, match="`schema`|`curve`"):
             prepare_repetition(line)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import sortkd
-from sortkd.experiment import record as records
+from sortkd.experiment import provenance
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.provenance import describe_machine, warn_of_another_clone
 from sortkd.experiment.run import run_experiment
@@ -35,13 +35,13 @@ def clone(tmp_path, monkeypatch):
     ("sortkd/losses.py", "# changed", True), ("sortkd/added.py", "value = 1", True),
 ])
 def test_a_record_tells_whether_the_code_was_changed(clone, file, content, marked):
-    before, checksum = describe_machine("cpu"), records._code_checksum(clone / "sortkd")
-    assert checksum == records.CODE_SHA256 and len(before["commit"]) == 40
+    before, checksum = describe_machine("cpu"), provenance._code_checksum(clone / "sortkd")
+    assert checksum == provenance.CODE_SHA256 and len(before["commit"]) == 40
     with (clone / file).open("a") as opened:
         opened.write(content)
     after = describe_machine("cpu")
     assert after["commit"] == before["commit"] + "+" * marked
-    assert (records._code_checksum(clone / "sortkd") != checksum) == marked
+    assert (provenance._code_checksum(clone / "sortkd") != checksum) == marked
     assert after["code_sha256"] == before["code_sha256"], "of the files as they were imported"
 
 

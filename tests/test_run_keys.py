@@ -122,8 +122,7 @@ def test_every_way_leads_to_the_same_run(number, folders, tmp_path, monkeypatch,
     for place, cell in enumerate(cells[number % 5::5]):  # all of them, over the cases
         parameters = {"pair": cell.pair, "methods": cell.method, "seeds": str(cell.seed), "preset": preset, **shared, **places}
         wanted = runs_of(by_grid[cell.pair], cell.method, 2)
-        record = plain({**wanted.facts, "about_teacher": wanted.about_teacher,
-                        "machine": {"threads": torch.get_num_threads()}})
+        record = plain({**wanted.facts, "machine": {"threads": torch.get_num_threads()}})
         where = {"dataset": data} if data.startswith("folder:") else {}
         ways = {"notebook": by_notebook(parameters), "repetition": prepare_repetition(record, **where, **places)}
         if place == 0:  # it prints, and is the slowest

@@ -178,12 +178,10 @@ def parse_record(record: Any) -> Record:
     try:
         parsed = msgspec.convert(record, Record)
     except msgspec.ValidationError as error:
-        expected, _, place = str(error).partition(" - at ")
-        value = _value_at(record, place)
-        raise RecordError(
-            f"record {name:.200}: {place.strip('`$.') or 'the whole'} is {shown(value):.80}; "
-            f"{expected[:1].lower()}{expected[1:]}."
-        ) from error
+        problem, _, place = str(error).partition(" - at ")
+        found = "" if "missing" in problem else f" is {shown(_value_at(record, place)):.80}"
+        where = place.strip("`$.") or "the record"
+        raise RecordError(f"record {name:.200}: {where}{found}: {problem}.") from error
     for field, found, wanted in _disagreements(parsed, record["curve"]):
         if found != wanted:
             raise RecordError(f"record {name:.200}: {field} is {shown(found):.80}, expected {shown(wanted):.80}.")
