@@ -30,7 +30,9 @@ CIFAR100_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d
 
 
 def _expected(record: dict) -> Iterator[tuple[str, object, object]]:
-    "Name, value and published value of everything that the published recipe fixes. `ValueError` for its method."
+    """Name, value and published value of everything that the published recipe fixes. `ValueError`
+    for its method.
+    """
     data, pair = record["data"], PAIRS[record["pair"]]
     method = method_for(record["method"]["name"], pair)
     recipe = json.loads(json.dumps(asdict(recipe_for(method, pair, Recipe(lr=pair.lr), True))))
@@ -47,7 +49,9 @@ def _expected(record: dict) -> Iterator[tuple[str, object, object]]:
 
 # %% ../../nbs/4_evidence/41_results.ipynb #b05cbf58
 def _why_not_paper(record: dict) -> str | None:
-    "The first thing in which a record differs from the published recipe on all of CIFAR-100, or None."
+    """The first thing in which a record differs from the published recipe on all of CIFAR-100, or
+    None.
+    """
     if record["pair"] not in PAIRS:
         return f"the pair {record['pair']} is not one of the paper's"
     name = record["method"]["name"]
@@ -65,10 +69,15 @@ def _why_not_paper(record: dict) -> str | None:
 def _why_not_paper_teacher(about: dict) -> str | None:
     training, claimed = about["training"], PUBLISHED_TOP1.get(about["architecture"])
     if not training:
-        published = about["source"] in ("found", "fetched") and about["file"] == "ckpt_epoch_240.pth"
+        published = (
+            about["source"] in ("found", "fetched") and about["file"] == "ckpt_epoch_240.pth"
+        )
         if published and claimed is not None and abs(about["top1"] - claimed) <= 0.5:
             return None
-        return f"nothing is known of the training of the teacher {about['file']} ({about['top1']:.2f} % top-1)"
+        return (
+            f"nothing is known of the training of the teacher {about['file']} "
+            f"({about['top1']:.2f} % top-1)"
+        )
     for name, value in {"train_images": 50_000, "data_checksum": CIFAR100_CHECKSUM}.items():
         if training.get(name) != value:
             return f"the teacher's {name} is {training.get(name)}, not {value}"
@@ -78,19 +87,44 @@ def _why_not_paper_teacher(about: dict) -> str | None:
 
 # %% ../../nbs/4_evidence/41_results.ipynb #5474cad1
 _FIELDS = {  # column: place in the record
-    **{name: name for name in ("run_id", "pair", "teacher", "student", "seed", "preset", "device", "started",
-                               "finished", "synthetic")},
-    "method": "method.name", "objective": "method.objective", "repair": "method.repair",
-    "last_top1": "result.last_top1", "epochs": "recipe.epochs", "lr": "recipe.lr",
-    "data": "data.name", "data_checksum": "data.checksum",
-    "train_images": "data.train_images", "test_images": "data.test_images",
+    **{
+        name: name
+        for name in (
+            "run_id",
+            "pair",
+            "teacher",
+            "student",
+            "seed",
+            "preset",
+            "device",
+            "started",
+            "finished",
+            "synthetic",
+        )
+    },
+    "method": "method.name",
+    "objective": "method.objective",
+    "repair": "method.repair",
+    "last_top1": "result.last_top1",
+    "epochs": "recipe.epochs",
+    "lr": "recipe.lr",
+    "data": "data.name",
+    "data_checksum": "data.checksum",
+    "train_images": "data.train_images",
+    "test_images": "data.test_images",
 }
-_ABOUT_TEACHER = {"teacher_sha256": "weights_sha256", "teacher_top1": "top1", "teacher_file": "file"}
+_ABOUT_TEACHER = {
+    "teacher_sha256": "weights_sha256",
+    "teacher_top1": "top1",
+    "teacher_file": "file",
+}
 _NO_TEACHER = {"teacher_sha256": "", "teacher_top1": math.nan, "teacher_file": ""}
 
 # %% ../../nbs/4_evidence/41_results.ipynb #edfe7564
 def _as_text(values: dict, without: Iterable[str] = ()) -> str:
-    return json.dumps({name: value for name, value in values.items() if name not in without}, sort_keys=True)
+    return json.dumps(
+        {name: value for name, value in values.items() if name not in without}, sort_keys=True
+    )
 
 
 def _settings(record: dict, parsed: Record) -> dict[str, Any]:
@@ -120,7 +154,10 @@ def _outcome(parsed: Record) -> dict[str, Any]:
     rows = result.training_rows or parsed.data.train_images * parsed.recipe.epochs
     shares = {
         name: math.nan if count is None else count / rows
-        for name, count in (("wrong_share", result.teacher_wrong_rows), ("changed_share", result.changed_rows))
+        for name, count in (
+            ("wrong_share", result.teacher_wrong_rows),
+            ("changed_share", result.changed_rows),
+        )
     }
     return {
         "best_top1": result.last_top1 if result.best_top1 is None else result.best_top1,
@@ -137,17 +174,64 @@ def _row(record: dict) -> dict:
     "A record, checked, as a row of the frame."
     parsed = parse_record(record)
     about = parsed.about_teacher
-    teacher = {column: getattr(about, name) for column, name in _ABOUT_TEACHER.items()} if about else _NO_TEACHER
+    teacher = (
+        {column: getattr(about, name) for column, name in _ABOUT_TEACHER.items()}
+        if about
+        else _NO_TEACHER
+    )
     fields = {column: attrgetter(place)(parsed) for column, place in _FIELDS.items()}
-    return {**fields, **_outcome(parsed), **teacher, **_settings(record, parsed), "curve": record["curve"]}
+    return {
+        **fields,
+        **_outcome(parsed),
+        **teacher,
+        **_settings(record, parsed),
+        "curve": record["curve"],
+    }
 
 # %% ../../nbs/4_evidence/41_results.ipynb #73ca7464
 _COLUMNS = [
-    "run_id", "pair", "teacher", "student", "method", "objective", "repair", "seed", "last_top1", "best_top1",
-    "unseen_top1", "best_epoch", "seconds", "diverged", "wrong_share", "changed_share", "preset", "epochs", "lr",
-    "recipe", "recipe_changes", "method_settings", "data", "data_checksum", "train_images", "test_images",
-    "teacher_sha256", "teacher_top1", "teacher_file", "device", "machine", "precision", "commit", "code_sha256",
-    "plan_sha256", "run_key", "started", "finished", "synthetic", "not_paper", "correct_sha256", "curve",
+    "run_id",
+    "pair",
+    "teacher",
+    "student",
+    "method",
+    "objective",
+    "repair",
+    "seed",
+    "last_top1",
+    "best_top1",
+    "unseen_top1",
+    "best_epoch",
+    "seconds",
+    "diverged",
+    "wrong_share",
+    "changed_share",
+    "preset",
+    "epochs",
+    "lr",
+    "recipe",
+    "recipe_changes",
+    "method_settings",
+    "data",
+    "data_checksum",
+    "train_images",
+    "test_images",
+    "teacher_sha256",
+    "teacher_top1",
+    "teacher_file",
+    "device",
+    "machine",
+    "precision",
+    "commit",
+    "code_sha256",
+    "plan_sha256",
+    "run_key",
+    "started",
+    "finished",
+    "synthetic",
+    "not_paper",
+    "correct_sha256",
+    "curve",
 ]
 
 # %% ../../nbs/4_evidence/41_results.ipynb #366de1da
@@ -155,14 +239,20 @@ _DEMONSTRATION = "quick.jsonl"  # runs of a small task are no evidence
 
 
 def _lines(source) -> Iterator[tuple[Path, int, dict | str]]:
-    "File, number, and record of each line, or the reason why it is left out; number 0 for a file that is not read."
+    """File, number, and record of each line, or the reason why it is left out; number 0 for a file
+    that is not read.
+    """
     for path in map(Path, [source] if isinstance(source, str | Path) else source):
         files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         if not files:
             yield path, 0, "the folder holds no file of records (.jsonl)"
         for file in files:
             if path.is_dir() and file.name == _DEMONSTRATION:
-                yield file, 0, "quick runs show how all works and are no evidence; name the file to read it"
+                yield (
+                    file,
+                    0,
+                    "quick runs show how all works and are no evidence; name the file to read it",
+                )
                 continue
             number = 0
             for number, record in checked_lines(file):
@@ -172,12 +262,16 @@ def _lines(source) -> Iterator[tuple[Path, int, dict | str]]:
 
 # %% ../../nbs/4_evidence/41_results.ipynb #23b84a3f
 def _correct_images(file: Path, record: dict) -> np.ndarray | None:
-    "Which test images the run got right, None if no file says so; `ValueError` if that contradicts its accuracy."
+    """Which test images the run got right, None if no file says so; `ValueError` if that
+    contradicts its accuracy.
+    """
     checksum, images = record["result"].get("correct_sha256"), record["data"]["test_images"]
     correct = None if checksum is None else read_correct(file, checksum, images)
     if correct is not None and 100 * int(correct.sum()) / images != record["result"]["last_top1"]:
-        raise ValueError(f"its file of correct images has {correct.sum()} of {images}, but last_top1 is "
-                         f"{record['result']['last_top1']}.")
+        raise ValueError(
+            f"its file of correct images has {correct.sum()} of {images}, but last_top1 is "
+            f"{record['result']['last_top1']}."
+        )
     return correct
 
 
@@ -186,7 +280,9 @@ def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
     def plain(value):
         return printable(value) if isinstance(value, str) else value
 
-    return pd.DataFrame([{name: plain(value) for name, value in row.items()} for row in rows], columns=columns)
+    return pd.DataFrame(
+        [{name: plain(value) for name, value in row.items()} for row in rows], columns=columns
+    )
 
 # %% ../../nbs/4_evidence/41_results.ipynb #75b168d2
 def _without_repetitions(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
@@ -203,13 +299,14 @@ def _without_repetitions(frame: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]
 
 # %% ../../nbs/4_evidence/41_results.ipynb #b554cc39
 def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no evidence, such as
-    `quick.jsonl`), a file, or a list of either.
+    """All runs recorded in `source`: a folder with `.jsonl` files (except those that hold no
+    evidence, such as `quick.jsonl`), a file, or a list of either.
 
-    Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for each line that
-    was left out, with line 0 for a whole file or folder. The column `correct` holds which test images the run got
-    right (bool), or None if the file that says so does not exist. With `synthetic`, synthetic records are read and
-    real ones left out; the two never mix. Raises `FileNotFoundError` for a file that does not exist.
+    Returns two frames: one row for each run that can be used, and one (file, line, run, reason) for
+    each line that was left out, with line 0 for a whole file or folder. The column `correct` holds
+    which test images the run got right (bool), or None if the file that says so does not exist.
+    With `synthetic`, synthetic records are read and real ones left out; the two never mix. Raises
+    `FileNotFoundError` for a file that does not exist.
     """
     rows, left_out = [], []
     for file, number, record in _lines(source):
@@ -220,22 +317,26 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
         try:
             row = _row(record) | {"correct": _correct_images(file, record)}
             if row["synthetic"] != synthetic:
-                raise ValueError(f"it is {'synthetic' if row['synthetic'] else 'real'}, and not read here")
+                raise ValueError(
+                    f"it is {'synthetic' if row['synthetic'] else 'real'}, and not read here"
+                )
             rows.append({**row, **place})
         except ValueError as error:
             run = one_line(record["run_id"])
             left_out.append({**place, "run": run, "reason": f"record {run}: {error}"})
     frame, repeated = _without_repetitions(_frame(rows, [*_COLUMNS, "correct", "file", "line"]))
-    left = _frame(left_out + repeated, ["file", "line", "run", "reason"]).sort_values(["file", "line"])
+    left = _frame(left_out + repeated, ["file", "line", "run", "reason"]).sort_values(
+        ["file", "line"]
+    )
     order = ["preset", "pair", "method", "seed", "finished"]
     return frame.sort_values(order).reset_index(drop=True), left.reset_index(drop=True)
 
 # %% ../../nbs/4_evidence/41_results.ipynb #14840db5
 def load_curves(source, synthetic: bool = False) -> pd.DataFrame:
-    """The curves of the runs in `source`, one row for each epoch: the columns of the run that tell it from others
-    (run_id, pair, method, objective, repair, seed, preset, data), and those of the curve (epoch, lr, train_loss,
-    train_top1, test_loss, test_top1, seconds; NaN where a method has none). Arguments and errors as for
-    `load_results`.
+    """The curves of the runs in `source`, one row for each epoch: the columns of the run that tell
+    it from others (run_id, pair, method, objective, repair, seed, preset, data), and those of the
+    curve (epoch, lr, train_loss, train_top1, test_loss, test_top1, seconds; NaN where a method has
+    none). Arguments and errors as for `load_results`.
     """
     runs, _ = load_results(source, synthetic)
     columns = ["run_id", "pair", "method", "objective", "repair", "seed", "preset", "data"]
@@ -248,7 +349,16 @@ def load_curves(source, synthetic: bool = False) -> pd.DataFrame:
 
 # %% ../../nbs/4_evidence/41_results.ipynb #8232c0fa
 _SAME_IN_A_TABLE = {  # among runs that share these columns, the others must be the same
-    (): ["preset", "recipe", "data_checksum", "train_images", "test_images", "precision", "device", "synthetic"],
+    (): [
+        "preset",
+        "recipe",
+        "data_checksum",
+        "train_images",
+        "test_images",
+        "precision",
+        "device",
+        "synthetic",
+    ],
     ("pair",): ["teacher", "student", "teacher_sha256"],
     ("pair", "objective"): ["method_settings", "lr"],
     ("pair", "method", "seed"): ["run_id"],
@@ -256,23 +366,29 @@ _SAME_IN_A_TABLE = {  # among runs that share these columns, the others must be 
 
 
 def _check_same(runs: pd.DataFrame, column: str, where: str) -> None:
-    values = [value for value in runs[column].unique() if value != ""]  # a method without a teacher goes with any
+    # a method without a teacher goes with any
+    values = [value for value in runs[column].unique() if value != ""]
     if len(values) > 1:
         named = ", ".join(f"{value!s:.40}" for value in sorted(values, key=str))
-        raise ValueError(f"runs{where} with {len(values)} different values of {column} cannot share a table "
-                         f"({named}); add a condition such as {column}={values[0]!r}.")
+        raise ValueError(
+            f"runs{where} with {len(values)} different values of {column} cannot share a table "
+            f"({named}); add a condition such as {column}={values[0]!r}."
+        )
 
 # %% ../../nbs/4_evidence/41_results.ipynb #6011b200
 def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
-    """The runs that meet `conditions` (a column's value, or a list of values), which must belong into one table.
+    """The runs that meet `conditions` (a column's value, or a list of values), which must belong
+    into one table.
 
-    `ValueError` for a column that does not exist, and if runs are left that differ in more than pair, method and
-    seed: by preset, recipe, data, precision, device, for one pair by teacher, or for one objective of it by learning
-    rate. The frame may be empty.
+    `ValueError` for a column that does not exist, and if runs are left that differ in more than
+    pair, method and seed: by preset, recipe, data, precision, device, for one pair by teacher, or
+    for one objective of it by learning rate. The frame may be empty.
     """
     for name, value in conditions.items():
         if name not in frame:
-            raise ValueError(f"there is no column {name!r} to select by; the columns are {', '.join(frame)}.")
+            raise ValueError(
+                f"there is no column {name!r} to select by; the columns are {', '.join(frame)}."
+            )
         frame = frame[frame[name].isin(value if isinstance(value, list | tuple | set) else [value])]
     for group, columns in _SAME_IN_A_TABLE.items():
         for key, runs in frame.groupby(list(group)) if group else [((), frame)]:
@@ -282,11 +398,17 @@ def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
 
 
 def select_paper(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
-    "The runs of the published recipe on all of CIFAR-100, and no others; further conditions as in `select`."
+    """The runs of the published recipe on all of CIFAR-100, and no others; further conditions as in
+    `select`.
+    """
     return select(frame[frame["not_paper"].isna()], **conditions)
 
 # %% ../../nbs/4_evidence/41_results.ipynb #c38c8e73
 def mark_measured(grid: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
-    "`grid` with the run_id of each cell among the selected runs of `frame`, and whether it is `measured`."
-    marked = grid.merge(frame[["pair", "seed", "method", "run_id"]], on=["pair", "seed", "method"], how="left")
+    """`grid` with the run_id of each cell among the selected runs of `frame`, and whether it is
+    `measured`.
+    """
+    marked = grid.merge(
+        frame[["pair", "seed", "method", "run_id"]], on=["pair", "seed", "method"], how="left"
+    )
     return marked.assign(measured=marked["run_id"].notna())

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #8e3f03b6
 def _settings(experiment: Experiment, method: Method, seed: int, kind: str | None) -> dict:
-    "The part of a record that says what is run. `kind`: of the teacher's logits, `cached` or `computed`."
+    """The part of a record that says what is run. `kind`: of the teacher's logits, `cached` or
+    `computed`.
+    """
     pair = experiment.pair
     own = plugins_of(method, pair, experiment.data)
     sometimes: dict[str, Any] = {
@@ -107,8 +109,8 @@ class Run:
 def prepare_run(
     experiment: Experiment, method: Method, seed: int, kind: str | None, about_teacher: dict | None
 ) -> Run:
-    """The run of one method and seed. `kind` and `about_teacher`: the kind of `TeacherLogits`, and the teacher; they
-    are not used if the method uses no teacher.
+    """The run of one method and seed. `kind` and `about_teacher`: the kind of `TeacherLogits`, and
+    the teacher; they are not used if the method uses no teacher.
     """
     facts = {
         **_settings(experiment, method, seed, kind),
@@ -129,15 +131,22 @@ def time_now() -> str:
 def time_after(last: str) -> str:
     "The time now, or just after `last` where the clock stands still or was set back."
     now = time_now()
-    return now if now > last else (datetime.strptime(last, _TIME) + timedelta(microseconds=1)).strftime(_TIME)
+    return (
+        now
+        if now > last
+        else (datetime.strptime(last, _TIME) + timedelta(microseconds=1)).strftime(_TIME)
+    )
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #0a69ad7a
 def with_start(run: Run) -> Run:
-    "`run` with the time at which it was first started, which its folder tells until it is recorded."
+    """`run` with the time at which it was first started, which its folder tells until it is
+    recorded.
+    """
     refuse_links(run.folder, *(run.folder.iterdir() if run.folder.is_dir() else ()))
     path = run.folder / "started"
     started = path.read_text() if path.exists() else None
-    if started is not None and not re.fullmatch(r"[0-9T.-]+Z", started):  # it becomes a part of a path
+    # it becomes a part of a path
+    if started is not None and not re.fullmatch(r"[0-9T.-]+Z", started):
         raise ValueError(
             f"{path} does not hold a time, but {started!r:.40}; remove it to start the run again."
         )
@@ -158,8 +167,8 @@ def _start(run: Run, records: Iterable[dict]) -> Run:
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #8f5fabd3
 def record_of(run: Run, records: Iterable[dict], again: bool, waited: bool = False) -> dict | None:
-    """The record of `run` among `records`. With `again`, only one that this command has made, before an interruption
-    or, if it has `waited` for another process, in that one.
+    """The record of `run` among `records`. With `again`, only one that this command has made,
+    before an interruption or, if it has `waited` for another process, in that one.
     """
     found = [each for each in records if run_key(each) == run.key]
     if again and not waited:
@@ -167,9 +176,17 @@ def record_of(run: Run, records: Iterable[dict], again: bool, waited: bool = Fal
     return found[-1 if waited else 0] if found else None
 
 
-def again_since(experiment: Experiment, runs: Sequence[Run], records: Iterable[dict]) -> tuple[str, Path]:
-    "When the command that repeats `runs` was first given, and the file that tells it until the command has ended."
-    path = experiment.results_dir / "runs" / f"again-{fingerprint(sorted(run.folder.name for run in runs))}"
+def again_since(
+    experiment: Experiment, runs: Sequence[Run], records: Iterable[dict]
+) -> tuple[str, Path]:
+    """When the command that repeats `runs` was first given, and the file that tells it until the
+    command has ended.
+    """
+    path = (
+        experiment.results_dir
+        / "runs"
+        / f"again-{fingerprint(sorted(run.folder.name for run in runs))}"
+    )
     refuse_links(path)
     if not experiment.again:
         return "", path
@@ -182,10 +199,15 @@ def again_since(experiment: Experiment, runs: Sequence[Run], records: Iterable[d
     return path.read_text(), path
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #7903dd77
-def _claim(experiment: Experiment, runs: Sequence[Run], locks: ExitStack) -> list[tuple[Run, dict | None]]:
-    "Each run with its record, or started now if it has none. Waits until no other process is at one of them."
+def _claim(
+    experiment: Experiment, runs: Sequence[Run], locks: ExitStack
+) -> list[tuple[Run, dict | None]]:
+    """Each run with its record, or started now if it has none. Waits until no other process is at
+    one of them.
+    """
     waited = {}
-    for run in sorted(runs, key=lambda run: run.folder):  # one order, so that no two wait for each other
+    # one order, so that no two wait for each other
+    for run in sorted(runs, key=lambda run: run.folder):
         lock = exclusive(run.folder / "run.lock", f"training {run.method.name}, seed {run.seed}")
         waited[run.folder] = bool(locks.enter_context(lock))
     before, claimed = experiment.recorded(), list[tuple[Run, dict | None]]()
@@ -193,7 +215,10 @@ def _claim(experiment: Experiment, runs: Sequence[Run], locks: ExitStack) -> lis
         record = record_of(run, before, experiment.again, waited[run.folder])
         if record:
             again = "" if experiment.again else " again=True repeats it."
-            print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}.{again}")
+            print(
+                f"{run.method.name}, seed {run.seed}: already recorded, "
+                f"{record['finished']}.{again}"
+            )
         claimed.append((run, record) if record else (_start(run, before), None))
     return claimed
 
@@ -204,14 +229,18 @@ class SessionFields(msgspec.Struct):
 
 
 class Session:
-    "Notes with the first epoch that it is called for when, and on which machine, training went on from there."
+    """Notes with the first epoch that it is called for when, and on which machine, training went on
+    from there.
+    """
 
     def __init__(self, path: Path, about: dict):
         self.path, self.about, self.noted, self.began = path, about, False, time_now()
 
     def __call__(self, row: dict) -> None:
         if not self.noted:
-            append_record(self.path, {"first_epoch": row["epoch"], "began": self.began, **self.about})
+            append_record(
+                self.path, {"first_epoch": row["epoch"], "began": self.began, **self.about}
+            )
             self.noted = True
 
     def earlier(self) -> dict:
@@ -221,11 +250,15 @@ class Session:
             with suppress(msgspec.ValidationError):  # a damaged line
                 first = msgspec.convert(each, SessionFields).first_epoch
                 # An epoch that was lost with its session was trained again in a later one.
-                sessions = {epoch: other for epoch, other in sessions.items() if epoch < first} | {first: each}
+                sessions = {epoch: other for epoch, other in sessions.items() if epoch < first} | {
+                    first: each
+                }
         return {"sessions": list(sessions.values())} if len(sessions) > 1 else {}
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #e5f6aa97
-def _log_to_tensorboard(experiment: Experiment, run: Run, closing: ExitStack) -> Callable[[dict], None]:
+def _log_to_tensorboard(
+    experiment: Experiment, run: Run, closing: ExitStack
+) -> Callable[[dict], None]:
     from torch.utils.tensorboard import SummaryWriter
 
     folder = experiment.results_dir / "tensorboard" / run.run_id
@@ -254,7 +287,9 @@ def _log_to_wandb(experiment: Experiment, run: Run, closing: ExitStack) -> Calla
 
 
 def _loggers(experiment: Experiment, run: Run, closing: ExitStack) -> list[Callable[[dict], None]]:
-    "Callbacks that log the rows of a run until `closing`, under the folders `tensorboard` and `wandb` of the results."
+    """Callbacks that log the rows of a run until `closing`, under the folders `tensorboard` and
+    `wandb` of the results.
+    """
     wanted = {_log_to_tensorboard: experiment.tensorboard, _log_to_wandb: experiment.wandb != "off"}
     return [log(experiment, run, closing) for log, is_on in wanted.items() if is_on]
 
@@ -283,7 +318,11 @@ def _held_out_result(experiment: Experiment, outcome: Outcome, fabric: "Fabric")
     model.load_state_dict(outcome.last_weights)
     model = fabric.setup_module(model.to(memory_format=torch.channels_last))
     found = evaluate(model, held_out.batches(fabric.device), fabric)
-    result: dict[str, Any] = {"held_out_top1": found.top1, "held_out_loss": found.loss, "held_out_images": found.images}
+    result: dict[str, Any] = {
+        "held_out_top1": found.top1,
+        "held_out_loss": found.loss,
+        "held_out_images": found.images,
+    }
     if fabric.is_global_zero:
         result["held_out_correct_sha256"] = save_correct(experiment.records_file, found.correct)
     return result
@@ -297,10 +336,17 @@ def _keep_weights(folder: Path, outcome: Outcome) -> None:
         save_atomically(folder / f"{name}.safetensors", partial(Path.write_bytes, data=content))
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #f8e5d903
-def _outcome_fields(experiment: Experiment, run: Run, outcome: Outcome | Diverged, fabric: "Fabric") -> dict:
-    "What the record says of the outcome. The first process keeps the weights, and which images were right."
+def _outcome_fields(
+    experiment: Experiment, run: Run, outcome: Outcome | Diverged, fabric: "Fabric"
+) -> dict:
+    """What the record says of the outcome. The first process keeps the weights, and which images
+    were right.
+    """
     if isinstance(outcome, Diverged):
-        return {"diverged": {"epoch": outcome.epoch, "message": str(outcome)}, "result": {"last_top1": outcome.top1}}
+        return {
+            "diverged": {"epoch": outcome.epoch, "message": str(outcome)},
+            "result": {"last_top1": outcome.top1},
+        }
     rows = len(experiment.data.train_targets) * experiment.recipe_for(run.method).epochs
     result = _result(outcome, rows) | _held_out_result(experiment, outcome, fabric)
     if fabric.is_global_zero:
@@ -312,7 +358,12 @@ def _outcome_fields(experiment: Experiment, run: Run, outcome: Outcome | Diverge
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #da4d4024
 def _record(
-    experiment: Experiment, run: Run, session: Session, outcome: Outcome | Diverged, students: int, fabric: "Fabric"
+    experiment: Experiment,
+    run: Run,
+    session: Session,
+    outcome: Outcome | Diverged,
+    students: int,
+    fabric: "Fabric",
 ) -> dict:
     "The record of a run that has ended. `students`: how many were trained together."
     sometimes: Mapping[str, Any] = {
@@ -355,23 +406,37 @@ class Resources:
     callbacks: Sequence[Callable[[dict], None]] = ()
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #83f33717
-def _train_and_record(experiment: Experiment, runs: Sequence[Run], shared: Resources) -> dict[Path, dict]:
-    "Train the students of `runs` together; append and return the record of each, also of those that diverged."
+def _train_and_record(
+    experiment: Experiment, runs: Sequence[Run], shared: Resources
+) -> dict[Path, dict]:
+    """Train the students of `runs` together; append and return the record of each, also of those
+    that diverged.
+    """
     fabric, students = shared.fabric, []
     about = describe_machine(fabric.device.type)
     sessions = [Session(run.folder / "sessions.jsonl", about) for run in runs]
     with ExitStack() as closing:
         for run, session in zip(runs, sessions):
             loggers = _loggers(experiment, run, closing) if fabric.is_global_zero else []
-            students.append(Student(
-                initial_model(experiment.pair.student, experiment.data.num_classes, run.seed), run.method,
-                experiment.recipe_for(run.method), checkpoint=run.folder / "checkpoint.pt",
-                context=(run.facts["about_teacher"] or {}).get("weights_sha256", ""),
-                callbacks=[session, *shared.callbacks, *loggers], compile=experiment.compile,
-            ))
+            students.append(
+                Student(
+                    initial_model(experiment.pair.student, experiment.data.num_classes, run.seed),
+                    run.method,
+                    experiment.recipe_for(run.method),
+                    checkpoint=run.folder / "checkpoint.pt",
+                    context=(run.facts["about_teacher"] or {}).get("weights_sha256", ""),
+                    callbacks=[session, *shared.callbacks, *loggers],
+                    compile=experiment.compile,
+                )
+            )
         outcomes = train_together(
-            students, shared.batches, fabric, teacher=shared.teacher_logits, seed=[run.seed for run in runs],
-            stop=shared.stop, progress=_title(runs) if shared.progress else False,
+            students,
+            shared.batches,
+            fabric,
+            teacher=shared.teacher_logits,
+            seed=[run.seed for run in runs],
+            stop=shared.stop,
+            progress=_title(runs) if shared.progress else False,
         )
     records = {}
     for run, session, outcome in zip(runs, sessions, outcomes):

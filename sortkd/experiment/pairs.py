@@ -24,9 +24,10 @@ from ..train.trainer import Recipe
 # %% ../../nbs/3_experiment/30_pairs.ipynb #ea030eca
 @dataclass(frozen=True)
 class Pair:
-    """A teacher and a student, by the names of `sortkd.train.networks`, with DKD's beta and the learning rate that the papers
-    use for them. `numbers`: by objective, settings that its authors chose for this pair alone; besides the settings of
-    `create_method` they may hold `lr` and `epochs`.
+    """A teacher and a student, by the names of `sortkd.train.networks`, with DKD's beta and the
+    learning rate that the papers use for them. `numbers`: by objective, settings that its authors
+    chose for this pair alone; besides the settings of `create_method` they may hold `lr` and
+    `epochs`.
     """
 
     teacher: str
@@ -37,27 +38,70 @@ class Pair:
 
 
 PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
-    "r56_r20": Pair("resnet56", "resnet20", 2.0, 0.05, {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}}),
+    "r56_r20": Pair(
+        "resnet56", "resnet20", 2.0, 0.05, {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}}
+    ),
     "r110_r32": Pair("resnet110", "resnet32", 2.0, 0.05, {"lskd_dkd": {"kd_weight": 15.0}}),
     "r32x4_r8x4": Pair("resnet32x4", "resnet8x4", 8.0, 0.05),
-    "wrn40_2_wrn16_2": Pair("wrn_40_2", "wrn_16_2", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}),
-    "wrn40_2_wrn40_1": Pair("wrn_40_2", "wrn_40_1", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}),
-    "vgg13_vgg8": Pair("vgg13", "vgg8", 6.0, 0.05, {
-        "lskd": {"temperature": 3.0}, "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0}, "lskd_mlkd": {"kd_weight": 6.0, "lr": 0.01},
-    }),
-    "r32x4_shuv1": Pair("resnet32x4", "ShuffleV1", 8.0, 0.01, {
-        "mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009},
-    }),
+    "wrn40_2_wrn16_2": Pair(
+        "wrn_40_2", "wrn_16_2", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
+    ),
+    "wrn40_2_wrn40_1": Pair(
+        "wrn_40_2", "wrn_40_1", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
+    ),
+    "vgg13_vgg8": Pair(
+        "vgg13",
+        "vgg8",
+        6.0,
+        0.05,
+        {
+            "lskd": {"temperature": 3.0},
+            "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
+            "lskd_mlkd": {"kd_weight": 6.0, "lr": 0.01},
+        },
+    ),
+    "r32x4_shuv1": Pair(
+        "resnet32x4",
+        "ShuffleV1",
+        8.0,
+        0.01,
+        {"mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009}},
+    ),
     "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01),
-    "vgg13_mv2": Pair("vgg13", "MobileNetV2", 6.0, 0.01, {
-        "lskd": {"temperature": 3.0}, "lskd_dkd": {"temperature": 3.0, "beta": 2.0}, "lskd_mlkd": {"kd_weight": 6.0}, "sld": {"lr": 0.008},
-    }),
-    "r50_mv2": Pair("ResNet50", "MobileNetV2", 8.0, 0.01, {
-        "lskd": {"temperature": 3.0, "kd_weight": 1.0}, "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0}, "sld": {"lr": 0.008},
-    }),
-    "r32x4_shuv2": Pair("resnet32x4", "ShuffleV2", 8.0, 0.01, {
-        "mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0}, "sld": {"lr": 0.008},
-    }),
+    "vgg13_mv2": Pair(
+        "vgg13",
+        "MobileNetV2",
+        6.0,
+        0.01,
+        {
+            "lskd": {"temperature": 3.0},
+            "lskd_dkd": {"temperature": 3.0, "beta": 2.0},
+            "lskd_mlkd": {"kd_weight": 6.0},
+            "sld": {"lr": 0.008},
+        },
+    ),
+    "r50_mv2": Pair(
+        "ResNet50",
+        "MobileNetV2",
+        8.0,
+        0.01,
+        {
+            "lskd": {"temperature": 3.0, "kd_weight": 1.0},
+            "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
+            "sld": {"lr": 0.008},
+        },
+    ),
+    "r32x4_shuv2": Pair(
+        "resnet32x4",
+        "ShuffleV2",
+        8.0,
+        0.01,
+        {
+            "mlkd": {"epochs": 960},
+            "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0},
+            "sld": {"lr": 0.008},
+        },
+    ),
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", 8.0, 0.01),
 }
 
@@ -73,34 +117,54 @@ _IMAGENET = {
     "dist": {"inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
 }
 IMAGENET_PAIRS = {
-    "in_r34_r18": Pair("imagenet/ResNet34", "imagenet/ResNet18", 0.5, 0.2, _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 0.5}}),
-    "in_r50_mv1": Pair("imagenet/ResNet50", "imagenet/MobileNetV1", 2.0, 0.2, _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 2.0}}),
+    "in_r34_r18": Pair(
+        "imagenet/ResNet34",
+        "imagenet/ResNet18",
+        0.5,
+        0.2,
+        _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 0.5}},
+    ),
+    "in_r50_mv1": Pair(
+        "imagenet/ResNet50",
+        "imagenet/MobileNetV1",
+        2.0,
+        0.2,
+        _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 2.0}},
+    ),
 }
 
 
 def published_recipe(pair: Pair) -> Recipe:
-    "The recipe that the papers use for most methods of this pair; `recipe_for` knows the exceptions."
+    """The recipe that the papers use for most methods of this pair; `recipe_for` knows the
+    exceptions.
+    """
     return Recipe(**IMAGENET_RECIPE) if pair in IMAGENET_PAIRS.values() else Recipe(lr=pair.lr)
 
 
 def has_published_length(record: Mapping) -> bool:
-    "Whether a recorded run was as long as published: for MLKD twice as long as for other methods, with the same milestones."
-    return record["preset"] == "paper" and record["recipe"].get("milestones") == list(Recipe().milestones)
+    """Whether a recorded run was as long as published: for MLKD twice as long as for other methods,
+    with the same milestones.
+    """
+    return record["preset"] == "paper" and record["recipe"].get("milestones") == list(
+        Recipe().milestones
+    )
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #84778c0a
 def pair_for(name: str) -> Pair:
-    """The pair called `name`: one of the papers', or TEACHER:STUDENT, any two networks that `create_model` knows, such as
-    `resnet20:resnet8` or `resnet56:timm:mobilenetv3_small_050`.
+    """The pair called `name`: one of the papers', or TEACHER:STUDENT, any two networks that
+    `create_model` knows, such as `resnet20:resnet8` or `resnet56:timm:mobilenetv3_small_050`.
 
-    An own pair has the learning rate of the papers' pairs: 0.01 for MobileNet and ShuffleNet students, else 0.05.
-    `ValueError` for other names.
+    An own pair has the learning rate of the papers' pairs: 0.01 for MobileNet and ShuffleNet
+    students, else 0.05. `ValueError` for other names.
     """
     known = PAIRS | IMAGENET_PAIRS
     if not isinstance(name, str) or ":" not in name:
         return known[choice("pair", name, list(known))]
     words = re.fullmatch(r"((?:timm:|torchvision:)?[^:]+):((?:timm:|torchvision:)?[^:]+)", name)
     if words is None:
-        raise ValueError(f"pair is {name!r:.200}; give TEACHER:STUDENT, such as 'resnet20:resnet8'.")
+        raise ValueError(
+            f"pair is {name!r:.200}; give TEACHER:STUDENT, such as 'resnet20:resnet8'."
+        )
     for network in words.groups():
         try:
             check_model(network)
@@ -108,13 +172,15 @@ def pair_for(name: str) -> Pair:
             raise ValueError(f"pair is {name!r:.100}: {error}") from error
     teacher, student = words.groups()
     small = student.lower().startswith(("mobilenet", "shuffle"))
-    return Pair(teacher, student, beta=float(OBJECTIVES["dkd"].settings["beta"]), lr=0.01 if small else 0.05)
+    return Pair(
+        teacher, student, beta=float(OBJECTIVES["dkd"].settings["beta"]), lr=0.01 if small else 0.05
+    )
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #96ed2723
 def check_takes(network: str, image_size: int, num_classes: int, batch_size: int = 2) -> None:
     """`ValueError` unless the network turns random images of `image_size` into finite logits, one
-    for each class, in training mode and in evaluation mode, on the CPU. `batch_size`: how many images
-    at a time; two stand for more.
+    for each class, in training mode and in evaluation mode, on the CPU. `batch_size`: how many
+    images at a time; two stand for more.
     """
     _try_network(network, NETWORKS.get(network), image_size, num_classes, min(2, batch_size))
 
@@ -132,7 +198,8 @@ def _try_network(network: str, registered, image_size: int, num_classes: int, ro
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{network} cannot take images of {image_size}×{image_size}"
-            f"{' one at a time' * (rows == 1)} in {mode} mode ({reason:.150}); choose another network "
+            f"{' one at a time' * (rows == 1)} in {mode} mode ({reason:.150}); choose another "
+            "network "
             "or data set."
         ) from error
     for mode, logits in answers.items():
@@ -147,17 +214,22 @@ def _try_network(network: str, registered, image_size: int, num_classes: int, ro
         raise ValueError(f"{network} gives {found} in {mode} mode; {expected}.")
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #56d22b83
-_EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")  # settings that count epochs
+# settings that count epochs
+_EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")
 _OF_RECIPES = ("lr", "epochs")  # numbers of a pair that are not the method's but its recipe's
 
 
 def method_for(name: str, pair: Pair, share: float = 1.0) -> Method:
-    """The method called `name` with the numbers of the pair. `share`: the length of the run, as a share of the published
-    one.
+    """The method called `name` with the numbers of the pair. `share`: the length of the run, as a
+    share of the published one.
     """
     method = create_method(name)
     changes = {"beta": pair.beta} if OBJECTIVES[method.objective].pair_beta else {}
-    changes |= {key: value for key, value in pair.numbers.get(method.objective, {}).items() if key not in _OF_RECIPES}
+    changes |= {
+        key: value
+        for key, value in pair.numbers.get(method.objective, {}).items()
+        if key not in _OF_RECIPES
+    }
     method = create_method(name, **changes)
     for setting, epochs in {"warmup_epochs": method.warmup_epochs, **method.settings}.items():
         if setting in _EPOCHS and epochs:
@@ -165,15 +237,22 @@ def method_for(name: str, pair: Pair, share: float = 1.0) -> Method:
     return create_method(name, **changes)
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #84c3224e
-def recipe_for(method: Method, pair: Pair, recipe: Recipe, published_length: bool, classes: int = 100) -> Recipe:
-    """`recipe` with what the paper of the method's objective changes in it for this pair. `published_length`: whether
-    `recipe` is the published one, which an objective may lengthen; a shortened run is as long for all methods.
+def recipe_for(
+    method: Method, pair: Pair, recipe: Recipe, published_length: bool, classes: int = 100
+) -> Recipe:
+    """`recipe` with what the paper of the method's objective changes in it for this pair.
+    `published_length`: whether `recipe` is the published one, which an objective may lengthen; a
+    shortened run is as long for all methods.
     """
     objective, own = OBJECTIVES[method.objective], pair.numbers.get(method.objective, {})
     epochs = int(own.get("epochs", objective.epochs))
     if published_length and epochs != Recipe().epochs:
-        recipe = replace(recipe, epochs=epochs, milestones=objective.milestones or recipe.milestones)
-    scale = min(1.0, (classes / 100) ** 2) if objective.strong_views and objective.relates_rows else 1.0
+        recipe = replace(
+            recipe, epochs=epochs, milestones=objective.milestones or recipe.milestones
+        )
+    scale = (
+        min(1.0, (classes / 100) ** 2) if objective.strong_views and objective.relates_rows else 1.0
+    )
     return replace(recipe, lr=min(recipe.lr, objective.lr, own.get("lr", math.inf)) * scale)
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #d96aa0c4
@@ -193,38 +272,66 @@ class Preset:
 
 
 _EXPECTED = (
-    "Expect a teacher that is right on 65 to 85 % and students that are right on 50 to 80 %, where chance is 10 %. "
-    "With the first pair, expect KD a few points above training without a teacher. Another seed or machine changes a student "
+    "Expect a teacher that is right on 65 to 85 % and students that are right on 50 to 80 %, where "
+    "chance is 10 %. "
+    "With the first pair, expect KD a few points above training without a teacher. Another seed or "
+    "machine changes a student "
     "by a few points, too, so one seed does not tell which repair is better."
 )
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)
 PRESETS = {
-    ("paper", "cifar100"): Preset(240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=True),
+    ("paper", "cifar100"): Preset(
+        240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=True
+    ),
     ("paper", "imagenet"): Preset(
         100, 0, 0, Recipe(**IMAGENET_RECIPE), 0, teacher_min_epochs=100, fetch_teacher=True
     ),
     ("quick", "imagenet"): Preset(
-        2, 2000, 1000, Recipe(epochs=2, batch_size=16, lr=0.01, milestones=()), 0, teacher_min_epochs=1, fetch_teacher=False
+        2,
+        2000,
+        1000,
+        Recipe(epochs=2, batch_size=16, lr=0.01, milestones=()),
+        0,
+        teacher_min_epochs=1,
+        fetch_teacher=False,
     ),
     ("quick", "cifar100-mini"): Preset(
-        12, 300, 500, Recipe(epochs=4, batch_size=32, lr=0.01, milestones=(3,)), 5000, teacher_min_epochs=4, fetch_teacher=False,
-        recipe=Recipe(epochs=12, batch_size=32, lr=0.02, milestones=(11,)), expected=_EXPECTED,
+        12,
+        300,
+        500,
+        Recipe(epochs=4, batch_size=32, lr=0.01, milestones=(3,)),
+        5000,
+        teacher_min_epochs=4,
+        fetch_teacher=False,
+        recipe=Recipe(epochs=12, batch_size=32, lr=0.02, milestones=(11,)),
+        expected=_EXPECTED,
     ),
-    ("quick", "digits"): Preset(6, 0, 0, SHORT_TEACHER, 400, teacher_min_epochs=1, fetch_teacher=False),
+    ("quick", "digits"): Preset(
+        6, 0, 0, SHORT_TEACHER, 400, teacher_min_epochs=1, fetch_teacher=False
+    ),
     ("paper", "other"): Preset(240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=False),
-    ("short", "other"): Preset(5, 20000, 0, Recipe().shortened(10), 0, teacher_min_epochs=10, fetch_teacher=False),
-    ("quick", "other"): Preset(3, 1000, 500, SHORT_TEACHER, 0, teacher_min_epochs=1, fetch_teacher=False),
+    ("short", "other"): Preset(
+        5, 20000, 0, Recipe().shortened(10), 0, teacher_min_epochs=10, fetch_teacher=False
+    ),
+    ("quick", "other"): Preset(
+        3, 1000, 500, SHORT_TEACHER, 0, teacher_min_epochs=1, fetch_teacher=False
+    ),
 }
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #629f106a
 def preset_for(name: str, dataset: str, pair: Pair) -> Preset:
-    """The preset called `name` for a data set; those without one of their own share `other`, CIFAR-100's recipe. For ten
-    classes of CIFAR-100, a large teacher has fewer epochs, so that the quick preset stays quick.
+    """The preset called `name` for a data set; those without one of their own share `other`,
+    CIFAR-100's recipe. For ten classes of CIFAR-100, a large teacher has fewer epochs, so that the
+    quick preset stays quick.
     """
     preset = PRESETS.get((name, dataset)) or PRESETS[name, "other"]
     if dataset == "cifar100-mini":
         with torch.device("meta"):
             numbers = sum(each.numel() for each in create_model(pair.teacher, 10).parameters())
         if numbers > 5e6:  # resnet32x4 has 7.4 million
-            preset = replace(preset, teacher_recipe=replace(preset.teacher_recipe, epochs=2, milestones=(1,)), teacher_min_epochs=2)
+            preset = replace(
+                preset,
+                teacher_recipe=replace(preset.teacher_recipe, epochs=2, milestones=(1,)),
+                teacher_min_epochs=2,
+            )
     return preset

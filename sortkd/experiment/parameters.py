@@ -15,7 +15,9 @@ from ..utils.checks import choice
 
 # %% ../../nbs/3_experiment/31_parameters.ipynb #f1e52a3b
 def _group(title: str):
-    "A function that makes the fields of one group: a default, a line of help, and more about it if a line is not enough."
+    """A function that makes the fields of one group: a default, a line of help, and more about it
+    if a line is not enough.
+    """
 
     def parameter(default, text: str, more: str = "") -> Any:
         return field(default=default, metadata={"group": title, "help": text, "more": more})
@@ -32,44 +34,61 @@ _log = _group("Also log")
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    "What an experiment depends on. Every field has a default; `prepare_experiment` checks the values."
+    """What an experiment depends on. Every field has a default; `prepare_experiment` checks the
+    values.
+    """
 
     pair: str = _run(
         "r32x4_r8x4",
         "one of the papers' pairs, or TEACHER:STUDENT for any two networks",
-        "CIFAR-100: r56_r20, r110_r32, r32x4_r8x4, wrn40_2_wrn16_2, wrn40_2_wrn40_1, vgg13_vgg8, r32x4_shuv1, "
-        "wrn40_2_shuv1, vgg13_mv2, r50_mv2, r32x4_shuv2, r32x4_mv2. ImageNet: in_r34_r18, in_r50_mv1. "
-        "Own: such as resnet20:resnet8, timm:NAME and torchvision:NAME for the networks of these libraries.",
+        "CIFAR-100: r56_r20, r110_r32, r32x4_r8x4, wrn40_2_wrn16_2, wrn40_2_wrn40_1, vgg13_vgg8, "
+        "r32x4_shuv1, "
+        "wrn40_2_shuv1, vgg13_mv2, r50_mv2, r32x4_shuv2, r32x4_mv2. ImageNet: in_r34_r18, "
+        "in_r50_mv1. "
+        "Own: such as resnet20:resnet8, timm:NAME and torchvision:NAME for the networks of these "
+        "libraries.",
     )
     methods: str = _run(
         "ce,kd,kd+sort",
         "objectives, alone or with a repair, separated by commas",
-        "Objectives: ce, kd, dkd, rld, nkd, ttm, wttm, normkd, wsld, lskd, lskd_dkd, ctkd, ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
-        "Repairs: +skip, +swap, +smooth, +revise, +loca, +mft, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
+        "Objectives: ce, kd, dkd, rld, nkd, ttm, wttm, normkd, wsld, lskd, lskd_dkd, ctkd, "
+        "ctkd_dkd, mlkd, lskd_mlkd, sld, dist. "
+        "Repairs: +skip, +swap, +smooth, +revise, +loca, +mft, +sort (not with ce). Own numbers: "
+        "kd(temperature=2)+sort.",
     )
     plugin: str = _run(
-        "", "Python files that register own methods, networks or data", "Such as mine.py, or the entry point of a package; see chapter 36."
+        "",
+        "Python files that register own methods, networks or data",
+        "Such as mine.py, or the entry point of a package; see chapter 36.",
     )
     seeds: str = _run("0", "random seeds, such as 0,1,2 or 0-4; every method runs once with each")
 
     preset: str = _data(
         "auto",
         "paper, short or quick; auto: paper on a GPU, quick on a CPU",
-        "paper: the published recipe; short: five epochs on part of CIFAR-100; quick: minutes on a CPU.",
+        "paper: the published recipe; short: five epochs on part of CIFAR-100; quick: minutes on a "
+        "CPU.",
     )
     dataset: str = _data(
         "auto",
         "cifar100, cifar10, tiny-imagenet, digits, folder:PATH; auto: by the preset",
-        "auto: cifar100 for paper and short; for quick ten classes of it if it is on disk (in $SORTKD_DATA), else digits. "
+        "auto: cifar100 for paper and short; for quick ten classes of it if it is on disk (in "
+        "$SORTKD_DATA), else digits. "
         "folder:PATH holds train/CLASS and val/CLASS or test/CLASS. "
         "Part of a set: such as cifar100(train=0:25000). "
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",
     )
-    epochs: int = _data(0, "number of epochs, with milestones at the same fractions; 0: set by the preset")
-    recipe: str = _data(
-        "", "numbers of the recipe, changed for all students", "Such as lr=0.1,batch_size=128,weight_decay=1e-4."
+    epochs: int = _data(
+        0, "number of epochs, with milestones at the same fractions; 0: set by the preset"
     )
-    train_size: int = _data(0, "number of training images, balanced over classes; 0: set by the preset")
+    recipe: str = _data(
+        "",
+        "numbers of the recipe, changed for all students",
+        "Such as lr=0.1,batch_size=128,weight_decay=1e-4.",
+    )
+    train_size: int = _data(
+        0, "number of training images, balanced over classes; 0: set by the preset"
+    )
     test_size: int = _data(0, "number of test images, balanced over classes; 0: set by the preset")
 
     teacher: str = _place(
@@ -78,26 +97,43 @@ class Parameters:
         "auto: found in teachers_dir, else downloaded (paper only), else trained and saved there.",
     )
     teachers_dir: str = _place("teachers", "folder in which teachers are looked for and saved")
-    results_dir: str = _place("results", "folder for records (PRESET.jsonl) and the students' weights")
-    cache_dir: str = _place("auto", "folder for cached teacher logits; auto: teacher_logits in results_dir")
+    results_dir: str = _place(
+        "results", "folder for records (PRESET.jsonl) and the students' weights"
+    )
+    cache_dir: str = _place(
+        "auto", "folder for cached teacher logits; auto: teacher_logits in results_dir"
+    )
     plan: str = _place(
-        "", "the plan (YAML) that the runs belong to; its checksum goes into their records", "Such as results/plans/sorting.yaml; sortkd-grid gives it itself."
+        "",
+        "the plan (YAML) that the runs belong to; its checksum goes into their records",
+        "Such as results/plans/sorting.yaml; sortkd-grid gives it itself.",
     )
     again: bool = _place(False, "repeat runs that are recorded already")
 
     device: str = _computing("auto", "cpu or cuda; auto: a GPU if there is one")
-    precision: str = _computing("auto", "float32 or bfloat16; auto: bfloat16 if the hardware computes in it")
-    deterministic: bool = _computing(False, "repeatable on a GPU, with slower kernels if needed; a CPU always is")
-    compile: bool = _computing(False, "compile the student: faster steps, other rounding; the record says so")
+    precision: str = _computing(
+        "auto", "float32 or bfloat16; auto: bfloat16 if the hardware computes in it"
+    )
+    deterministic: bool = _computing(
+        False, "repeatable on a GPU, with slower kernels if needed; a CPU always is"
+    )
+    compile: bool = _computing(
+        False, "compile the student: faster steps, other rounding; the record says so"
+    )
     cache: str = _computing(
         "auto",
         "teacher logits, one row for each view of an image: auto, full or off",
-        "auto: cached on first use, if the disk has room; full: all computed before training; off: computed in every epoch.",
+        "auto: cached on first use, if the disk has room; full: all computed before training; off: "
+        "computed in every epoch.",
     )
-    workers: int = _computing(1, "number of runs at once, each in a process with its share of the threads")
+    workers: int = _computing(
+        1, "number of runs at once, each in a process with its share of the threads"
+    )
 
     tensorboard: bool = _log(False, "log every epoch for TensorBoard, in results_dir")
-    wandb: str = _log("off", "log every epoch to Weights & Biases: online, offline (in results_dir) or off")
+    wandb: str = _log(
+        "off", "log every epoch to Weights & Biases: online, offline (in results_dir) or off"
+    )
 
 # %% ../../nbs/3_experiment/31_parameters.ipynb #ef1f7ae4
 def parameter_groups() -> dict[str, list[Field]]:
@@ -109,19 +145,26 @@ def parameter_groups() -> dict[str, list[Field]]:
 
 
 def read_parameters(variables: Mapping[str, Any], before: Collection[str]) -> dict[str, Any]:
-    """The values of the parameters among the `variables` of a notebook; `before`: names that it had before its parameters.
+    """The values of the parameters among the `variables` of a notebook; `before`: names that it had
+    before its parameters.
 
     `ValueError` for another plain value, such as a mistyped parameter, with the nearest name.
     """
     names = [*Parameters.__dataclass_fields__, "progress"]
     for name, value in variables.items():
-        if name not in before and not name.startswith("_") and isinstance(value, str | int | float | list | dict | None):
+        if (
+            name not in before
+            and not name.startswith("_")
+            and isinstance(value, str | int | float | list | dict | None)
+        ):
             choice("parameter", name, names)
     return {name: variables[name] for name in names if name != "progress"}
 
 
 def parameter_cell() -> str:
-    "The source of the notebook's parameter cell. `papermill --help-notebook` reads types, defaults and help from it."
+    """The source of the notebook's parameter cell. `papermill --help-notebook` reads types,
+    defaults and help from it.
+    """
     lines = []
     for title, members in parameter_groups().items():
         lines += ["", f"# {title}"]
@@ -129,6 +172,8 @@ def parameter_cell() -> str:
             kind, default = type(each.default).__name__, each.default
             value = f'"{default}"' if isinstance(default, str) else repr(default)
             lines.append(f"{each.name}: {kind} = {value}  # {each.metadata['help']}")
-            lines += textwrap.wrap(each.metadata["more"], 98, initial_indent="#   ", subsequent_indent="#   ")
+            lines += textwrap.wrap(
+                each.metadata["more"], 98, initial_indent="#   ", subsequent_indent="#   "
+            )
     lines += ["", "# In this notebook", "progress: bool = True  # print a line after each epoch"]
     return "\n".join(lines).strip()

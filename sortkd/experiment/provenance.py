@@ -35,12 +35,16 @@ CODE_SHA256 = _code_checksum(Path(sortkd.__file__).parent)
 
 # %% ../../nbs/3_experiment/35_provenance.ipynb #c45f4512
 def _commit() -> str | None:
-    "The commit of the package's working tree, with `+` if the package was changed since; None if it is not in one."
+    """The commit of the package's working tree, with `+` if the package was changed since; None if
+    it is not in one.
+    """
     folder = Path(sortkd.__file__).resolve().parent
 
     def git(*arguments):
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")) != folder.parent:
@@ -57,8 +61,10 @@ def warn_of_another_clone() -> None:
         if (folder / "sortkd" / "_modidx.py").is_file():
             if (folder / "sortkd").resolve() != imported:
                 warnings.warn(
-                    f"the code that runs is {imported}, not {folder / 'sortkd'}, in which this was started; "
-                    f"pip install -e {folder} to run that.", stacklevel=2,
+                    f"the code that runs is {imported}, not {folder / 'sortkd'}, in which this was "
+                    "started; "
+                    f"pip install -e {folder} to run that.",
+                    stacklevel=2,
                 )
             return
 
@@ -66,10 +72,18 @@ def warn_of_another_clone() -> None:
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
     # PyTorch's own version has the build's tag, which the metadata lack.
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "sortkd": __version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "sortkd": __version__,
+    }
     versions |= {name: version(name) for name in ("torchvision", "lightning-fabric", "numpy")}
     about = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:(.*)", about.read_text(), re.MULTILINE) if about.exists() else None
+    named = (
+        re.search(r"^model name\s*:(.*)", about.read_text(), re.MULTILINE)
+        if about.exists()
+        else None
+    )
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": named[1].strip() if named else platform.processor() or platform.machine(),
@@ -78,4 +92,9 @@ def describe_machine(device: str) -> dict:
     }
     if device == "cuda":
         machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return {"machine": machine, "versions": versions, "commit": _commit(), "code_sha256": CODE_SHA256}
+    return {
+        "machine": machine,
+        "versions": versions,
+        "commit": _commit(),
+        "code_sha256": CODE_SHA256,
+    }

@@ -144,10 +144,14 @@ class Record(Struct):
 
 # %% ../../nbs/3_experiment/33_record.ipynb #b1d664fe
 class RecordError(ValueError):
-    "A record that cannot be used; the message names the record, the field, its value, and what was expected."
+    """A record that cannot be used; the message names the record, the field, its value, and what
+    was expected.
+    """
 
 
-def _disagreements(record: Record, curve: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:
+def _disagreements(
+    record: Record, curve: Mapping[str, Any]
+) -> Iterator[tuple[str, object, object]]:
     "Field, value and expected value wherever parts of the record should agree."
     method, result, epochs = record.method, record.result, record.recipe.epochs
     for name, values in curve.items():
@@ -173,7 +177,9 @@ def _disagreements(record: Record, curve: Mapping[str, Any]) -> Iterator[tuple[s
 
 # %% ../../nbs/3_experiment/33_record.ipynb #5edd2601
 def parse_record(record: Any) -> Record:
-    "A record as the type `Record`, whose fields have their defaults. Raises `RecordError` as `check_record` does."
+    """A record as the type `Record`, whose fields have their defaults. Raises `RecordError` as
+    `check_record` does.
+    """
     name = one_line(record.get("run_id")) if isinstance(record, dict) else type(record).__name__
     try:
         parsed = msgspec.convert(record, Record)
@@ -184,22 +190,27 @@ def parse_record(record: Any) -> Record:
         raise RecordError(f"record {name:.200}: {where}{found}: {problem}.") from error
     for field, found, wanted in _disagreements(parsed, record["curve"]):
         if found != wanted:
-            raise RecordError(f"record {name:.200}: {field} is {shown(found):.80}, expected {shown(wanted):.80}.")
+            raise RecordError(
+                f"record {name:.200}: {field} is {shown(found):.80}, expected {shown(wanted):.80}."
+            )
     return parsed
 
 
 def _value_at(record: object, place: str) -> object:
     "The value at a place that msgspec names, such as `$.data.classes` or `$.curve.epoch[0]`."
     try:
-        keys = [int(number) if number else name for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", place)]
+        keys = [
+            int(number) if number else name
+            for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", place)
+        ]
         return reduce(operator.getitem, keys, record)  # type: ignore[arg-type]
     except (TypeError, LookupError):
         return "not known"
 
 # %% ../../nbs/3_experiment/33_record.ipynb #f656bb84
 def check_record(record: dict) -> dict:
-    """The record, if it is complete and its parts agree; else `RecordError`. A record of an earlier version is
-    brought into the present form.
+    """The record, if it is complete and its parts agree; else `RecordError`. A record of an earlier
+    version is brought into the present form.
     """
     if isinstance(record, dict) and record.get("schema") == 1:
         record = upgrade(record)
@@ -210,7 +221,10 @@ def check_record(record: dict) -> dict:
 def upgrade(record: dict) -> dict:
     "A record of version 1 in the present form. `RecordError` if its parameters cannot be told."
     try:
-        whole = record["preset"] == "paper" and record["data"]["checksum"] == record["data"]["full_checksum"]
+        whole = (
+            record["preset"] == "paper"
+            and record["data"]["checksum"] == record["data"]["full_checksum"]
+        )
         published = record["full_recipe"] or has_published_length(record)
         changes = record.get("recipe_changes", {})
         parameters = {
@@ -228,7 +242,8 @@ def upgrade(record: dict) -> dict:
             "deterministic": record.get("deterministic", False),
             "compile": record.get("compiled", False),
         }
-        without = record["method"]["objective"] == "ce"  # the earliest tell of a teacher that was not used
+        # the earliest tell of a teacher that was not used
+        without = record["method"]["objective"] == "ce"
     except (KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"a record of version 1 lacks {error}, or it is malformed.") from error
     unused = {"about_teacher": None, "teacher_logits": None} if without else {}
@@ -238,16 +253,35 @@ def upgrade(record: dict) -> dict:
 
 # %% ../../nbs/3_experiment/33_record.ipynb #59f1ef4b
 _IDENTITY = (
-    "pair", "teacher", "student", "method", "seed", "preset", "full_recipe", "recipe", "recipe_changes", "device",
-    "precision", "deterministic", "compiled", "channels_last", "teacher_logits", "strong_views", "plugins",
+    "pair",
+    "teacher",
+    "student",
+    "method",
+    "seed",
+    "preset",
+    "full_recipe",
+    "recipe",
+    "recipe_changes",
+    "device",
+    "precision",
+    "deterministic",
+    "compiled",
+    "channels_last",
+    "teacher_logits",
+    "strong_views",
+    "plugins",
 )
 
 
 def run_key(record: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits that two runs share if they are the same run: a checksum of the settings, the data and
-    the teacher's weights in `record`, a record or what is known of it before the run.
+    """16 hexadecimal digits that two runs share if they are the same run: a checksum of the
+    settings, the data and the teacher's weights in `record`, a record or what is known of it before
+    the run.
     """
-    teacher, settings = record["about_teacher"], {name: record[name] for name in _IDENTITY if name in record}
+    teacher, settings = (
+        record["about_teacher"],
+        {name: record[name] for name in _IDENTITY if name in record},
+    )
     return fingerprint(settings, record["data"], teacher and teacher["weights_sha256"])
 
 # %% ../../nbs/3_experiment/33_record.ipynb #6b27d607
@@ -257,7 +291,9 @@ def plain(values: dict) -> dict:
 
 
 def differences(now: dict, then: object, path: str = "") -> dict[str, tuple]:
-    "The places in which nested plain values differ from those recorded: name, value now, value then."
+    """The places in which nested plain values differ from those recorded: name, value now, value
+    then.
+    """
     changed: dict[str, tuple] = {}
     for key, value in now.items():
         other = then.get(key) if isinstance(then, dict) else None
@@ -269,13 +305,17 @@ def differences(now: dict, then: object, path: str = "") -> dict[str, tuple]:
 
 # %% ../../nbs/3_experiment/33_record.ipynb #5bdc2c44
 def compare_runs(first: dict, second: dict) -> list[str]:
-    "In which numbers two records of the same run differ, a sentence each; empty if they are the same to the bit."
+    """In which numbers two records of the same run differ, a sentence each; empty if they are the
+    same to the bit.
+    """
     numbers = [
         {name: values for name, values in record["curve"].items() if name != "seconds"}
         | {"weights": record["result"]["student_sha256"]}
         for record in (first, second)
     ]
-    names = [name for name in numbers[0] | numbers[1] if numbers[0].get(name) != numbers[1].get(name)]
+    names = [
+        name for name in numbers[0] | numbers[1] if numbers[0].get(name) != numbers[1].get(name)
+    ]
     if not names:
         return []
     around = {name: second.get(name) for name in ("machine", "versions", "commit")}
@@ -284,5 +324,8 @@ def compare_runs(first: dict, second: dict) -> list[str]:
     was, now = (record["result"]["last_top1"] for record in (first, second))
     return [
         f"{', '.join(names)} differ; last top-1 was {was:.2f} and is {now:.2f}.",
-        *(f"{name} was {then!r} and is {now!r}." for name, (now, then) in differences(around, first).items()),
+        *(
+            f"{name} was {then!r} and is {now!r}."
+            for name, (now, then) in differences(around, first).items()
+        ),
     ]

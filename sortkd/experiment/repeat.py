@@ -27,7 +27,8 @@ def _dataset_of(record: dict, dataset: str) -> str:
         return record["parameters"]["dataset"]
     if not isinstance(dataset, str) or not dataset.startswith("folder:"):
         raise ValueError(
-            f"the run used images in a folder called {name.removeprefix('folder:')!r:.80}; say where they are: "
+            f"the run used images in a folder called {name.removeprefix('folder:')!r:.80}; say "
+            "where they are: "
             "dataset='folder:PATH' (--dataset folder:PATH)."
         )
     return dataset
@@ -49,38 +50,62 @@ def _check_same(experiment: Experiment, record: dict) -> None:
     about = record["about_teacher"]
     kind = record["teacher_logits"] or "cached"
     facts = prepare_run(experiment, experiment.methods[0], record["seed"], kind, about).facts
-    facts = {name: value for name, value in facts.items() if name not in ("parameters", "plugins", "other_plugins")}
+    facts = {
+        name: value
+        for name, value in facts.items()
+        if name not in ("parameters", "plugins", "other_plugins")
+    }
     if record["data"]["name"].startswith("folder:"):  # it may have another name now
         facts["data"] = facts["data"] | {"name": record["data"]["name"]}
     if about and experiment.teacher_file is not None:
-        found = load_teacher(experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes)
+        found = load_teacher(
+            experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes
+        )
         facts["about_teacher"] = about | {"weights_sha256": found.as_record()["weights_sha256"]}
     if changed := differences(plain(facts), record):
-        which = "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there" for name, (now, then) in changed.items())
+        which = "; ".join(
+            f"{name} is {now!r:.60} here and {then!r:.60} there"
+            for name, (now, then) in changed.items()
+        )
         raise ValueError(f"this would be another run than the recorded one: {which}.")
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #0f2e0d8c
 def prepare_repetition(
-    record: dict, teacher: str = "auto", teachers_dir: str = "teachers", results_dir: str = "results/repeated",
-    cache_dir: str = "auto", dataset: str = "auto", plugin: str = "",
+    record: dict,
+    teacher: str = "auto",
+    teachers_dir: str = "teachers",
+    results_dir: str = "results/repeated",
+    cache_dir: str = "auto",
+    dataset: str = "auto",
+    plugin: str = "",
 ) -> Experiment:
-    """The experiment that repeats the run of a record, with as many threads (set for this process) as it had.
+    """The experiment that repeats the run of a record, with as many threads (set for this process)
+    as it had.
 
-    `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded weights, else the
-    teacher is made as a run would. `dataset`: folder:PATH for a run on a folder of images, whose path the record does
-    not tell; the folder may have another name now, but its checksum must be the recorded one. `plugin`: the plugins
-    that the record names. Raises `ValueError` for a record that is not whole, and, naming the fields, if this version
-    of the code, the data or the teacher would make it another run.
+    `teacher`: the file of its teacher; `auto`: the file in `teachers_dir` that has the recorded
+    weights, else the teacher is made as a run would. `dataset`: folder:PATH for a run on a folder
+    of images, whose path the record does not tell; the folder may have another name now, but its
+    checksum must be the recorded one. `plugin`: the plugins that the record names. Raises
+    `ValueError` for a record that is not whole, and, naming the fields, if this version of the
+    code, the data or the teacher would make it another run.
     """
     record = check_record(plain(record))
     parameters = record["parameters"] | {"dataset": _dataset_of(record, dataset)}
-    check_recorded(record.get("plugins", []) + record.get("other_plugins", []), load_plugins(plugin))
+    check_recorded(
+        record.get("plugins", []) + record.get("other_plugins", []), load_plugins(plugin)
+    )
     torch.set_num_threads(record["machine"]["threads"])
     if teacher == "auto" and (about := record["about_teacher"]):
         teacher = str(_file_with_weights(about, teachers_dir, record["data"]["classes"]) or "auto")
     experiment = prepare_experiment(
-        **parameters, teacher=teacher, teachers_dir=teachers_dir, results_dir=results_dir, cache_dir=cache_dir,
-        cache="off" if record["teacher_logits"] == "computed" else "auto", plugin=plugin, again=True,
+        **parameters,
+        teacher=teacher,
+        teachers_dir=teachers_dir,
+        results_dir=results_dir,
+        cache_dir=cache_dir,
+        cache="off" if record["teacher_logits"] == "computed" else "auto",
+        plugin=plugin,
+        again=True,
     )
     _check_same(experiment, record)
     return experiment

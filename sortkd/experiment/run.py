@@ -30,10 +30,17 @@ if TYPE_CHECKING:
 # %% ../../nbs/3_experiment/39_run.ipynb #3b5d4105
 def _say_how_good(teacher: Teacher, top1: float, classes: int, progress: bool) -> None:
     chance = 100 / classes
-    said = f"The teacher {teacher.architecture} ({teacher.file}) is right on {top1:.1f} % of the test images"
+    said = (
+        f"The teacher {teacher.architecture} ({teacher.file}) is right on {top1:.1f} % of the "
+        "test images"
+    )
     if top1 < 2 * chance:
-        warnings.warn(f"{said}, where chance is {chance:.3g} %. Was it trained on these classes, in this order, with "
-                      "this normalisation?", stacklevel=4)
+        warnings.warn(
+            f"{said}, where chance is {chance:.3g} %. Was it trained on these classes, in this "
+            "order, with "
+            "this normalisation?",
+            stacklevel=4,
+        )
     elif progress:
         print(f"{said}.", flush=True)
 
@@ -51,7 +58,11 @@ def _groups(experiment: Experiment, runs: Sequence[Run], students: int) -> list[
         shared.setdefault((None if fills_gpu else run.seed, batch_size), []).append(run)
     parts = list(shared.values())
     if fills_gpu:
-        return [part[start:start + students] for part in parts for start in range(0, len(part), students)]
+        return [
+            part[start : start + students]
+            for part in parts
+            for start in range(0, len(part), students)
+        ]
     while len(parts) < min(experiment.workers, len(runs)):
         largest = max(parts, key=len)
         parts.remove(largest)
@@ -71,7 +82,9 @@ class Results:
 
     def describe_teacher(self) -> str:
         "Where the teacher came from, and how good it is."
-        about = next((each["about_teacher"] for each in self.records if each["about_teacher"]), None)
+        about = next(
+            (each["about_teacher"] for each in self.records if each["about_teacher"]), None
+        )
         if about is None:
             return "No method used a teacher."
         where = f"The teacher was {about['source']} (`{about['file']}`)"
@@ -85,9 +98,15 @@ class Results:
 
 # %% ../../nbs/3_experiment/39_run.ipynb #e9de07b6
 def _prepare_runs(
-    experiment: Experiment, kind: str | None, about_teacher: dict | None, before: Sequence[dict], fabric: "Fabric"
+    experiment: Experiment,
+    kind: str | None,
+    about_teacher: dict | None,
+    before: Sequence[dict],
+    fabric: "Fabric",
 ) -> tuple[list[Run], Path]:
-    "All runs, each with the time at which it was started if it was; and the file of a command that repeats them."
+    """All runs, each with the time at which it was started if it was; and the file of a command
+    that repeats them.
+    """
     runs = [prepare_run(experiment, method, seed, kind, about_teacher)
             for seed in experiment.seeds for method in experiment.methods]
     runs = fabric.broadcast([with_start(run) for run in runs] if fabric.is_global_zero else runs)
@@ -98,9 +117,15 @@ def _prepare_runs(
 
 # %% ../../nbs/3_experiment/39_run.ipynb #9c87b567
 def _meet_teacher(
-    experiment: Experiment, runs: Sequence[Run], teacher: Teacher, before: Sequence[dict], shared: Resources
+    experiment: Experiment,
+    runs: Sequence[Run],
+    teacher: Teacher,
+    before: Sequence[dict],
+    shared: Resources,
 ) -> None:
-    "Measure the teacher and fill the cache of its logits, if a run that uses it is not recorded yet."
+    """Measure the teacher and fill the cache of its logits, if a run that uses it is not recorded
+    yet.
+    """
     fabric, taught = shared.fabric, [run for run in runs if run.facts["about_teacher"]]
     missing = any(record_of(run, before, experiment.again) is None for run in taught)
     if not fabric.broadcast(missing or not runs):
@@ -108,7 +133,9 @@ def _meet_teacher(
     top1 = evaluate(teacher.model, shared.batches, fabric).top1
     for run in taught:
         run.facts["about_teacher"]["top1"] = top1
-    _say_how_good(teacher, top1, experiment.data.num_classes, shared.progress and fabric.is_global_zero)
+    _say_how_good(
+        teacher, top1, experiment.data.num_classes, shared.progress and fabric.is_global_zero
+    )
     # A GPU would wait for every augmented image that is missing.
     at_first = experiment.cache == "full" or fabric.device.type == "cuda"
     if at_first and isinstance(shared.teacher_logits, CachedTeacherLogits):
@@ -119,17 +146,19 @@ def run_experiment(
     experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None,
     callbacks: Sequence[Callable[[dict], None]] = (), students: int = STUDENTS_AT_ONCE,
 ) -> Results:
-    """Find or make the teacher, if a method uses one; train a student for every seed and method, and append a record
-    of each to `experiment.records_file`; `experiment.workers` of them at once, each in a process of its own.
-    `students`: how many are trained together on a GPU, at most.
+    """Find or make the teacher, if a method uses one; train a student for every seed and method,
+    and append a record of each to `experiment.records_file`; `experiment.workers` of them at once,
+    each in a process of its own. `students`: how many are trained together on a GPU, at most.
 
-    After an interruption the same call continues: finished runs are taken from their records, the others from their
-    checkpoints. `stop`: as for `train`, and picklable if there are workers; it ends the call with `Stopped`.
-    `callbacks`: as for `train`, called with every epoch of the teacher and of the students; not with several workers.
+    After an interruption the same call continues: finished runs are taken from their records, the
+    others from their checkpoints. `stop`: as for `train`, and picklable if there are workers; it
+    ends the call with `Stopped`. `callbacks`: as for `train`, called with every epoch of the
+    teacher and of the students; not with several workers.
     """
     if callbacks and experiment.workers > 1:
         raise ValueError(
-            f"callbacks are called in this process only, but workers is {experiment.workers}; use 1."
+            f"callbacks are called in this process only, but workers is {experiment.workers}; use "
+            "1."
         )
     fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
     teacher = teacher_of(experiment, progress, stop, callbacks)
@@ -153,6 +182,10 @@ def run_experiment(
         raise
     if fabric.is_global_zero:
         command.unlink(missing_ok=True)  # from here on, `again` repeats these, too
-    found = {run.folder: record for group, part in zip(groups, parts) for run, record in zip(group, part)}
+    found = {
+        run.folder: record for group, part in zip(groups, parts) for run, record in zip(group, part)
+    }
     records, known = [found[run.folder] for run in runs], {each["run_id"] for each in before}
-    return Results(experiment, records, teacher, batches, sum(each["run_id"] not in known for each in records))
+    return Results(
+        experiment, records, teacher, batches, sum(each["run_id"] not in known for each in records)
+    )

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 
 from sortkd.experiment.pairs import (
-    IMAGENET_PAIRS, PAIRS, PRESETS, Pair, Preset, check_takes, method_for, pair_for, preset_for, published_recipe,
+    IMAGENET_PAIRS,
+    PAIRS,
+    PRESETS,
+    Pair,
+    Preset,
+    check_takes,
+    method_for,
+    pair_for,
+    preset_for,
+    published_recipe,
     recipe_for,
 )
 from .parameters import Parameters
@@ -34,7 +43,16 @@ from ..train.devices import create_fabric, precision_of
 from ..train.images import DATASETS, check_dataset, has_cifar100, load_data, whole_set
 from ..train.teachers import load_teacher
 from ..train.trainer import Recipe
-from ..utils.checks import choice, flag, folder_path, listed_names, listed_seeds, short_enough, shown, whole_number
+from sortkd.utils.checks import (
+    choice,
+    flag,
+    folder_path,
+    listed_names,
+    listed_seeds,
+    short_enough,
+    shown,
+    whole_number,
+)
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #2db147a5
 _IMAGENET_IMAGES = (1_281_167, 50_000)  # training and validation images of ILSVRC 2012
@@ -42,10 +60,14 @@ _IMAGENET_IMAGES = (1_281_167, 50_000)  # training and validation images of ILSV
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Experiment:
-    "A checked experiment, made by `prepare_experiment`: what will run, on what, and where it will be written."
+    """A checked experiment, made by `prepare_experiment`: what will run, on what, and where it will
+    be written.
+    """
 
-    plugins: tuple[Plugin, ...]  # first: a worker process that receives an experiment needs them for the rest
-    parameters: Mapping[str, Any]  # those of `prepare_experiment` that repeat its runs, all but method and seed
+    # first: a worker process that receives an experiment needs them for the rest
+    plugins: tuple[Plugin, ...]
+    # those of `prepare_experiment` that repeat its runs, all but method and seed
+    parameters: Mapping[str, Any]
     pair_name: str
     pair: Pair
     methods: tuple[Method, ...]
@@ -78,9 +100,13 @@ class Experiment:
 
     @property
     def is_full_recipe(self) -> bool:
-        "Whether this is the published setting, whole: all of CIFAR-100 for 240 epochs, or all of ImageNet for 100."
+        """Whether this is the published setting, whole: all of CIFAR-100 for 240 epochs, or all of
+        ImageNet for 100.
+        """
         images = (len(self.data.train_targets), len(self.data.test_targets))
-        papers = self.data.name == "cifar100" or (self.data.name == "imagenet" and images == _IMAGENET_IMAGES)
+        papers = self.data.name == "cifar100" or (
+            self.data.name == "imagenet" and images == _IMAGENET_IMAGES
+        )
         return sees_all(self) and not self.recipe_changes and papers
 
     def recipe_for(self, method: Method) -> Recipe:
@@ -109,8 +135,12 @@ def sees_all(experiment: Experiment) -> bool:
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #caaa5e4d
 DATA_TITLES = {
-    "cifar100": "CIFAR-100", "cifar100-mini": "ten classes of CIFAR-100", "cifar10": "CIFAR-10",
-    "tiny-imagenet": "Tiny ImageNet", "digits": "scikit-learn's digits", "imagenet": "images in ImageNet's layout",
+    "cifar100": "CIFAR-100",
+    "cifar100-mini": "ten classes of CIFAR-100",
+    "cifar10": "CIFAR-10",
+    "tiny-imagenet": "Tiny ImageNet",
+    "digits": "scikit-learn's digits",
+    "imagenet": "images in ImageNet's layout",
 }
 
 
@@ -121,12 +151,23 @@ def _listed(items: Sequence) -> str:
 
 def _what(experiment: Experiment) -> str:
     "Networks, images, epochs, methods, seeds and device of an experiment, in a sentence."
-    data, pair, epochs, seeds = experiment.data, experiment.pair, experiment.recipe.epochs, experiment.seeds
-    who = f"{pair.teacher} teaches {pair.student}" if experiment.uses_teacher else f"{pair.student} is trained"
+    data, pair, epochs, seeds = (
+        experiment.data,
+        experiment.pair,
+        experiment.recipe.epochs,
+        experiment.seeds,
+    )
+    who = (
+        f"{pair.teacher} teaches {pair.student}"
+        if experiment.uses_teacher
+        else f"{pair.student} is trained"
+    )
     return (
-        f"{who} on {DATA_TITLES.get(data.name, data.name)} ({len(data.train_targets):,} training and "
+        f"{who} on {DATA_TITLES.get(data.name, data.name)} ({len(data.train_targets):,} training "
+        "and "
         f"{len(data.test_targets):,} test images of {data.image_size}×{data.image_size}), "
-        f"{epochs} epoch{'s' * (epochs > 1)}, by {_listed([method.name for method in experiment.methods])}, "
+        f"{epochs} epoch{'s' * (epochs > 1)}, by "
+        f"{_listed([method.name for method in experiment.methods])}, "
         f"with seed{'s' * (len(seeds) > 1)} {_listed(seeds)}, "
         f"on {'a GPU' if experiment.device == 'cuda' else 'the CPU'} in {experiment.precision}."
     )
@@ -141,7 +182,8 @@ def _published_kind(experiment: Experiment) -> tuple[str, str] | None:
     published = named and experiment.pair_name in PAIRS | IMAGENET_PAIRS
     if experiment.is_full_recipe and published:
         return "a full run of the published recipe", (
-            "Its numbers can be compared with published ones, last epoch with last and best with best."
+            "Its numbers can be compared with published ones, last epoch with last and best with "
+            "best."
         )
     if experiment.is_full_recipe:
         kind = "the published recipe, whole, for a pair or with numbers that are not published"
@@ -157,7 +199,10 @@ def _published_kind(experiment: Experiment) -> tuple[str, str] | None:
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #36b42f37
 _EVIDENCE = {
-    "imagenet": "all of ImageNet", "cifar100": "CIFAR-100", "cifar100-mini": "CIFAR-100", "digits": "CIFAR-100",
+    "imagenet": "all of ImageNet",
+    "cifar100": "CIFAR-100",
+    "cifar100-mini": "CIFAR-100",
+    "digits": "CIFAR-100",
 }
 
 
@@ -166,14 +211,23 @@ def _demonstration(experiment: Experiment) -> tuple[str, str]:
     preset, data = experiment.preset, experiment.data
     evidence = "It shows how everything works; its numbers are not evidence about the methods. "
     if experiment.preset_name == "short":
-        evidence = ("Its numbers hold for short training with this teacher, and are not evidence about the published "
-                    "recipe. ")
+        evidence = (
+            "Its numbers hold for short training with this teacher, and are not evidence about the "
+            "published "
+            "recipe. "
+        )
     size = preset.train_size or len(experiment.full_data.train_targets)
-    if preset.expected and (experiment.recipe.epochs, len(data.train_targets)) == (preset.epochs, size):
+    if preset.expected and (experiment.recipe.epochs, len(data.train_targets)) == (
+        preset.epochs,
+        size,
+    ):
         evidence += f"{preset.expected} "
     kind = "shortened" if experiment.preset_name == "paper" else experiment.preset_name
     where = _EVIDENCE.get(data.name, "all images")
-    return f"a {kind} run", f"{evidence}For evidence, use preset='paper' on {where}, a GPU and several seeds."
+    return (
+        f"a {kind} run",
+        f"{evidence}For evidence, use preset='paper' on {where}, a GPU and several seeds.",
+    )
 
 
 def describe_experiment(experiment: Experiment) -> str:
@@ -194,8 +248,14 @@ def describe_teacher_logits(experiment: Experiment) -> str:
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #7d994575
 def recipe_changes(text: str) -> dict[str, Any]:
-    "The numbers in the parameter `recipe`, a text such as `lr=0.1,batch_size=128`; `ValueError` for anything else."
-    known = {each.name: type(each.default) for each in fields(Recipe) if each.name not in ("epochs", "milestones")}
+    """The numbers in the parameter `recipe`, a text such as `lr=0.1,batch_size=128`; `ValueError`
+    for anything else.
+    """
+    known = {
+        each.name: type(each.default)
+        for each in fields(Recipe)
+        if each.name not in ("epochs", "milestones")
+    }
     changes: dict[str, Any] = {}
     try:
         for part in listed_names("recipe", text) if text else ():
@@ -215,15 +275,21 @@ def _check_loggers(given: Parameters) -> None:
     choice("wandb", given.wandb, ["off", "offline", "online"])
     for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
         if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed; pip install 'sortkd[{package}]', or do not log with it.")
+            raise ValueError(
+                f"{package} is not installed; pip install 'sortkd[{package}]', or do not log with "
+                "it."
+            )
     if given.wandb == "online":
         import wandb
 
         with redirect_stderr(io.StringIO()):  # it warns of later versions
             known = os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key
         if not known:
-            raise ValueError("wandb is 'online', but there is no key for it; run `wandb login`, set WANDB_API_KEY, "
-                             "or use wandb='offline'.")
+            raise ValueError(
+                "wandb is 'online', but there is no key for it; run `wandb login`, set "
+                "WANDB_API_KEY, "
+                "or use wandb='offline'."
+            )
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #b6bb33f7
 def _checked_values(given: Parameters) -> Parameters:
@@ -236,15 +302,21 @@ def _checked_values(given: Parameters) -> Parameters:
     listed_seeds("seeds", given.seeds)
     choice("preset", given.preset, ["auto", *dict.fromkeys(preset for preset, _ in PRESETS)])
     from_files = given.pair in IMAGENET_PAIRS
-    check_dataset("dataset", given.dataset, [name for name in DATASETS if (name == "imagenet") != from_files])
+    check_dataset(
+        "dataset", given.dataset, [name for name in DATASETS if (name == "imagenet") != from_files]
+    )
     if not isinstance(given.teacher, str | Path):
-        raise ValueError(f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
+        raise ValueError(
+            f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint."
+        )
     choice("cache", given.cache, ["auto", "full", "off"])
     for name in ("again", "deterministic", "compile"):
         flag(name, getattr(given, name))
     _check_loggers(given)
     minima = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
-    numbers: Any = {name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()}
+    numbers: Any = {
+        name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()
+    }
     return replace(given, **numbers)
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #df4356d0
@@ -252,12 +324,14 @@ def _check_together(given: Parameters, processes: int) -> None:
     "Refuse values that are allowed, but not together. `processes`: how many share every batch."
     if processes > 1 and given.workers > 1:
         raise ValueError(
-            f"workers is {given.workers}, but {processes} processes already share every batch; use workers=1."
+            f"workers is {given.workers}, but {processes} processes already share every batch; use "
+            "workers=1."
         )
     if given.pair in IMAGENET_PAIRS:
         if given.preset == "short":
             raise ValueError(
-                f"preset 'short' is for CIFAR-100, but pair {given.pair!r} is ImageNet's; use 'paper' or 'quick'."
+                f"preset 'short' is for CIFAR-100, but pair {given.pair!r} is ImageNet's; use "
+                "'paper' or 'quick'."
             )
     elif given.preset != "quick" and given.dataset in ("digits", "cifar100-mini"):
         raise ValueError(
@@ -266,7 +340,8 @@ def _check_together(given: Parameters, processes: int) -> None:
         )
     elif "imagenet/" in given.pair and not given.dataset.startswith("folder:"):
         raise ValueError(
-            f"pair is {given.pair!r:.200}, but imagenet/ is for ImageNet; its pairs are {', '.join(IMAGENET_PAIRS)}, "
+            f"pair is {given.pair!r:.200}, but imagenet/ is for ImageNet; its pairs are "
+            f"{', '.join(IMAGENET_PAIRS)}, "
             "or give dataset='folder:PATH'."
         )
 
@@ -278,11 +353,15 @@ def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
         try_out(method, data.num_classes)
         if method.strong_views and data.views_per_image is None:
             raise ValueError(
-                f"method {method.name!r} compares strongly augmented images, which are made of images in memory only."
+                f"method {method.name!r} compares strongly augmented images, which are made of "
+                "images in memory only."
             )
     if given.cache == "full" and data.views_per_image is None:
-        raise ValueError(f"cache is 'full', but images of {data.name} are read from files, and teacher logits for "
-                         "their augmented images are not cached.")
+        raise ValueError(
+            f"cache is 'full', but images of {data.name} are read from files, and teacher logits "
+            "for "
+            "their augmented images are not cached."
+        )
     uses_teacher = any(method.uses_teacher for method in methods)
     batch_size = recipe_changes(given.recipe).get("batch_size", 2)
     for network in dict.fromkeys((pair.teacher, pair.student) if uses_teacher else (pair.student,)):
@@ -294,10 +373,13 @@ def _checked_folders(given: Parameters) -> Parameters:
     folder_path("teachers_dir", given.teachers_dir, folders=["local"])
     file = f"{given.preset}.jsonl"
     inside = ["runs", "tensorboard", "wandb", f"{given.preset}.correct"]
-    records = folder_path("results_dir", given.results_dir, [file], written=True, folders=inside) / file
+    records = (
+        folder_path("results_dir", given.results_dir, [file], written=True, folders=inside) / file
+    )
     if records.exists() and not (records.is_file() and os.access(records, os.W_OK)):
         raise ValueError(
-            f"results_dir is {str(given.results_dir)!r}, but nothing can be written to {records}; name another folder."
+            f"results_dir is {str(given.results_dir)!r}, but nothing can be written to {records}; "
+            "name another folder."
         )
     if given.cache_dir == "auto":
         given = replace(given, cache_dir=str(Path(given.results_dir) / "teacher_logits"))
@@ -311,18 +393,23 @@ def _read_plan(path: str) -> dict[str, str] | None:
         return None
     if not isinstance(path, str | Path) or not os.path.isfile(path):
         raise ValueError(
-            f"plan is {shown(path)}, which is not a file; give a plan such as results/plans/sorting.yaml."
+            f"plan is {shown(path)}, which is not a file; give a plan such as "
+            "results/plans/sorting.yaml."
         )
     return {"name": Path(path).stem, "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #b56f69a3
 def _dataset_name(given: Parameters) -> str:
-    "The data set that `auto` stands for: that of the preset, the digits where CIFAR-100 is not on disk."
+    """The data set that `auto` stands for: that of the preset, the digits where CIFAR-100 is not on
+    disk.
+    """
     if given.dataset != "auto":
         return given.dataset
     if given.pair in IMAGENET_PAIRS:
         return "imagenet"
-    return "cifar100" if given.preset != "quick" else "cifar100-mini" if has_cifar100() else "digits"
+    return (
+        "cifar100" if given.preset != "quick" else "cifar100-mini" if has_cifar100() else "digits"
+    )
 
 
 def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
@@ -347,26 +434,35 @@ def _recipe_of(given: Parameters, pair: Pair, preset: Preset) -> Recipe:
 def plugins_of(method: Method, pair: Pair, data: ImageSet) -> tuple[Plugin, ...]:
     "The plugins that registered something that this run uses."
     networks = [("network", pair.teacher), ("network", pair.student)]
-    return owners_of(("objective", method.objective), ("repair", method.repair), *networks, ("data set", data.name))
+    return owners_of(
+        ("objective", method.objective),
+        ("repair", method.repair),
+        *networks,
+        ("data set", data.name),
+    )
 
 
-def _used_plugins(given: Parameters, methods: Sequence[Method], pair: Pair, data: ImageSet) -> list[Plugin]:
+def _used_plugins(
+    given: Parameters, methods: Sequence[Method], pair: Pair, data: ImageSet
+) -> list[Plugin]:
     used = {owner for method in methods for owner in plugins_of(method, pair, data)}
     if given.workers > 1 and (here := [each.file for each in used if not each.path]):
         raise ValueError(
-            f"workers is {given.workers}, but other processes do not know {', '.join(here)}; use workers=1, or put "
+            f"workers is {given.workers}, but other processes do not know {', '.join(here)}; use "
+            "workers=1, or put "
             "it into a file and name that as plugin."
         )
     return sorted(used, key=lambda each: each.file)
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #bc2b56fa
 def prepare_experiment(**parameters) -> Experiment:
-    """Check the parameters of an experiment, load its data, and say what will run. Nothing is trained or written.
+    """Check the parameters of an experiment, load its data, and say what will run. Nothing is
+    trained or written.
 
-    `parameters`: fields of `Parameters`, which explains each; and `data`: the images, whole, where they are loaded
-    already, as in the `full_data` of another experiment; `dataset` is not looked at then. Raises `ValueError` for a
-    name or value that is not allowed, and what `load_data` and `load_teacher` raise for data or a teacher that cannot
-    be used.
+    `parameters`: fields of `Parameters`, which explains each; and `data`: the images, whole, where
+    they are loaded already, as in the `full_data` of another experiment; `dataset` is not looked at
+    then. Raises `ValueError` for a name or value that is not allowed, and what `load_data` and
+    `load_teacher` raise for data or a teacher that cannot be used.
     """
     data: ImageSet | None = parameters.pop("data", None)
     for name in parameters:
@@ -382,13 +478,24 @@ def prepare_experiment(**parameters) -> Experiment:
     given = _checked_folders(given)
     full_data = data or load_data(_dataset_name(given))
     _check_with_data(given, pair_for(given.pair), full_data)
-    given = replace(given, dataset=full_data.name, device=fabric.device.type, precision=precision_of(fabric))
+    given = replace(
+        given, dataset=full_data.name, device=fabric.device.type, precision=precision_of(fabric)
+    )
     return _experiment(given, full_data, plugins)
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #391274a5
 _REPEATED = (  # the parameters on which the numbers of a run depend, besides method and seed
-    "pair", "preset", "dataset", "epochs", "train_size", "test_size", "recipe", "device", "precision",
-    "deterministic", "compile",
+    "pair",
+    "preset",
+    "dataset",
+    "epochs",
+    "train_size",
+    "test_size",
+    "recipe",
+    "device",
+    "precision",
+    "deterministic",
+    "compile",
 )
 
 
@@ -399,13 +506,24 @@ def _experiment(given: Parameters, full_data: ImageSet, plugins: Sequence[Plugin
     preset = preset_for(given.preset, whole, pair)
     data, recipe = _part_of(full_data, given, preset), _recipe_of(given, pair, preset)
     share = recipe.epochs / published_recipe(pair).epochs
-    methods = tuple(method_for(name, pair, share) for name in listed_names("methods", given.methods))
+    methods = tuple(
+        method_for(name, pair, share) for name in listed_names("methods", given.methods)
+    )
     for method in methods:
         short_enough("methods", method.name, f"{given.pair}-{method.name}")
     own_teacher = None if str(given.teacher) == "auto" else Path(given.teacher)
     if own_teacher and any(method.uses_teacher for method in methods):
         load_teacher(own_teacher, pair.teacher, data.num_classes)  # refused now rather than later
-    as_given = ("device", "precision", "deterministic", "compile", "workers", "again", "tensorboard", "wandb")
+    as_given = (
+        "device",
+        "precision",
+        "deterministic",
+        "compile",
+        "workers",
+        "again",
+        "tensorboard",
+        "wandb",
+    )
     folders = ("teachers_dir", "results_dir", "cache_dir")
     same: Any = {name: getattr(given, name) for name in as_given}
     same |= {name: Path(getattr(given, name)) for name in folders}
@@ -430,15 +548,22 @@ def _experiment(given: Parameters, full_data: ImageSet, plugins: Sequence[Plugin
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #e1b920d1
 # Shown by help(prepare_experiment) and by editors.
-_DATA = inspect.Parameter("data", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ImageSet | None)
+_DATA = inspect.Parameter(
+    "data", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=ImageSet | None
+)
 _ALL = [*inspect.signature(Parameters).parameters.values(), _DATA]
 setattr(prepare_experiment, "__signature__", inspect.Signature(_ALL, return_annotation=Experiment))
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #7d349675
 def limit_threads(experiment: Experiment) -> None:
-    """Let this process compute a quick run in one thread, unless OMP_NUM_THREADS is set: in bfloat16, the threads of a
-    convolution wait for each other without sleeping, and on a busy machine that takes ten times as long.
+    """Let this process compute a quick run in one thread, unless OMP_NUM_THREADS is set: in
+    bfloat16, the threads of a convolution wait for each other without sleeping, and on a busy
+    machine that takes ten times as long.
     """
-    small = experiment.preset_name == "quick" and experiment.device == "cpu" and experiment.precision == "bfloat16"
+    small = (
+        experiment.preset_name == "quick"
+        and experiment.device == "cpu"
+        and experiment.precision == "bfloat16"
+    )
     if small and "OMP_NUM_THREADS" not in os.environ and experiment.workers == 1:
         torch.set_num_threads(1)

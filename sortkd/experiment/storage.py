@@ -27,12 +27,15 @@ from ..utils.files import flush_folder, refuse_links, remove_leftovers, save_ato
 def append_record(path: str | Path, record: dict) -> None:
     """Append `record` as one line of JSON to `path`; safe with several writers.
 
-    `ValueError` if it holds NaN or an infinity, or if `path` is a link; `OSError` if it cannot be written, and then
-    the file is as it was.
+    `ValueError` if it holds NaN or an infinity, or if `path` is a link; `OSError` if it cannot be
+    written, and then the file is as it was.
     """
     import fcntl  # not on Windows
 
-    line = json.dumps(record, allow_nan=False, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    line = (
+        json.dumps(record, allow_nan=False, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        + b"\n"
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     refuse_links(path)
     with open(path, "a+b", buffering=0) as file:
@@ -61,7 +64,8 @@ def _write_whole(file, line: bytes) -> None:
 def _not_appended(path: str | Path, error: OSError) -> OSError:
     return OSError(
         error.errno,
-        f"the record could not be appended to {path} ({error.strerror}), which is as it was. The run is kept: "
+        f"the record could not be appended to {path} ({error.strerror}), which is as it was. The "
+        "run is kept: "
         "free space and give the same command again",
     )
 
@@ -71,8 +75,8 @@ def _refuse(constant: str) -> None:
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """The number and the value of each line of a file that is not blank; for a line that is not JSON the value is
-    None. `FileNotFoundError` if `path` is not a file.
+    """The number and the value of each line of a file that is not blank; for a line that is not
+    JSON the value is None. `FileNotFoundError` if `path` is not a file.
     """
     if not Path(path).is_file():  # opening a pipe would wait for it
         raise FileNotFoundError(f"there is no file of records {str(path)!r:.200}.")
@@ -86,7 +90,9 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #eb10755e
 def checked_lines(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]:
-    "The number of each line of a file of records, with the record or, if it cannot be used, the reason."
+    """The number of each line of a file of records, with the record or, if it cannot be used, the
+    reason.
+    """
     for number, value in read_lines(path):
         try:
             yield number, check_record(value)
@@ -95,7 +101,9 @@ def checked_lines(path: str | Path) -> Iterator[tuple[int, dict | RecordError]]:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    "All records in a file that can be used; a warning says of each other line what is wrong with it."
+    """All records in a file that can be used; a warning says of each other line what is wrong with
+    it.
+    """
     records = []
     for number, record in checked_lines(path):
         if isinstance(record, dict):
@@ -110,8 +118,9 @@ def _correct_file(records_file: str | Path, checksum: str) -> Path:
 
 
 def save_correct(records_file: str | Path, correct: Tensor) -> str:
-    """Keep which test images a run got right, beside the records in `records_file`. Returns the checksum that names
-    the file. `correct`: bool, one value for each test image, in the order of the test set.
+    """Keep which test images a run got right, beside the records in `records_file`. Returns the
+    checksum that names the file. `correct`: bool, one value for each test image, in the order of
+    the test set.
     """
     import fcntl  # not on Windows
 
@@ -131,7 +140,8 @@ def save_correct(records_file: str | Path, correct: Tensor) -> str:
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #a5321201
 def read_correct(records_file: str | Path, checksum: str, images: int) -> np.ndarray | None:
-    """Which of `images` test images a run got right (bool), or None if the file is not beside `records_file`.
+    """Which of `images` test images a run got right (bool), or None if the file is not beside
+    `records_file`.
 
     `ValueError` for a file whose content does not have this checksum and size.
     """
@@ -145,5 +155,8 @@ def read_correct(records_file: str | Path, checksum: str, images: int) -> np.nda
     except zlib.error:
         bits = b""
     if hashlib.sha256(bits).hexdigest() != checksum or len(bits) != size:
-        raise ValueError(f"{file} does not hold the {images} bits that its name promises; restore it from a copy.")
+        raise ValueError(
+            f"{file} does not hold the {images} bits that its name promises; restore it from a "
+            "copy."
+        )
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=images).astype(bool)

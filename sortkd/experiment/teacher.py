@@ -26,7 +26,9 @@ from ..utils.files import remove_leftovers
 
 # %% ../../nbs/3_experiment/36_teacher.ipynb #99af41c0
 def initial_model(name: str, num_classes: int, seed: int) -> torch.nn.Module:
-    "A network with the weights that `seed` gives it; the random state of the process stays as it is."
+    """A network with the weights that `seed` gives it; the random state of the process stays as it
+    is.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return create_model(name, num_classes)
@@ -55,8 +57,8 @@ def train_teacher(
     callbacks: Sequence[Callable[[dict], None]] = (), stop: Callable[[], bool] | None = None,
     progress: bool = True,
 ) -> tuple[dict, dict]:
-    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `callbacks` and `stop` as for
-    `train`.
+    """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `callbacks`
+    and `stop` as for `train`.
 
     Returns the last weights and plain values about them. `save_teacher` keeps both:
     `save_teacher(path, weights, {"architecture": architecture, "dataset": data.name, **values})`.
@@ -65,8 +67,16 @@ def train_teacher(
     training = teacher_training(data, recipe, seed)
     checkpoint = teacher_checkpoint(runs_dir, architecture, training)
     outcome = train(
-        initial_model(architecture, data.num_classes, seed), data.batches(fabric.device), create_method("ce"), recipe,
-        fabric, seed=seed, checkpoint=checkpoint, keep_best=False, callbacks=callbacks, stop=stop,
+        initial_model(architecture, data.num_classes, seed),
+        data.batches(fabric.device),
+        create_method("ce"),
+        recipe,
+        fabric,
+        seed=seed,
+        checkpoint=checkpoint,
+        keep_best=False,
+        callbacks=callbacks,
+        stop=stop,
         progress=f"teacher {architecture}, seed {seed}" if progress else False,
     )
     values = {
@@ -108,7 +118,9 @@ def teacher_of(
     experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None,
     callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Teacher | None:
-    "The teacher of an experiment, found or trained; None if no method uses one. Arguments as for `train_teacher`."
+    """The teacher of an experiment, found or trained; None if no method uses one. Arguments as for
+    `train_teacher`.
+    """
     if not experiment.uses_teacher:
         return None
     architecture, preset, own = experiment.pair.teacher, experiment.preset, own_teacher(experiment)
@@ -117,9 +129,16 @@ def teacher_of(
 
     def train_it():
         weights, values = train_teacher(
-            architecture, own.data, own.recipe, device=experiment.device, precision=experiment.precision,
-            deterministic=experiment.deterministic, runs_dir=experiment.results_dir / "runs", callbacks=callbacks,
-            stop=stop, progress=progress,
+            architecture,
+            own.data,
+            own.recipe,
+            device=experiment.device,
+            precision=experiment.precision,
+            deterministic=experiment.deterministic,
+            runs_dir=experiment.results_dir / "runs",
+            callbacks=callbacks,
+            stop=stop,
+            progress=progress,
         )
         return weights, values | {"complete": own.data is experiment.full_data}
 

@@ -26,11 +26,15 @@ from ..train.teachers import Teacher
 from ..utils.progress import Progress
 
 # %% ../../nbs/3_experiment/38_workers.ipynb #72221d73
-def create_teacher_logits(experiment: Experiment, teacher: Teacher, batches: ImageBatches) -> TeacherLogits:
+def create_teacher_logits(
+    experiment: Experiment, teacher: Teacher, batches: ImageBatches
+) -> TeacherLogits:
     "The logits of the teacher of an experiment, cached if that is possible and wanted."
     if experiment.cache != "off" and batches.data.views_per_image:
         try:
-            return CachedTeacherLogits(teacher.model, batches, experiment.cache_dir, experiment.precision)
+            return CachedTeacherLogits(
+                teacher.model, batches, experiment.cache_dir, experiment.precision
+            )
         except OSError as error:
             if experiment.cache == "full":
                 raise
@@ -42,7 +46,8 @@ _worker: dict[str, Any] = {}  # what a worker process keeps between runs
 
 
 def _start_worker(experiment, teacher, threads, events, stop):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    # Ctrl-C reaches all processes; the first one ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
@@ -53,20 +58,26 @@ def _start_worker(experiment, teacher, threads, events, stop):
 
 
 def end_with_parent():
-    "End this process when its parent has ended: what it has saved is kept, and nobody would collect the rest."
+    """End this process when its parent has ended: what it has saved is kept, and nobody would
+    collect the rest.
+    """
     torch.multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _run_in_worker(runs):
     def report(row):
-        _worker["events"].put(f"seed {runs[0].seed}: epoch {row['epoch']}, top-1 {row['test_top1']:.1f}")
+        _worker["events"].put(
+            f"seed {runs[0].seed}: epoch {row['epoch']}, top-1 {row['test_top1']:.1f}"
+        )
 
     return run_together(_worker["experiment"], runs, replace(_worker["shared"], callbacks=[report]))
 
 # %% ../../nbs/3_experiment/38_workers.ipynb #19e53afa
 def _collect(futures: Sequence[Future], events, report: Callable[[int, str], None]) -> None:
-    "Wait for `futures`, and report every epoch that a worker tells of. Raises the first error of a worker."
+    """Wait for `futures`, and report every epoch that a worker tells of. Raises the first error of
+    a worker.
+    """
     pending, done_epochs = set(futures), 0
     while pending:
         done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -78,17 +89,22 @@ def _collect(futures: Sequence[Future], events, report: Callable[[int, str], Non
 
 # %% ../../nbs/3_experiment/38_workers.ipynb #35d44b92
 def run_at_once(
-    experiment: Experiment, groups: Sequence[Sequence[Run]], teacher: Teacher | None, kind: str | None,
-    progress: bool, stop: Callable[[], bool] | None,
+    experiment: Experiment,
+    groups: Sequence[Sequence[Run]],
+    teacher: Teacher | None,
+    kind: str | None,
+    progress: bool,
+    stop: Callable[[], bool] | None,
 ) -> list[list[dict]]:
-    """The records of each of `groups`, which are divided among `experiment.workers` processes. `kind`: of the
-    teacher's logits in this process.
+    """The records of each of `groups`, which are divided among `experiment.workers` processes.
+    `kind`: of the teacher's logits in this process.
     """
     context = torch.multiprocessing.get_context("spawn")  # a GPU cannot be used in a forked process
     events, workers = context.SimpleQueue(), min(experiment.workers, len(groups))
     epochs = experiment.recipe.epochs * sum(map(len, groups))
     report = Progress(f"{workers} runs at once", epochs, "epoch", shown=bool(progress))
-    experiment = replace(experiment, cache="off" if kind == TeacherLogits.kind else "full")  # as in this process
+    # as in this process
+    experiment = replace(experiment, cache="off" if kind == TeacherLogits.kind else "full")
     teacher = teacher and replace(teacher, model=teacher.model.cpu())
     arguments = (experiment, teacher, max(1, torch.get_num_threads() // workers), events, stop)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
@@ -98,10 +114,12 @@ def run_at_once(
         except BrokenProcessPool as error:
             raise RuntimeError(
                 "a worker process died, perhaps because memory ran out; what it had saved is kept. "
-                f"Give the same command again to continue, with fewer workers than {experiment.workers} if it recurs."
+                f"Give the same command again to continue, with fewer workers than "
+                f"{experiment.workers} if it recurs."
             ) from error
         except Exception:
-            pool.shutdown(cancel_futures=True)  # those that run are waited for, and end with their own record
+            # those that run are waited for, and end with their own record
+            pool.shutdown(cancel_futures=True)
             raise
         except BaseException:  # asked to end now
             for process in torch.multiprocessing.active_children():
