@@ -104,7 +104,7 @@ def killed_in_half_a_record(number, folder):
     "SIGKILL when half of the line of the `number`-th record is written."
     import io
 
-    import sortkd.experiment.record as records
+    import sortkd.experiment.storage as records
     count = 0
 
     class Torn(io.FileIO):
@@ -157,44 +157,47 @@ def bound_by_permissions(folder):
 
 def clock_that_jumps(hours, folder):
     "Each look at the clock finds it `hours` before the last one; 0: it stands still."
-    from sortkd.experiment import run as runs
+    from sortkd.experiment import one_run
     looks = itertools.count()
-    runs._now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(runs._TIME)
+    one_run.time_now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(one_run._TIME)
 
 
 # Running an experiment in a process of its own.
 
 
-def _keep_every_epoch(runs):
+def _keep_every_epoch():
     "A checkpoint after every epoch, of teachers and of students."
-    runs.train, runs.Student = partial(runs.train, checkpoint_seconds=0), partial(runs.Student, checkpoint_seconds=0)
+    from sortkd.experiment import one_run, teacher
+    teacher.train = partial(teacher.train, checkpoint_seconds=0)
+    one_run.Student = partial(one_run.Student, checkpoint_seconds=0)
 
 
 def _start_worker(*arguments):
     "A worker of the experiment, which also keeps a checkpoint after every epoch."
-    from sortkd.experiment import run as runs
-    _keep_every_epoch(runs)
-    runs._start_worker(*arguments)
+    from sortkd.experiment import workers
+    _keep_every_epoch()
+    workers._start_worker(*arguments)
 
 
 def _process(settings, break_it, log, folder, as_command):
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         import torch
 
-        from sortkd.experiment import run as runs
+        from sortkd.experiment import workers
+        from sortkd.experiment.run import run_experiment
         from sortkd.fronts.commands import run
         from sortkd.experiment.setup import prepare_experiment
         from sortkd.experiment.pairs import PRESETS
         torch.set_num_threads(1)
         quick = PRESETS["quick", "digits"]  # a teacher that has to be trained is trained for a few steps
         PRESETS["quick", "digits"] = replace(quick, teacher_train_size=50, teacher_recipe=quick.teacher_recipe.shortened(3))
-        _keep_every_epoch(runs)
-        runs._start_worker = _start_worker
+        _keep_every_epoch()
+        workers._start_worker = _start_worker
         break_it(folder)
         if as_command:
             sys.exit(run([f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in settings.items()] + ["--quiet"]))
         try:
-            runs.run_experiment(prepare_experiment(**settings), progress=False)
+            run_experiment(prepare_experiment(**settings), progress=False)
         except Exception as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)  # there is room for words
             print("".join(traceback.format_tb(error.__traceback__)))
