@@ -13,68 +13,77 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .cards import create_card, literal
-from ..utils.checks import whole_number
-from ..utils.files import refuse_links, save_atomically
+from .cards import create_card
 from ..train.networks import create_model
 from ..train.teachers import load_weights, read_checkpoint
+from ..utils.files import refuse_links, save_atomically
 
 try:
     from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("sortkd.fronts.hub needs huggingface_hub; pip install 'sortkd[hub]'.", name=error.name) from error
+    raise ModuleNotFoundError("sortkd.fronts.hub needs huggingface_hub; "
+                              "pip install 'sortkd[hub]'.", name=error.name) from error
 
 # %% ../../nbs/6_fronts/62_hub.ipynb #2fa9d49b
 class PretrainedNetwork(nn.Module, PyTorchModelHubMixin):
-    """A network of `create_model` with what is known of its training, to be saved, loaded and published with
-    `save_pretrained(folder)`, `from_pretrained(folder or "user/name")` and `push_to_hub("user/name")` of `huggingface_hub`.
+    """A network of `create_model` with what is known of its training.
 
-    `architecture`: a name of `list_models()`. `training`: what `save_teacher` would write into a file, such as dataset and top1.
-    A loaded network is in evaluation mode; logits are (N, num_classes).
+    `save_pretrained(folder)`, `from_pretrained(folder or "user/name")` and
+    `push_to_hub("user/name")` are those of `huggingface_hub`. `architecture`: a name of
+    `list_models()`. `training`: what `save_teacher` would write into a file, such as dataset and
+    top1. A loaded network is in evaluation mode; logits are (N, num_classes).
     """
 
     def __init__(self, architecture: str, num_classes: int, training: Mapping | None = None):
         super().__init__()
         self.network = create_model(architecture, num_classes)
-        self.known = {"architecture": architecture, "dataset": "unknown images", **(training or {})}
+        self.known = {"architecture": architecture, "dataset": "unknown images",
+                      **(training or {})}
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
 
     @classmethod
     def from_file(cls, path: str | Path, num_classes: int) -> "PretrainedNetwork":
-        "The network in a `.safetensors` file that names its architecture; errors as `read_checkpoint` and `load_weights` raise them."
+        """The network in a `.safetensors` file that names its architecture.
+
+        Raises what `read_checkpoint` and `load_weights` raise.
+        """
         weights, training = read_checkpoint(path)
         if "architecture" not in training:
-            raise ValueError(f"{path} does not name its network; create PretrainedNetwork(architecture, ...) and load the weights into it.")
-        sizes = {size for value in weights.values() for size in value.shape[:1]}
-        if whole_number("num_classes", num_classes, 2) not in sizes:  # before so many take memory
-            raise ValueError(f"{path} has no layer for num_classes={num_classes}; give the number of its training.")
+            raise ValueError(f"{path} does not name its network; create PretrainedNetwork"
+                             "(architecture, ...) and load the weights into it.")
         model = cls(training["architecture"], num_classes, training)
         load_weights(model.network, weights, str(path))
         return model.eval()
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, num_classes=0, map_location="cpu", architecture=None,
+                         training=None, **download) -> "PretrainedNetwork":
+        # The weights name the architecture and training, too.
+        folder = model_id if os.path.isdir(model_id) else snapshot_download(model_id, **download)
+        model = cls.from_file(Path(folder) / "model.safetensors", num_classes)
+        return model.to(map_location)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
 
         file = save_directory / "model.safetensors"
-        refuse_links(file, save_directory / "config.json", save_directory / "README.md")
+        refuse_links(file, save_directory / "README.md")
         weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
         content = save(weights, {"sortkd": json.dumps(self.known, allow_nan=False)})
         save_atomically(file, lambda temporary: temporary.write_bytes(content))
 
     def generate_model_card(self, repository: str = "FOLDER") -> ModelCard:
         "What `save_pretrained` writes as README.md."
-        loading = f"PretrainedNetwork.from_pretrained({literal(repository)})"
-        return ModelCard(create_card(self.network.state_dict(), self.known, "from sortkd.fronts.hub import PretrainedNetwork", loading))
+        return ModelCard(create_card(
+            self.network.state_dict(), self.known,
+            "from sortkd.fronts.hub import PretrainedNetwork",
+            f"PretrainedNetwork.from_pretrained({json.dumps(repository)})"))
 
     def push_to_hub(self, repo_id: str, **options) -> str:
-        "Upload the network to the repository `repo_id`, such as `user/name`; `options` as in `PyTorchModelHubMixin.push_to_hub`."
-        return super().push_to_hub(repo_id, model_card_kwargs={"repository": repo_id}, **options)
+        """Upload the network to the repository `repo_id`, such as `user/name`.
 
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, num_classes: int = 0, **options) -> "PretrainedNetwork":
-        names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        chosen = {name: options[name] for name in names if name in options}
-        folder = model_id if os.path.isdir(model_id) else snapshot_download(model_id, **chosen)
-        return cls.from_file(Path(folder) / "model.safetensors", num_classes).to(options.get("map_location", "cpu"))
+        `options`: as in `PyTorchModelHubMixin.push_to_hub`.
+        """
+        return super().push_to_hub(repo_id, model_card_kwargs={"repository": repo_id}, **options)
