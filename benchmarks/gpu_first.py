@@ -23,7 +23,7 @@ from speed import cifar_like, random_teacher
 
 from sortkd.train.checkpoints import weights_on_cpu
 from sortkd.train.devices import create_fabric
-from sortkd.train.batches import Lesson
+from sortkd.train.batches import Batch
 from sortkd.methods import create_method
 from sortkd.train.networks import create_model
 from sortkd.experiment.provenance import describe_machine
@@ -55,7 +55,7 @@ class Size:
 
 
 class Runner:
-    "A student with one lesson of random numbers and, on a GPU, a stream of its own."
+    "A student with one batch of random numbers and, on a GPU, a stream of its own."
 
     def __init__(self, size: Size, network: str, seed: int = 0, captures: bool = True, compiled: bool = False, deterministic: bool = False):
         torch.manual_seed(seed)
@@ -63,20 +63,20 @@ class Runner:
         if compiled:
             model.compile(options={"combo_kernels": True})
         fabric = create_fabric(size.device, "bfloat16", deterministic)
-        self.learner = Learner(Student(model, method, Recipe(batch_size=size.batch)), fabric, "", seed)
+        self.learner = Learner(Student(model, method, Recipe(batch_size=size.batch)), fabric, seed)
         if not captures:
-            self.learner.steps_before_capture = sys.maxsize
+            self.learner.captured_step.enabled = False
         self.learner.start_epoch(100)  # after every warm-up
         images = torch.randn(size.batch, 32, 32, 3).to(size.device).permute(0, 3, 1, 2)
         target, logits = torch.randint(100, (size.batch,)).to(size.device), 3 * torch.randn(size.batch, 100).to(size.device)
-        self.lesson = Lesson(images, target, method.repair_logits(logits, target))
+        self.batch = Batch(images, target, method.repair_logits(logits, target))
         self.stream = torch.cuda.Stream() if size.device == "cuda" else None
         size.wait()
 
     def steps(self, count: int) -> None:
         with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
             for _ in range(count):
-                self.learner.learn(self.lesson)
+                self.learner.learn(self.batch)
 
 
 def ms_of_a_step(size: Size, runners: list[Runner], warm_up: int = 6, rounds: int = 5) -> dict:
@@ -94,7 +94,7 @@ def ms_of_a_step(size: Size, runners: list[Runner], warm_up: int = 6, rounds: in
         size.wait()
         times.append(time.perf_counter() - start)
     ms, host = ([round(1e3 * each / size.steps / len(runners), 4) for each in values] for values in (times, host))
-    captured = all(runner.learner.captured for runner in runners)
+    captured = all(runner.learner.captured_step.graph is not None for runner in runners)
     return {"ms": statistics.median(ms), "range": [min(ms), max(ms)], "host_ms": statistics.median(host), "captured": captured}
 
 

@@ -1,5 +1,5 @@
 """How fast: `sort_logits` beside two full sorts, an epoch of training beside the usual way, and students of one seed that
-are taught together beside the same students one after the other, on this machine.
+are trained together beside the same students one after the other, on this machine.
 
     python benchmarks/speed.py --pair resnet20:resnet8 --students 2
 
@@ -25,7 +25,7 @@ import usual_way
 from sortkd.train.augmentation import Batches
 from sortkd.train.images import ImageData, has_cifar100, load_cifar100
 from sortkd.train.devices import create_fabric, native_precision
-from sortkd.train.batches import Lesson
+from sortkd.train.batches import Batch
 from sortkd.methods import create_method
 from sortkd.train.networks import create_model
 from sortkd.experiment.pairs import pair_for
@@ -160,10 +160,11 @@ def measure_students(pair: str, images: int, count: int, repetitions: int, devic
 
         def steps_and_evaluation():
             for method in methods:
-                learner, lesson = Learner(student(method), fabric, ""), Lesson(pixels, target, method.repair_logits(kept, target))
+                learner = Learner(student(method), fabric)
+                batch = Batch(pixels, target, method.repair_logits(kept, target))
                 learner.start_epoch(1)
                 for _ in range(images // recipe.batch_size):
-                    learner.learn(lesson)
+                    learner.learn(batch)
                 evaluate(learner.model, batches, fabric)
 
         ways = {

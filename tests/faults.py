@@ -120,19 +120,20 @@ def killed_in_half_a_record(number, folder):
 
 def killed_in_the_cache(when, folder):
     "SIGKILL with some teacher logits stored; or with half of them, though all have their checksums; or the other way round."
-    from sortkd.train.teacher_logits import CachedTeacherLogits
-    store = CachedTeacherLogits._store
+    from sortkd.train.teacher_logits import LogitFiles, row_checksums
+    write = LogitFiles.write
 
     def stops(self, rows, logits):
+        logits = logits.half()
+        sums, some = row_checksums(logits), slice(None, None, 2)
         if when == "stored":
-            store(self, rows, logits)
+            write(self, rows, logits)
+        elif when == "half summed":
+            self.logits[rows], self.sums[rows[some]] = logits, sums[some]
         else:
-            some = slice(None, None, 2)
-            self._stored[rows if when == "half summed" else rows[some]] = logits if when == "half summed" else logits[some]
-            sums = self._checksums(logits)
-            self._sums[rows[some] if when == "half summed" else rows] = sums[some] if when == "half summed" else sums
+            self.logits[rows[some]], self.sums[rows] = logits[some], sums
         os.kill(os.getpid(), signal.SIGKILL)
-    CachedTeacherLogits._store = stops
+    LogitFiles.write = stops
 
 
 def full_disk(size, folder):

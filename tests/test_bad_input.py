@@ -19,7 +19,7 @@ from test_data import toy_data
 import sortkd.experiment.run
 import sortkd.experiment.setup
 from sortkd.experiment.run import run_experiment
-from sortkd.experiment.setup import Experiment, prepare_experiment
+from sortkd.experiment.setup import Experiment, describe_teacher_logits, prepare_experiment
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss
 from sortkd.methods import REPAIRS, create_method

@@ -18,7 +18,8 @@ from sortkd.train.images import ImageData, load_digits
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.grid import main, read_grid, read_state
 from sortkd.methods import OBJECTIVES, REPAIRS, create_method
-from sortkd.train.networks import NETWORKS, create_model
+from sortkd.train.architectures import NETWORKS
+from sortkd.train.networks import create_model
 from sortkd.experiment.plugins import load_plugin, register_data, register_objective, register_repair
 from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.run import run_experiment

@@ -18,7 +18,8 @@ import torch
 from ..train.image_files import IMAGENET_RECIPE
 from ..utils.checks import choice
 from ..methods import OBJECTIVES, Method, create_method
-from ..train.networks import NETWORKS, check_model, create_model
+from ..train.architectures import NETWORKS
+from ..train.networks import check_model, create_model
 from ..train.trainer import Recipe
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #ea030eca

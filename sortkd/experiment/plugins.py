@@ -26,7 +26,7 @@ import torch
 
 from ..utils.checks import listed_names, shown
 from ..methods import OBJECTIVES, REPAIRS, Objective
-from ..train.networks import NETWORKS
+from ..train.architectures import NETWORKS
 
 # %% ../../nbs/3_experiment/36_plugins.ipynb #871ab011
 @dataclass(frozen=True)

@@ -8,31 +8,35 @@ __all__ = ['BUFFERS', 'PUBLISHED_ARCHIVE', 'PUBLISHED_TOP1', 'weights_checksum',
 
 # %% ../../nbs/2_train/14_teachers.ipynb #3e6db5e5
 import hashlib
+import io
 import json
+import os
 import re
-import shutil
 import tarfile
-import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
-from ..utils.files import exclusive, network_timeout, refuse_links, save_atomically
-from .networks import create_model
 from .augmentation import ImageSet
+from .networks import create_model, pretrained_weights
+from ..utils.checks import shown
+from sortkd.utils.files import (
+    check_writable, exclusive, network_timeout, refuse_links, remove_leftovers, save_atomically,
+)
 
 # %% ../../nbs/2_train/14_teachers.ipynb #993f44b8
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
-    "SHA-256 over the names, shapes and float32 (or integer) values of a state dict, in the order of the names."
+    "SHA-256 of the names, shapes and float32 (or integer) values of a state dict, sorted by name."
     digest = hashlib.sha256()
     for name in sorted(weights):
         value = weights[name].detach().cpu()
@@ -42,117 +46,93 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/2_train/14_teachers.ipynb #33c41919
-def _read_text(path: Path) -> dict:
-    "What a `.safetensors` file says of itself; its tensors are not read."
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            text = json.loads((file.metadata() or {}).get("sortkd", "{}"))
-        json.dumps(text, allow_nan=False)  # a record that says it could not be written
-        for name in ("epochs", "top1"):  # which are compared
-            if not isinstance(text.get(name, 0), int | float):
-                raise ValueError(f"{name} is not a number")
-        return text
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or no .safetensors file; replace or remove it.") from error
-
-
-_PLACES = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "model_ema",
-           "state_dict_ema")
-_PASSED_OVER = (  # what scripts keep beside weights
-    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath",
-    "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
-    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
-)
-_SAVE_SO = "torch.save({'model': model.state_dict()}, PATH)"
-
-
-class _PassedOver:
+class _Replaced:
     "Stands for an object of another class; nothing of that class is called."
-
     def __init__(self, *_, **__):
         pass
 
     def __setstate__(self, _):
         pass
 
+# %% ../../nbs/2_train/14_teachers.ipynb #8ef02aca
+_REPLACED = (
+    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath",
+    "numpy.dtype", "numpy.ndarray", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct",
+)
 
+# %% ../../nbs/2_train/14_teachers.ipynb #addae668
 def _load_plain(path: Path) -> Any:
-    "What is in a PyTorch file. No code in it is run, and no more is unpacked than the file has bytes."
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    if is_zip:
+    "The content of a PyTorch file, read without running code from it."
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > path.stat().st_size:
-            raise ValueError(f"it is compressed, as PyTorch's files are not, and would take {size:,} bytes")
-    with torch.serialization.safe_globals([(_PassedOver, name) for name in _PASSED_OVER]):
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("it is compressed, as PyTorch's files are not")
+    with torch.serialization.safe_globals([(_Replaced, name) for name in _REPLACED]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
+# %% ../../nbs/2_train/14_teachers.ipynb #14c41902
+_PLACES = ("model", "state_dict", "model_state_dict", "net", "network", "weights", "model_ema",
+           "state_dict_ema")
+_SAVE_WEIGHTS = "torch.save({'model': model.state_dict()}, PATH)"
 
+# %% ../../nbs/2_train/14_teachers.ipynb #54af7995
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, dict) and bool(content) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+
+# %% ../../nbs/2_train/14_teachers.ipynb #efd814e5
+def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    "The tensors by name in the content of a PyTorch file."
+    if _is_state_dict(content):
+        return content
+    inside = content if isinstance(content, dict) else {}
+    places = [name for name in _PLACES if _is_state_dict(inside.get(name))]
+    if not places:
+        found = ", ".join(map(repr, inside)) or type(content).__name__
+        raise ValueError(f"{path} holds no state dict: expected are tensors by name, at the top or "
+                         f"under one of {', '.join(_PLACES)}; found: {found:.200}. Save the "
+                         f"weights with {_SAVE_WEIGHTS}.")
+    if places[1:]:
+        print(f"{path}: the weights under {places[0]!r} are used, not those under {places[1:]}.")
+    return inside[places[0]]
+
+# %% ../../nbs/2_train/14_teachers.ipynb #14c41904
+def _read_text(path: Path) -> dict:
+    "The text in a `.safetensors` file; its tensors are not read."
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            text = json.loads((file.metadata() or {}).get("sortkd", "{}"))
+        json.dumps(text, allow_nan=False)
+        if not all(isinstance(text.get(name, 0), int | float) for name in ("epochs", "top1")):
+            raise ValueError("epochs and top1 must be numbers")
+        return text
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged or no .safetensors file; replace or remove it.") from error
+
+# %% ../../nbs/2_train/14_teachers.ipynb #14c41905
 def _reason(error: Exception) -> str:
-    "What an error of PyTorch or of safetensors says, on one line."
+    "What an error of PyTorch or safetensors says, on one line."
     if "Weights only load failed" in str(error):
         unknown = re.search(r"GLOBAL (\S+)", str(error))
         return f"it holds {unknown[1] if unknown else 'other objects':.100} instead of weights"
     return (str(error).splitlines() or ["the file is empty"])[0]
 
-
-def _state_dict(path: Path, content) -> dict[str, Tensor]:
-    "The tensors by name in what a PyTorch file holds."
-    def is_one(value) -> bool:
-        return isinstance(value, dict) and bool(value) and all(
-            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-
-    if is_one(content):
-        return content
-    inside = content if isinstance(content, dict) else {}
-    places = [place for place in _PLACES if is_one(inside.get(place))]
-    if not places:
-        found = ", ".join(map(repr, inside)) or type(content).__name__
-        raise ValueError(f"{path} holds no state dict: expected are tensors by name, at the top or "
-                         f"under one of {', '.join(_PLACES)}; found: {found:.200}. Save the weights "
-                         f"so: {_SAVE_SO}.")
-    if places[1:]:
-        print(f"{path}: the weights under {places[0]!r} are used, "
-              f"not those under {', '.join(map(repr, places[1:]))}.")
-    return inside[places[0]]
-
-
-def _is_plain(value: Tensor) -> bool:
-    odd = value.is_meta or value.is_quantized or value.is_complex()
-    return value.layout == torch.strided and not odd
-
-
-def _without_wrapper(path: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    "`weights` without the name of a parallel wrapper; `ValueError` for a tensor that repeats its numbers."
-    for name, value in weights.items():
-        size = value.numel() * value.element_size()
-        if _is_plain(value) and size > value.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} is {tuple(value.shape)}, more than the file holds.")
-    if all(name.startswith("module.") for name in weights):  # of a parallel wrapper
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights
-
-
+# %% ../../nbs/2_train/14_teachers.ipynb #d59af481
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The state dict in a `.safetensors` file or a PyTorch checkpoint, and what the file says of
-    itself (empty for PyTorch's).
+    """The state dict in a `.safetensors` file or a PyTorch checkpoint, and the text beside it.
 
     A PyTorch file may hold the state dict itself or have it under a usual name, such as `model` or
-    `state_dict`. No code in a file is run. Raises `TypeError` for a value that is not a path,
-    `FileNotFoundError`, or `ValueError` for a file that is damaged or holds no state dict.
+    `state_dict`; it has no text. No code in a file is run. `FileNotFoundError` if there is no such
+    file; `ValueError` if it is damaged or holds no state dict.
     """
-    if not isinstance(path, str | Path):
-        raise TypeError(f"a checkpoint is named by its path, but this is {path!r:.200}.")
-    try:
-        is_there = Path(path).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        is_there = False
-    if not is_there:
-        raise FileNotFoundError(f"there is no checkpoint {str(path)!r:.200}; give the path of a .safetensors or PyTorch file.")
     path = Path(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no checkpoint {shown(str(path))}; give the path of a "
+                                ".safetensors or PyTorch file.")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -162,125 +142,123 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as weights ({type(error).__name__}: {_reason(error)}). It is "
-            "damaged, of another format, or would need to run code. Where it was made, save the weights "
-            f"alone: {_SAVE_SO}."
+            "damaged, of another format, or would need to run code. Save the weights alone, with "
+            f"{_SAVE_WEIGHTS}."
         ) from error
-    return _without_wrapper(path, _state_dict(path, content)), {}
+    weights = _state_dict(path, content)
+    if all(name.startswith("module.") for name in weights):  # saved from a parallel wrapper
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights, {}
 
-
-# %% ../../nbs/2_train/14_teachers.ipynb #b3c2a393
-def checked_cast(name: str, value: Tensor, dtype: torch.dtype, origin: str) -> Tensor:
-    "`value` as a tensor of `dtype`, all finite, and not negative if it is a variance or a count."
-    if not _is_plain(value) or (dtype.is_floating_point and not value.is_floating_point()):
-        raise ValueError(f"{origin} holds {name} as {value.dtype}, {value.layout}; expected are plain "
-                         "floating-point tensors.")
-    cast, wrong = value.detach().to(dtype), ""
-    if not (value.isfinite().all() and cast.isfinite().all()):
-        wrong = "NaN or infinity"
-    elif name.endswith(("running_var", "num_batches_tracked")) and (cast < 0).any():
-        wrong = "a negative number"
-    elif not dtype.is_floating_point and (cast != value).any():
-        wrong = "a number of another type"
-    if wrong:
-        raise ValueError(f"{origin} holds {wrong} in {name}, as {dtype}: its training has failed, or "
-                         "its numbers do not fit. Choose other weights.")
-    return cast
-
-
-def _unwrapped(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], origin: str,
-) -> Mapping[str, Tensor]:
-    "`weights` by the names of `expected`, without words that stand before all of them."
-    first = next(iter(expected))
-    before = [name.removesuffix(first) for name in weights if name.endswith(first)]
-    before = [words for words in before if all(words + name in weights for name in expected)]
+# %% ../../nbs/2_train/14_teachers.ipynb #14c41907
+def _unwrapped(weights: Mapping[str, Tensor], names: list[str], origin: str):
+    "`weights` without words that stand before all of the network's `names`."
+    before = [each.removesuffix(names[0]) for each in weights if each.endswith(names[0])]
+    before = [words for words in before if all(words + name in weights for name in names)]
     if "" in before or not before:
         return weights
     if before[1:]:
-        raise ValueError(f"{origin} holds this network under {', '.join(map(repr, before))}; save the "
-                         f"one that is meant: {_SAVE_SO}.")
+        raise ValueError(f"{origin} holds this network under each of {before}; save only the one "
+                         f"you mean: {_SAVE_WEIGHTS}.")
     return {name.removeprefix(before[0]): value
             for name, value in weights.items() if name.startswith(before[0])}
 
+# %% ../../nbs/2_train/14_teachers.ipynb #b3c2a393
+def checked_cast(name: str, value: Tensor, dtype: torch.dtype, origin: str) -> Tensor:
+    "`value` as `dtype`; `ValueError` for NaN, infinity, or a number that the name does not allow."
+    plain = value.layout == torch.strided and not value.is_meta
+    if not plain or (dtype.is_floating_point and not value.is_floating_point()):
+        raise ValueError(f"{origin} holds {name} as {value.dtype}, {value.layout}; expected are "
+                         "plain floating-point tensors.")
+    number, wrong = value.detach().to(dtype), ""
+    if dtype.is_floating_point and not number.isfinite().all():
+        wrong = "NaN or infinity"
+    elif not dtype.is_floating_point and (number != value).any():
+        wrong = "numbers that are not whole"
+    elif name.endswith(("running_var", "num_batches_tracked")) and (number < 0).any():
+        wrong = "a negative number"
+    if wrong:
+        raise ValueError(f"{origin} holds {wrong} in {name}, as {dtype}: its training has failed, "
+                         "or its numbers do not fit. Choose other weights.")
+    return number
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint") -> nn.Module:
+# %% ../../nbs/2_train/14_teachers.ipynb #14c41909
+def load_weights(
+    model: nn.Module, weights: Mapping[str, Tensor], origin: str = "the checkpoint"
+) -> nn.Module:
     """Load `weights` into `model` and return it.
 
     Words that a wrapper puts before all names are left out. `ValueError` with the first differences
-    if they are another network's or have other classes, and with the first name of weights that
-    `checked_cast` refuses.
+    if the weights belong to another network or to other classes, or if `checked_cast` refuses them.
     """
     expected = model.state_dict()
-    weights = _unwrapped(weights, expected, origin)
-    missing, surplus = (
-        [name for name in expected if name not in weights],
-        [name for name in weights if name not in expected],
-    )
-    reshaped = [
-        f"{name} is {tuple(weights[name].shape)} and should be {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if missing or surplus or reshaped:
-        differences = [
-            f"{len(names)} {what}, such as {names[0]}"
-            for what, names in (("missing", missing), ("unknown", surplus))
-            if names
-        ]
-        raise ValueError(
-            f"{origin} is not a checkpoint of this {type(model).__name__}: {'; '.join([*differences, *reshaped[:1]])}. "
-            "Choose the checkpoint of this network, trained on as many classes."
-        )
+    weights = _unwrapped(weights, list(expected), origin)
+    ours, theirs = ({name: tuple(value.shape) for name, value in each.items()}
+                    for each in (expected, weights))
+    differences = [
+        f"{name} is {theirs.get(name, 'missing')} and should be {ours.get(name, 'absent')}"
+        for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if differences:
+        raise ValueError(f"{origin} is not a checkpoint of this {type(model).__name__}: "
+                         f"{len(differences)} tensors differ, such as "
+                         f"{'; '.join(differences[:2])}. Choose the checkpoint of this network, "
+                         "trained on as many classes.")
     model.load_state_dict({name: checked_cast(name, weights[name], value.dtype, origin)
                            for name, value in expected.items()})
     return model
 
-
 # %% ../../nbs/2_train/14_teachers.ipynb #507fc9a1
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation: no parameters
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation
 
-
+# %% ../../nbs/2_train/14_teachers.ipynb #1e42c7be
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
-    """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not at all.
+    """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not.
 
-    Weights become float16, statistics of batch normalisation float32; whole numbers stay.
-    `ValueError` if `training` or, so stored, the weights hold NaN or infinity.
+    Weights become float16, statistics of batch normalisation float32; integers stay. `ValueError`
+    if `training` or, after this conversion, the weights hold NaN or infinity.
     """
     from safetensors.torch import save
 
-    def stored(name: str, value: Tensor) -> Tensor:
+    stored = {}
+    for name, value in weights.items():
         dtype = torch.float32 if name.endswith(BUFFERS) else torch.float16
         dtype = dtype if value.is_floating_point() else value.dtype
-        return checked_cast(name, value, dtype, f"{path} is not written: it").cpu().contiguous()
-
-    text = {"sortkd": json.dumps(dict(training), allow_nan=False)}
-    content = save({name: stored(name, value) for name, value in weights.items()}, text)
+        number = checked_cast(name, value, dtype, f"{path} is not written: it")
+        stored[name] = number.cpu().contiguous()
+    content = save(stored, {"sortkd": json.dumps(dict(training), allow_nan=False)})
     save_atomically(path, lambda temporary: temporary.write_bytes(content))
     return Path(path)
 
 # %% ../../nbs/2_train/14_teachers.ipynb #0429cbc5
 @dataclass(frozen=True)
 class Teacher:
-    "A teacher's network with its weights, and plain values that tell a record what it is."
+    "A teacher's network, in evaluation mode and without gradients, and where it came from."
     model: nn.Module
     architecture: str
     source: str  # found, fetched, trained, or given
     file: str  # the name of its file, without the folder
-    training: Mapping = field(default_factory=dict)  # what the file says of its training
+    training: Mapping = field(default_factory=dict)  # the text in its file
+
+    def __post_init__(self):
+        self.model.eval().requires_grad_(False)
 
     def as_record(self) -> dict:
         return {"architecture": self.architecture, "source": self.source, "file": self.file,
-                "weights_sha256": weights_checksum(self.model.state_dict()), "training": dict(self.training)}
+                "weights_sha256": weights_checksum(self.model.state_dict()),
+                "training": dict(self.training)}
 
-
-def load_teacher(path: str | Path, architecture: str, num_classes: int, source: str = "given") -> Teacher:
+# %% ../../nbs/2_train/14_teachers.ipynb #63ad3955
+def load_teacher(
+    path: str | Path, architecture: str, num_classes: int, source: str = "given"
+) -> Teacher:
     "The teacher in a checkpoint file; errors as `read_checkpoint` and `load_weights` raise them."
     weights, training = read_checkpoint(path)
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
-    return Teacher(model.eval().requires_grad_(False), architecture, source, Path(path).name, training)
+    return Teacher(model, architecture, source, Path(path).name, training)
 
 # %% ../../nbs/2_train/14_teachers.ipynb #5921c810
-PUBLISHED_ARCHIVE = "https://github.com/megvii-research/mdistiller/releases/download/checkpoints/cifar_teachers.tar"
+PUBLISHED_ARCHIVE = ("https://github.com/megvii-research/mdistiller/releases/download/checkpoints/"
+                     "cifar_teachers.tar")
 PUBLISHED_TOP1 = {
     "resnet56": 72.34,
     "resnet110": 74.31,
@@ -290,156 +268,154 @@ PUBLISHED_TOP1 = {
     "ResNet50": 79.34,
 }
 
-
+# %% ../../nbs/2_train/14_teachers.ipynb #27fa1d41
 def _published_member(architecture: str) -> str:
     return f"cifar_teachers/{architecture}_vanilla/ckpt_epoch_240.pth"
 
-
-def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
-    """Download the archive of published CIFAR-100 teachers and keep the known members under `folder`, laid out alike.
-
-    `ConnectionError` if it cannot be downloaded or is damaged; then nothing is saved; `ValueError` if a link is in the way.
-    """
-    folder, names = Path(folder), [_published_member(architecture) for architecture in PUBLISHED_TOP1]
-    refuse_links(*{folder / part for name in names for part in (Path(name), *Path(name).parents)})
-    with tempfile.TemporaryDirectory() as staging:
-        try:
-            with network_timeout():
-                _download(url, Path(staging) / "archive.tar")
-            with tarfile.open(Path(staging) / "archive.tar", "r:") as archive:
-                plain = {member.name: member for member in archive if member.isreg() and not member.issparse()}
-                files = {name: archive.extractfile(plain[name]) for name in names if name in plain}
-                contents = {name: file.read() for name, file in files.items() if file is not None}
-        except (OSError, HTTPException, tarfile.TarError) as error:
-            raise ConnectionError(f"the published teachers could not be downloaded from {url} ({error}).") from error
-    for name, content in contents.items():
-        save_atomically(folder / name, lambda temporary: temporary.write_bytes(content))
-
-
-def _download(url: str, path: Path) -> None:
-    "The whole of what is at `url`, to `path`; no step on the way may leave the scheme of `url`, such as HTTPS."
-    with urllib.request.build_opener(_SameScheme).open(url) as response, open(path, "wb") as file:
-        shutil.copyfileobj(response, file, 1 << 20)
-        if missing := getattr(response, "length", None):  # announced, but not sent
-            raise URLError(f"the last {missing} bytes are missing")
-
-
+# %% ../../nbs/2_train/14_teachers.ipynb #14c4190b
 class _SameScheme(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, address):
         if not address.startswith(f"{request.type}:"):
             raise URLError(f"it redirects to {address}")
         return super().redirect_request(request, file, code, message, headers, address)
 
+# %% ../../nbs/2_train/14_teachers.ipynb #f9eed335
+def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
+    """Download the published CIFAR-100 teachers and save the known ones under `folder`.
+
+    `ConnectionError` if it cannot be downloaded or is damaged, in which case nothing is saved;
+    `ValueError` if a link is in the way.
+    """
+    folder, names = Path(folder), list(map(_published_member, PUBLISHED_TOP1))
+    refuse_links(*(folder / part for name in names for part in (Path(name), *Path(name).parents)))
+    try:
+        with network_timeout(), urllib.request.build_opener(_SameScheme).open(url) as response:
+            content = io.BytesIO(response.read())
+        with tarfile.open(fileobj=content, mode="r:") as archive:
+            members = [each for each in archive if each.name in names
+                       and each.isreg() and not each.issparse()]
+            contents = {each.name: cast(IO[bytes], archive.extractfile(each)).read()
+                        for each in members}
+    except (OSError, HTTPException, tarfile.TarError) as error:
+        raise ConnectionError(
+            f"the published teachers could not be downloaded from {url} ({error}).") from error
+    for name, member in contents.items():
+        save_atomically(folder / name, lambda temporary: temporary.write_bytes(member))
+
 # %% ../../nbs/2_train/14_teachers.ipynb #36f60fc2
 _FIXED_BY_NAME = ("cifar100", "cifar10", "digits")  # sets of which only one content is loaded
 
 
+def _serves(text: Mapping, architecture: str, data: ImageSet, min_epochs: int, training: Mapping):
+    "Whether a teacher whose file says `text` serves a run that would otherwise train one."
+    if (text.get("architecture"), text.get("dataset")) != (architecture, data.name):
+        return False
+    if all(text.get(key) == value for key, value in training.items()):
+        return True
+    same_images = (data.name in _FIXED_BY_NAME
+                   or text.get("data_checksum") == training.get("data_checksum", "unknown"))
+    return text.get("complete") and text.get("epochs", 0) >= min_epochs and same_images
+
+# %% ../../nbs/2_train/14_teachers.ipynb #14c4190c
 def find_teacher(
     architecture: str, data: ImageSet, folder: str | Path, min_epochs: int, training: Mapping
 ) -> Teacher | None:
     """The best teacher under `folder` that serves, or None.
 
-    A published checkpoint serves CIFAR-100. A `.safetensors` file serves if its text names this architecture and data
-    set, and either all training images and at least `min_epochs` epochs, or exactly the values of `training`. Two folders may
-    have the same name, so there the checksum of the training data must be that of `training`, too.
+    A published checkpoint serves CIFAR-100. A `.safetensors` file serves if its text names this
+    architecture and data set, and either all training images and at least `min_epochs` epochs, or
+    exactly the values of `training`. Two folders of images may have the same name, so for them the
+    checksum of the training data must also be that of `training`.
     """
-    folder = Path(folder)
-    published = folder / _published_member(architecture)
+    published = Path(folder) / _published_member(architecture)
     if data.name == "cifar100" and published.is_file():
         return load_teacher(published, architecture, data.num_classes, "found")
-    candidates = []
-    for path in sorted(each for each in folder.rglob("*.safetensors") if each.is_file()):
-        text = _read_text(path)
-        fits = text.get("architecture") == architecture and text.get("dataset") == data.name
-        same = data.name in _FIXED_BY_NAME or text.get("data_checksum") == training.get("data_checksum", "unknown")
-        complete = text.get("complete") and text.get("epochs", 0) >= min_epochs and same
-        if fits and (complete or all(text.get(key) == value for key, value in training.items())):
-            candidates.append((text.get("top1", 0.0), path))
+    texts = {path: _read_text(path)
+             for path in sorted(Path(folder).rglob("*.safetensors")) if path.is_file()}
+    candidates = [(text.get("top1", 0.0), path) for path, text in texts.items()
+                  if _serves(text, architecture, data, min_epochs, training)]
     if not candidates:
         return None
     return load_teacher(max(candidates)[1], architecture, data.num_classes, "found")
 
-
-def get_teacher(
-    architecture: str, data: ImageSet, folder: str | Path, training: Mapping,
-    train: Callable[[], tuple[Mapping[str, Tensor], Mapping]], *, min_epochs: int = 1, fetch: bool = False,
-) -> Teacher:
-    """The teacher for a run: found under `folder`, else fetched if `fetch`, else trained by `train` and kept under
-    `folder`/local. For ImageNet torchvision's weights are fetched, and nothing is trained in their place.
-
-    `training`: plain values that identify how the run would train it. `train()` returns the weights and further plain
-    values, such as `top1`, to keep with them. Of several jobs that need a teacher one makes it and the others wait. The
-    processes of one job (`torchrun`) train it together: all of them call this function, and `train` is called in all.
-    Raises `OSError` before any training if `folder` is not writable, `ValueError` if links are in the way.
-    """
-    folder, name = Path(folder), re.sub("[/:]", "-", f"{architecture}-{data.name}")
-    training = json.loads(json.dumps(training))  # as it reads in a file: tuples are lists
-
-    def find() -> Teacher | None:
-        return find_teacher(architecture, data, folder, min_epochs, training)
-
-    teacher = find()  # a folder that can only be read will do
-    if teacher is None and fetch and data.name == "imagenet":
-        from sortkd.train.networks import pretrained_weights
-
-        model = load_weights(create_model(architecture, data.num_classes), pretrained_weights(architecture), architecture)
-        teacher = Teacher(model.eval().requires_grad_(False), architecture, "fetched", "torchvision IMAGENET1K_V1")
-    if _first_says(teacher is None):
-        refuse_links(folder, folder / "local")
-        _check_writable(folder / "local")
-        lock = folder / "local" / f".{name}.lock"
-        with exclusive(lock, f"making the teacher {architecture}") if _is_first() else nullcontext():
-            is_there = _first_says(_is_first() and find() is not None)  # the others wait here for the first and its lock
-            teacher = find() if is_there else _make_teacher(architecture, data, folder, name, training, train, fetch)
-    if teacher is None:
-        raise FileNotFoundError(f"the first process of this job has found a teacher {architecture}, but {folder} on this machine does not hold it.")
-    return teacher
-
-
+# %% ../../nbs/2_train/14_teachers.ipynb #14c4190e
 def _is_first() -> bool:
     "Whether this is the first of the processes of a job, or the only one."
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
-
-def _first_says(value: bool) -> bool:
-    "The `value` that the first process of the job has: all must decide alike."
-    values = [value]
+# %% ../../nbs/2_train/14_teachers.ipynb #3a16e561
+def _first_decides(ask: Callable[[], bool]) -> bool:
+    "What `ask` returns in the first process of the job; the others do not call it, and wait."
+    answers = [_is_first() and ask()]
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(values)
-    return values[0]
+        torch.distributed.broadcast_object_list(answers)
+    return answers[0]
 
-
-def _check_writable(folder: Path) -> None:
-    "Whether `folder` can be written to."
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(error.errno, f"no teacher can be saved in {folder} ({error.strerror}); name another folder") from error
-
-
+# %% ../../nbs/2_train/14_teachers.ipynb #14c41910
 def _fetched(architecture: str, folder: Path) -> bool:
-    "Whether the published teacher could be fetched; if not, say why."
+    "Whether the published teacher could be fetched; if not, a line says why."
     try:
         fetch_published(folder)
-        if (folder / _published_member(architecture)).is_file():
-            return True
-        reason = f"the published archive holds no {architecture}."
     except ConnectionError as error:
-        reason = str(error)
-    print(f"{reason} Training {architecture} instead.")
-    return False
+        print(f"{error} Training {architecture} instead.")
+    return (folder / _published_member(architecture)).is_file()
 
-
+# %% ../../nbs/2_train/14_teachers.ipynb #921ce7e9
 def _make_teacher(architecture, data, folder, name, training, train, fetch) -> Teacher:
-    "Fetch or train; no other job is making the same one."
+    "Fetch or train a teacher; no other job may be making the same one."
     if fetch and data.name == "cifar100" and architecture in PUBLISHED_TOP1:
-        if _first_says(_is_first() and _fetched(architecture, folder)):
-            return load_teacher(folder / _published_member(architecture), architecture, data.num_classes, "fetched")
-    for left in (folder / "local").glob(f".{name}-*.tmp"):  # by a writer that was killed
-        left.unlink(missing_ok=True)
+        if _first_decides(lambda: _fetched(architecture, folder)):
+            path = folder / _published_member(architecture)
+            return load_teacher(path, architecture, data.num_classes, "fetched")
+    remove_leftovers(folder / "local", f"{name}-")
     weights, more = train()
     text = {"architecture": architecture, "dataset": data.name, **training, **more}
     key = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:8]
     path = save_teacher(folder / "local" / f"{name}-{key}.safetensors", weights, text)
     return load_teacher(path, architecture, data.num_classes, "trained")
+
+# %% ../../nbs/2_train/14_teachers.ipynb #14c41912
+def _check_writable(folder: Path) -> None:
+    "`OSError` before any training if no teacher can be saved in `folder`."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
+    except OSError as error:
+        raise OSError(error.errno, f"no teacher can be saved in {folder} ({error.strerror}); "
+                                   "name another folder") from error
+
+# %% ../../nbs/2_train/14_teachers.ipynb #9e7d8882
+def get_teacher(
+    architecture: str, data: ImageSet, folder: str | Path, training: Mapping,
+    train: Callable[[], tuple[Mapping[str, Tensor], Mapping]], *, min_epochs: int = 1,
+    fetch: bool = False,
+) -> Teacher:
+    """The teacher for a run: found under `folder`, else fetched if `fetch`, else trained by `train`
+    and saved under `folder`/local. For ImageNet torchvision's weights are fetched.
+
+    `training`: plain values that identify how the run would train it. `train()` returns the weights
+    and further plain values, such as `top1`, to save with them. Of several jobs that need a teacher
+    one makes it and the others wait. All processes of one job (`torchrun`) must call this function;
+    they train together. `OSError` before any training if `folder` is not writable; `ValueError` if
+    links are in the way.
+    """
+    folder, name = Path(folder), re.sub("[/:]", "-", f"{architecture}-{data.name}")
+    training = json.loads(json.dumps(training))  # as it is read from a file: tuples are lists
+    find = partial(find_teacher, architecture, data, folder, min_epochs, training)
+    teacher = find()  # a folder that can only be read is enough
+    if teacher is None and fetch and data.name == "imagenet":
+        weights = pretrained_weights(architecture)
+        model = load_weights(create_model(architecture, data.num_classes), weights, architecture)
+        teacher = Teacher(model, architecture, "fetched", "torchvision IMAGENET1K_V1")
+    if _first_decides(lambda: teacher is None):
+        refuse_links(folder, folder / "local")
+        _check_writable(folder / "local")
+        lock = exclusive(folder / "local" / f".{name}.lock", f"making the teacher {architecture}")
+        with lock if _is_first() else nullcontext():
+            found = _first_decides(lambda: find() is not None)  # the others wait here
+            teacher = find() if found else _make_teacher(
+                architecture, data, folder, name, training, train, fetch)
+    if teacher is None:
+        raise FileNotFoundError(f"the first process of this job has found a teacher {architecture}"
+                                f", but {folder} on this machine does not hold it.")
+    return teacher

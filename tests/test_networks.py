@@ -1,0 +1,272 @@
+"The networks against the reference (goldens/README.md), and what training needs of them."
+import copy
+import json
+import math
+import pickle
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sortkd.experiment.pairs import check_takes
+from sortkd.train.architectures import NETWORKS, Features
+from sortkd.train.networks import (
+    create_model, list_imagenet_models, list_models, pretrained_weights,
+)
+
+GOLDENS = Path(__file__).parent / "goldens"
+SHAPES = json.loads((GOLDENS / "state_dict_shapes.json").read_text())
+LOGITS = np.load(GOLDENS / "model_logits.npz")
+CIFAR_FAMILIES = [
+    "resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+IMAGENET_FAMILIES = ["imagenet/ResNet18", "imagenet/MobileNetV1"]
+
+every_family = pytest.mark.parametrize("name", CIFAR_FAMILIES + IMAGENET_FAMILIES)
+
+
+def images_for(name, count=4):
+    size = 64 if name.startswith("imagenet/") else 32
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(name, num_classes=10):
+    torch.manual_seed(0)
+    return create_model(name, num_classes)
+
+
+def golden_value(key, shape):
+    random = np.random.RandomState(zlib.crc32(key.encode()))
+    if key.endswith("num_batches_tracked"):
+        return torch.zeros(shape, dtype=torch.int64)
+    if key.endswith(("running_mean", "bias")):
+        return torch.as_tensor(0.1 * random.standard_normal(shape))
+    if len(shape) == 1:
+        return torch.as_tensor(random.uniform(0.5, 1.5, shape))
+    return torch.as_tensor(random.standard_normal(shape) * math.sqrt(0.5 / math.prod(shape[1:])))
+
+
+@pytest.mark.parametrize("name", [*list_models(), *list_imagenet_models()])
+def test_keys_in_order_shapes_and_logits_are_the_references(name):
+    large = name.startswith("imagenet/")
+    network = create_model(name, 1000 if large else 100).eval()
+    keys = [(key, list(value.shape)) for key, value in network.state_dict().items()]
+    assert keys == list(SHAPES[name].items())
+    network.load_state_dict({key: golden_value(key, shape) for key, shape in keys})
+    size = (2, 3, 224, 224) if large else (4, 3, 32, 32)
+    images = torch.tensor(np.random.RandomState(0).standard_normal(size), dtype=torch.float32)
+    golden = LOGITS[name.replace("/", "__")]
+    with torch.no_grad():
+        error = np.linalg.norm(network(images).numpy() - golden) / np.linalg.norm(golden)
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", [*list_models(), "imagenet/MobileNetV1"])
+def test_features(name):
+    network, images = create_model(name, num_classes=7).eval(), images_for(name)
+    with torch.no_grad():
+        logits = network(images)
+        again, features = network(images, return_features=True)
+        assert isinstance(features, Features)
+        assert torch.equal(logits, again) and logits.shape == (4, 7)
+        assert torch.equal(network.classifier_layer(features.pooled), logits)
+    sizes = [maps.shape[-1] for maps in features.maps]
+    assert len(sizes) in (4, 5) and sizes == sorted(sizes, reverse=True)
+
+
+def test_vgg_pools_four_times_only_from_64_pixels():
+    network = create_model("vgg8").eval()
+    sizes = [(16, 16), (32, 32), (32, 48), (64, 64), (128, 128)]
+    maps = [network(torch.zeros(1, 3, *size), return_features=True)[1].maps[-1] for size in sizes]
+    assert [tuple(each.shape[2:]) for each in maps] == [(2, 2), (4, 4), (4, 6), (4, 4), (8, 8)]
+
+
+@pytest.mark.parametrize("name", ["resnet8x4", "ResNet18", "wrn_16_2", "vgg8", "MobileNetV2"])
+def test_convolutions_start_from_he_fan_out(name):
+    for key, module in seeded(name).named_modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 10_000:
+            expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.05), key
+        elif isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all(), key
+
+
+@every_family
+def test_repeats_copies_pickles_and_compiles(name):
+    network, images = seeded(name).eval(), images_for(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        logits = network(images)
+        assert logits.shape == (4, 10) and torch.equal(seeded(name).eval()(images), logits)
+        assert torch.equal(copy.deepcopy(network)(images), logits)
+        assert torch.equal(pickle.loads(pickle.dumps(network))(images), logits)
+        torch.testing.assert_close(compiled(images), logits)
+        if name == "wrn_16_1":
+            assert isinstance(compiled(images, return_features=True)[1], Features)
+        network.to(memory_format=torch.channels_last)
+        again = network(images.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(again, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*list_models(), *IMAGENET_FAMILIES])
+def test_logits_are_float32_under_autocast_and_every_parameter_is_trained(name):
+    network = seeded(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(images_for(name))
+    assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    for key, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+
+
+@pytest.mark.parametrize("name", ["resnet8", "ShuffleV2"])
+def test_compiled_training_gives_the_same_gradients(name):
+    torch._dynamo.reset()
+    network = seeded(name).train()
+    reference, images = copy.deepcopy(network), images_for(name)
+    torch.compile(network, fullgraph=True, backend="aot_eager")(images).square().mean().backward()
+    reference(images).square().mean().backward()
+    for ours, plain in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMAGENET_FAMILIES)
+def test_a_part_without_images(name):
+    "What a process is given that has no part in a batch."
+    network = create_model(name, num_classes=5).eval()
+    logits = network(torch.empty(0, 3, 64, 64))
+    assert logits.shape == (0, 5)
+    logits.sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("ResNet56",), r"'ResNet56'. Did you mean resnet56.*list_models\(\)"),
+    (("imagenet/VGG",), "'imagenet/VGG'"),
+    (("torchvision:resnet19",), "Did you mean torchvision:resnet18"),
+    ((None,), "no network None"),
+    (("resnet8", 1), "num_classes is 1; give a whole number from 2"),
+    (("resnet8", 10.0), "num_classes is 10.0"),
+])
+def test_wrong_names_and_numbers_of_classes(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        create_model(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 1, 32, 32), (2, 32, 32, 3)])
+def test_images_of_another_shape(shape):
+    with pytest.raises(ValueError, match=r"expected is \(N, 3, height, width\)"):
+        create_model("resnet8")(torch.zeros(shape))
+
+
+# Networks are tried before any work begins
+
+
+class Odd(nn.Module):
+    "A network whose `answer(logits, training)` is something else than logits."
+    def __init__(self, num_classes, answer=lambda logits, training: logits):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, num_classes, 16), nn.BatchNorm2d(num_classes)
+        self.answer = answer
+
+    def forward(self, images):
+        maps = self.convolution(images)
+        maps = self.norm(maps) if images.shape[-1] == 16 else maps
+        return self.answer(maps.mean((2, 3)), self.training)
+
+
+@pytest.mark.parametrize("answer, words", [
+    (lambda logits, training: (logits, logits) if training else logits, "tuple in training mode"),
+    (lambda logits, training: logits if training else (logits,), "tuple in evaluation mode"),
+    (lambda logits, training: {"logits": logits}, "gives dict in training mode"),
+    (lambda logits, training: logits[:, 1:], r"shape \(2, 9\) in training.*expected .*\(2, 10\)"),
+    (lambda logits, training: logits[:, :, None, None], r"shape \(2, 10, 1, 1\)"),
+    (lambda logits, training: logits if training else logits * torch.nan, "NaN .* in evaluation"),
+    (lambda logits, training: 1 / 0 if training else logits, r"16×16 in training mode \(division"),
+])
+def test_a_network_that_gives_no_logits_is_refused(monkeypatch, answer, words):
+    monkeypatch.setitem(NETWORKS, "odd", Odd)
+    check_takes("odd", 16, 10)
+    with pytest.raises(ValueError, match="odd cannot take images of 16×16 one at a time"):
+        check_takes("odd", 16, 10, batch_size=1)
+    monkeypatch.setitem(NETWORKS, "odd", lambda num_classes: Odd(num_classes, answer))
+    with pytest.raises(ValueError, match=f"^odd .*{words}"):
+        check_takes("odd", 16, 10)
+
+
+def test_a_network_is_tried_in_the_memory_order_of_training(monkeypatch):
+    class Flat(nn.Sequential):
+        def forward(self, images):
+            return self[1](self[0](images).view(len(images), -1))  # as contiguous maps allow
+    monkeypatch.setitem(NETWORKS, "flat", lambda num_classes: Flat(
+        nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, num_classes)))
+    with pytest.raises(ValueError, match="flat cannot take images .*view size is not compatible"):
+        check_takes("flat", 16, 10)
+
+
+@pytest.mark.parametrize(
+    "name, size", [("googlenet", 32), pytest.param("inception_v3", 96, marks=pytest.mark.slow)])
+def test_networks_with_auxiliary_heads_give_logits_alone(name, size):
+    check_takes(f"torchvision:{name}", size, 10)
+
+
+# Published weights
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "An empty hub folder and a list of requests, all of which fail."
+    requests = []
+
+    def refuse(request, *arguments, **named):
+        requests.append(request.full_url)
+        raise urllib.error.URLError("the network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    return tmp_path / "checkpoints", requests
+
+
+@pytest.mark.parametrize("name, file", [("imagenet/ResNet34", "resnet34-b627a593.pth"),
+                                        ("imagenet/ResNet50", "resnet50-0676ba61.pth")])
+def test_weights_without_a_network(hub, name, file):
+    with pytest.raises(FileNotFoundError, match=f"(?s){name} .*{file}.*unreachable.*checkpoint"):
+        pretrained_weights(name)
+    assert hub[1] == [f"https://download.pytorch.org/models/{file}"]
+
+
+def test_a_download_with_another_checksum_is_refused(hub, tmp_path, monkeypatch):
+    served = tmp_path / "served.pth"
+    torch.save({"fc.weight": torch.zeros(2)}, served)
+    monkeypatch.setattr(
+        torch.hub, "urlopen", lambda request, **named: urllib.request.urlopen(served.as_uri()))
+    with pytest.raises(FileNotFoundError, match="invalid hash"):
+        pretrained_weights("imagenet/ResNet34")
+    assert not list(hub[0].iterdir()), "what was refused is not kept"
+
+
+def test_damaged_or_hostile_weights(hub, tmp_path):
+    class CreatesFile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "executed"), "w")
+
+    hub[0].mkdir()
+    file = hub[0] / "resnet34-b627a593.pth"
+    torch.save({"fc.weight": torch.zeros(2)}, file)
+    for content in (b"", file.read_bytes()[:300], pickle.dumps(CreatesFile(), protocol=2)):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="resnet34-b627a593.pth cannot be read as weights"):
+            pretrained_weights("imagenet/ResNet34")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["imagenet/MobileNetV1", "ResNet34"])
+def test_networks_without_published_weights(name):
+    with pytest.raises(ValueError, match=f"no weights of '{name}'"):
+        pretrained_weights(name)
