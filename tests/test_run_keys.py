@@ -18,7 +18,8 @@ from sortkd.fronts.commands import run
 from sortkd.train.images import ImageData, has_cifar100
 from sortkd.train.image_files import load_image_folder
 from sortkd.experiment.setup import prepare_experiment
-from sortkd.experiment.grid import prepare_pairs, read_grid
+from sortkd.experiment.grid import read_grid
+from sortkd.experiment.slices import experiments_of
 from sortkd.experiment.parameters import parameter_cell, read_parameters
 from sortkd.experiment.pairs import IMAGENET_PAIRS
 from sortkd.experiment.record import plain
@@ -116,7 +117,7 @@ def test_every_way_leads_to_the_same_run(number, folders, tmp_path, monkeypatch,
     settings = {**chosen, "seeds": "1-2", "preset": preset, "options": shared, "cells_dir": str(tmp_path), **places, "cell": "command"}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
     grid = read_grid(tmp_path / "grid.yaml")
-    by_grid = prepare_pairs(grid)
+    by_grid = experiments_of(grid)
     cells = [*grid.cells[grid.cells["seed"] == 2].itertuples()]
     assert len({runs_of(by_grid[cell.pair], cell.method, 2).folder for cell in cells}) == len(cells)
     for place, cell in enumerate(cells[number % 5::5]):  # all of them, over the cases

@@ -28,7 +28,8 @@ from torchvision.datasets import CIFAR100
 import sortkd.experiment.plugins
 import sortkd.train.teachers
 from sortkd.evidence.preregistration import read_plan
-from sortkd.experiment.grid import main, make_grid, read_yaml
+from sortkd.experiment.grid import make_grid, read_yaml
+from sortkd.experiment.slices import main
 from sortkd.experiment.storage import append_record, read_correct, save_correct
 from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
@@ -368,7 +369,7 @@ def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, way):
     def fine(*_):
         raise RuntimeError("fine")
 
-    monkeypatch.setattr("sortkd.experiment.grid.read_state", fine)
+    monkeypatch.setattr("sortkd.experiment.slices.read_state", fine)
     plugin, mark, grid = (tmp_path / name for name in ("mine.py", "executed", "grid.yaml"))
     plugin.write_text(PLUGIN.format(mark=str(mark)))
     named = GRID | {"options": OPTIONS | {"plugin": str(plugin)}}

@@ -1,0 +1,197 @@
+"Plans are read, matched with their runs, and were committed before these."
+
+import functools
+import hashlib
+import math
+import os
+import subprocess
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from sortkd.evidence.preregistration import (
+    Look, committed, describe_looks, describe_plans, first_start, mark_planned, planned_cells,
+    planned_effects, read_plan, read_plans,
+)
+from sortkd.evidence.results import load_results
+
+ROOT = Path(__file__).parents[1]
+HISTORY = Path(os.environ.get("SORTKD_HISTORY", ROOT))  # a checkout with history, if this has none
+PLANS = read_plans(ROOT / "results" / "plans")
+SORTING, BASELINE = (next(plan for plan in PLANS if plan.name == name)
+                     for name in ("sorting", "baseline"))
+
+
+@functools.cache
+def recorded():
+    return load_results(ROOT / "results")[0]
+
+
+def git(*arguments, folder=HISTORY, check=True, **options):
+    command = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.run(command, check=check, capture_output=True, **options).stdout
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: plan.name)
+def test_a_plan_was_committed_before_its_first_run_and_kept(plan):
+    began, file = first_start(plan, recorded()), f"results/plans/{plan.name}.yaml"
+    if began is None:
+        pytest.skip("none of its runs exists")
+    date = committed(HISTORY / file)
+    if date is None:
+        pytest.skip(f"{HISTORY} does not have the history of the plan")
+    assert date < began
+    # It says what it said when the first run began, but for more seeds if a blind look allows them.
+    before = f"--before={began.isoformat()}"
+    commit = git("log", "-1", "--format=%H", before, "--", file, text=True).strip()
+    then = yaml.safe_load(git("show", f"{commit}:{file}"))
+    now = yaml.safe_load((ROOT / file).read_text())
+    if any("seeds" in look.may for look in plan.looks) and now["seeds"] >= then["seeds"]:
+        then["seeds"] = now["seeds"]
+    assert then == now
+
+
+def test_records_name_a_version_of_their_plan_that_was_committed_before_they_began():
+    runs = recorded()
+    said = runs[runs["plan_sha256"] != ""]
+    history = git("log", "--format=%H %cI", "--", "results/plans", check=False, text=True)
+    if len(said) == 0 or history.count("\n") < 2:
+        pytest.skip("no record names its plan, or there is no history")
+    versions = {}
+    for commit, date in map(str.split, history.splitlines()):
+        for plan in PLANS:
+            content = git("show", f"{commit}:results/plans/{plan.name}.yaml", check=False)
+            versions[hashlib.sha256(content).hexdigest()] = datetime.fromisoformat(date)
+    for run in said.itertuples():
+        began = datetime.strptime(run.started, "%Y-%m-%dT%H-%M-%S.%f%z")
+        assert versions[run.plan_sha256] < began
+
+
+def test_the_date_is_that_of_the_first_commit(tmp_path):
+    def commit(text, day):
+        date = os.environ | {"GIT_COMMITTER_DATE": f"2026-01-{day}T00:00:00+00:00"}
+        git("add", ".", folder=tmp_path)
+        git("commit", "-qm", text, folder=tmp_path, env=date)
+
+    git("init", "-q", folder=tmp_path)
+    (tmp_path / "root.yaml").write_text("imported: true\n")
+    commit("all that there was", "01")
+    for day, text in (("02", "seeds: 15\n"), ("03", "seeds: 24\n")):
+        (tmp_path / "plan.yaml").write_text(text)
+        commit(text, day)
+    assert committed(tmp_path / "plan.yaml").day == 2
+    assert committed(tmp_path / "root.yaml") is None is committed(tmp_path / "nothing.yaml")
+
+
+def runs_of(plan, **changes):
+    "Runs of all cells of a plan; sorting gains a point."
+    cells = plan.grid.cells.assign(
+        preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
+    sorts, noise = cells.method == "kd+sort", np.random.default_rng(0).normal(0, 0.3, len(cells))
+    top1 = 60 + noise + sorts
+    same = dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "precision", "synthetic",
+                          "method_settings", "lr"], "same")
+    return cells.assign(
+        teacher_file=Path(plan.grid.options.get("teacher", "")).name, plan_sha256="",
+        teacher_sha256=plan.teacher_sha256 or "", objective=cells.method.str.split("+").str[0],
+        repair=sorts.map({True: "sort", False: "none"}), last_top1=top1,
+        correct=[np.arange(500) < 5 * each for each in top1],
+        run_id=[f"{plan.name}{number}" for number in range(len(cells))],
+        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000,
+        test_images=10_000, recipe_changes="{}", **same, **{"device": "cpu", **changes})
+
+
+def test_a_comparison_with_the_runs_of_another_plan():
+    runs = pd.concat([runs_of(SORTING), runs_of(BASELINE)], ignore_index=True)
+    runs.loc[runs.method == "ce", "last_top1"] -= 5
+    effects = planned_effects(SORTING, PLANS, runs)
+    assert effects.seeds.tolist() == [15, 6] == effects.planned.tolist()
+    assert [*effects.verdict] == ["gain", "gain"] and [*effects.p_holm.notna()] == [False, True]
+    assert planned_effects(BASELINE, PLANS, runs).empty
+
+
+def test_the_machine_does_not_count():
+    runs = pd.concat([runs_of(SORTING), runs_of(BASELINE)], ignore_index=True)
+    on_cpu = (runs.method == "ce") | (runs.seed > 12)
+    other = runs.assign(device=np.where(on_cpu, "cpu", "cuda"))
+    effects = [planned_effects(SORTING, PLANS, each) for each in (other, runs)]
+    pd.testing.assert_frame_equal(*effects)
+    assert (mark_planned(other, PLANS)["plan"] != "").all()
+    assert describe_plans(PLANS, other).set_index("plan").exist["baseline"] == 6
+    started = np.where(on_cpu, "2026-11-26T00-00-00.000000Z", runs.started)
+    assert first_start(SORTING, other.assign(started=started)) < first_start(SORTING, runs)
+    with pytest.raises(ValueError, match="precision"):
+        planned_effects(SORTING, PLANS, other.assign(precision=other.device))
+
+
+def test_an_effect_is_shown_when_its_look_is_reached():
+    runs = runs_of(SORTING)  # a blind look after 5 seeds, the effect after 15
+    for seeds in (0, 1, 4, 5, 14):
+        some = runs[runs.seed < seeds]
+        assert planned_effects(SORTING, PLANS, some).empty
+        line = describe_looks(SORTING, PLANS, some)[0]
+        assert line.startswith(f"kd+sort minus kd: {seeds} of 15 seeds, to be looked at after 15")
+        assert ("standard deviation of the first 5 differences" in line) == (seeds >= 5)
+    # Another look at the effect after 10 seeds: until 15 exist, the effect is that of the ten.
+    twice = replace(SORTING, looks=[Look(10, "the effect"), Look(15, "the effect")])
+    ten, twelve, all_seeds = (planned_effects(twice, PLANS, runs[runs.seed < seeds])
+                              for seeds in (10, 12, 15))
+    assert ten.seeds[0] == 10 and ten.equals(twelve) and all_seeds.seeds[0] == 15
+    line = describe_looks(twice, PLANS, runs[runs.seed < 12])[0]
+    assert "12 of 15 seeds, looked at after 10, to be looked at after 15" in line
+
+
+def test_runs_are_matched_with_the_cells_that_planned_them():
+    runs = runs_of(SORTING)
+    assert (mark_planned(runs, PLANS)["plan"] == "sorting").all()
+    assert planned_cells(SORTING, runs).run_id.notna().all()
+    assert first_start(SORTING, runs).microsecond == 4
+    changes = '{"lr": 0.1}'
+    for other in ({"epochs": 5}, {"teacher_sha256": "another's"}, {"preset": "short"},
+                  {"pair": "r56_r20"}, {"train_images": 20_000}, {"data": "cifar10"},
+                  {"recipe_changes": changes}):
+        assert (mark_planned(runs.assign(**other), [SORTING])["plan"] == "").all()
+    grid = replace(SORTING.grid, options=SORTING.grid.options | {"recipe": "lr=0.1"})
+    faster = replace(SORTING, grid=grid)
+    assert (mark_planned(runs.assign(recipe_changes=changes), [faster])["plan"] == "sorting").all()
+    assert (mark_planned(runs, [faster])["plan"] == "").all()
+    effect, = planned_effects(SORTING, PLANS, runs).itertuples()
+    assert effect.comparison == "kd+sort minus kd" and effect.seeds == effect.planned == 15
+    assert math.isnan(effect.p_holm) and 0 < effect.images_low < effect.mean < effect.images_high
+    assert planned_effects(SORTING, PLANS, runs.assign(correct=None)).images_low.isna().all()
+    table = describe_plans([SORTING], runs[runs.seed < 3])
+    assert table.methods.tolist() == ["kd, kd+sort", ""] and table.planned.tolist() == [30, 0]
+    assert table.exist.tolist() == [6, 0] and table["name it"].tolist() == [0, 0]
+
+
+def test_nothing_is_chosen_in_silence():
+    runs = runs_of(SORTING)
+    with pytest.raises(ValueError, match="sorting has 2 runs: sorting0, x"):
+        planned_cells(SORTING, pd.concat([runs, runs[:1].assign(run_id="x")]))
+    unknown = replace(SORTING, teacher_sha256=None)  # without its file, the name must do
+    assert planned_cells(unknown, runs).run_id.notna().all()
+    with pytest.raises(ValueError, match="one name and 2 different weights"):
+        planned_cells(unknown, runs.assign(teacher_sha256=np.where(runs.seed < 3, "a", "b")))
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"plan": None}, "the section plan"), ({"plan": {"question": "?"}}, "the section plan"),
+    ({"primary": "kd+sort minus dkd", "beside": []}, "a method in .* is 'dkd'"),
+    ({"comparisons": ["kd"]}, "a comparison is 'kd'"), ({"methods": ["kdd"]}, "kdd"),
+    ({"beside": "baseline"}, "beside of .* is 'baseline'"), ({"outcome": "top1"}, "outcome is"),
+    ({"smallest_effect": "large"}, "smallest_effect"), ({"looks": [{"when": 5}]}, "a look of"),
+    ({"looks": [{"after": 1, "at": "all"}]}, "after is 1"),
+    ({"options": {}}, "does not name its teacher"),
+])
+def test_what_a_plan_lacks_is_named(change, said, tmp_path):
+    settings = yaml.safe_load((ROOT / "results" / "plans" / "sorting.yaml").read_text())
+    for name, value in change.items():
+        (settings["plan"] if name in settings["plan"] else settings)[name] = value
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match=said):
+        read_plan(tmp_path / "plan.yaml")
