@@ -14,6 +14,13 @@ from sortkd.train.teachers import PUBLISHED_TOP1
 from sortkd.train.trainer import Recipe
 
 
+def write_lines(path, records, *more):
+    "A file of records, and of `more` texts as they are."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{json.dumps(record)}\n" for record in records) + "".join(more))
+    return path
+
+
 def synthetic_record(
     pair: str = "r56_r20",
     method: str = "kd",

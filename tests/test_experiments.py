@@ -231,7 +231,10 @@ def test_a_mistyped_parameter_of_the_notebook_is_refused_before_any_work(tmp_pat
 
 
 def test_the_result_in_words():
-    def record(name, seed, top1): return {"method": {"name": name}, "seed": seed, "result": {"last_top1": top1}, "data": {"test_images": 400, "classes": 10}}
+    def record(name, seed, top1):
+        about = {"pair": "a", "teacher": "t", "student": "s", "seed": seed, "data": {"test_images": 400, "classes": 10}}
+        return about | {"method": {"name": name, "objective": "kd", "repair": "none"}, "result": {"last_top1": top1}}
+
     records = [record(name, seed, top1 + seed) for name, top1 in (("ce", 50.0), ("kd", 52.0), ("kd+sort", 53.0)) for seed in (0, 1)]
     words = conclude(records)
     assert "kd minus ce: +2.00 points of top-1, 95 % interval +2.00 to +2.00 (n = 2 seeds)." in words and "kd+sort minus kd: +1.00" in words

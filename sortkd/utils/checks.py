@@ -154,7 +154,7 @@ def markdown_text(text) -> str:
 # %% ../../nbs/7_utils/70_checks.ipynb #e94c6362
 EXPERIMENT_PACKAGES = (  # what the modules import of `experiments_requirements` in settings.ini
     "PIL", "filelock", "lightning_fabric", "matplotlib", "msgspec", "numpy", "pandas", "psutil",
-    "safetensors", "scipy", "sklearn", "statsmodels", "torchmetrics", "torchvision", "yaml",
+    "safetensors", "scipy", "sklearn", "torchmetrics", "torchvision", "yaml",
 )  # and papermill, which is asked for where a notebook is executed
 
 # %% ../../nbs/7_utils/70_checks.ipynb #ebbf33a5
