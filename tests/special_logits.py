@@ -1,24 +1,25 @@
-"""Every method on logits that are masked, of half precision or of a vocabulary's size, and on targets of every integer
-type. One list makes the table of chapter 02 and the tests of tests/test_methods.py.
+"""Every method on logits that are masked, of half precision or of a vocabulary's size, and on
+targets of every integer type: the table of chapter 02, and tests of tests/test_methods.py.
 """
 import torch
 
 from sortkd.methods import OBJECTIVES, create_method, list_methods
 
-INTEGERS = [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64]
+INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("u", "") for bits in (8, 16, 32, 64)]
 CASES = {  # who is masked, the dtype of logits, that of the target, the number of classes
     "teacher masked": ("teacher", torch.float32, torch.int64, 9),
     "student masked": ("student", torch.float32, torch.int64, 9),
     "both masked": ("both", torch.float32, torch.int64, 9),
     "both masked, half": ("both", torch.float16, torch.int64, 9),
-    **{str(dtype).removeprefix("torch."): ("", dtype, torch.int64, 9) for dtype in (torch.float16, torch.bfloat16)},
-    **{f"target {str(dtype).removeprefix('torch.')}": ("", torch.float32, dtype, 9) for dtype in INTEGERS},
+    "float16": ("", torch.float16, torch.int64, 9),
+    "bfloat16": ("", torch.bfloat16, torch.int64, 9),
+    **{f"target {str(each)[6:]}": ("", torch.float32, each, 9) for each in INTEGERS},
     "50,257 classes": ("", torch.float16, torch.int64, 50257),
 }
-NO_LIMIT = [name for name, each in OBJECTIVES.items() if each.standardize or name in ("normkd", "lskd_mlkd")]  # no mean at -inf
+NO_LIMIT = ["normkd", "lskd", "lskd_dkd", "lskd_mlkd"]  # -inf has no mean
 OUTCOMES = {  # the loss and its gradients
-    "right": "those of float64, with a mask of -1e30 for the limit of ever lower ones", "∞": "infinite, like the limit",
-    "NaN": "there is no limit",
+    "right": "those of float64, with a mask of -1e30 for the limit of ever lower ones",
+    "∞": "infinite, like the limit", "NaN": "there is no limit",
 }
 
 
@@ -27,19 +28,22 @@ def example(case):
     who, dtype, integers, classes = CASES[case]
     generator = torch.Generator().manual_seed(1)
     rows = 6 if classes < 100 else 2
-    student, strong_student, teacher, strong_teacher = torch.randn(4, rows, classes, generator=generator).mul(2).to(dtype)
+    students, teachers = torch.randn(2, 2, rows, classes, generator=generator).mul(2).to(dtype)
     target = torch.arange(rows)
-    masked = (torch.arange(classes) - target[:, None]) % classes % 4 == 3  # two classes of each row, never the target
-    for logits in (teacher, strong_teacher):  # else RLD would find no class below some targets
-        logits.scatter_(1, (target[:, None] + 1) % classes, -9.0)
-    for logits in [student, strong_student] * (who in ("student", "both")) + [teacher, strong_teacher] * (who in ("teacher", "both")):
-        logits.masked_fill_(masked, -torch.inf)
-    return (student, strong_student), (teacher, strong_teacher), target.to(integers)
+    masked = (torch.arange(classes) - target[:, None]) % classes % 4 == 3  # never the target
+    lowest = ((target[:, None] + 1) % classes).expand(2, rows, 1)
+    teachers.scatter_(2, lowest, -9.0)  # else RLD would find no class below some targets
+    for name, logits in (("student", students), ("teacher", teachers)):
+        if who in (name, "both"):
+            logits.masked_fill_(masked, -torch.inf)
+    return students.unbind(), teachers.unbind(), target.to(integers)
 
 
 def loss_and_gradients(method, students, repaired, target):
-    students, temperature = [each.clone().requires_grad_() for each in students], method.create_temperature()
-    inputs = students[: 1 + method.strong_views] + ([temperature.raw] if temperature is not None else [])
+    students = [each.clone().requires_grad_() for each in students]
+    temperature, inputs = method.create_temperature(), students[: 1 + method.strong_views]
+    if temperature is not None:
+        inputs = [*inputs, temperature.raw]
     teacher = repaired[0] if method.uses_teacher else None
     strong = (students[1], repaired[1]) if method.strong_views else None
     loss = method.loss(students[0], teacher, target, 200, strong, temperature)
@@ -53,20 +57,23 @@ def outcome(name, case):
     loss, gradients = loss_and_gradients(method, students, repaired, target)
     if loss.isnan():
         return "NaN"
-    marks = [each.amax(1, keepdim=True) == -torch.inf for each in repaired]  # of skip: they are no logits
-    tied = method.objective.endswith("mlkd") and method.repair in ("smooth", "loca", "mft")  # in confidence, but for rounding
-    precision = torch.float32 if tied else torch.float64
-    low = [[each.to(precision).masked_fill(each == -torch.inf, -1e30) for each in both] for both in (students, repaired)]
+    marks = [each.amax(1, keepdim=True) == -torch.inf for each in repaired]  # of skip
+    tied = method.objective.endswith("mlkd") and method.repair in ("smooth", "loca", "mft")
+    precision = torch.float32 if tied else torch.float64  # confidences are tied but for rounding
+    low = [[each.to(precision).masked_fill(each == -torch.inf, -1e30) for each in both]
+           for both in (students, repaired)]
     low[1] = [each.masked_fill(mark, -torch.inf) for each, mark in zip(low[1], marks)]
     expected, expected_gradients = loss_and_gradients(method, *low, target.long())
     if expected > 1e20:
         return "∞" if loss == torch.inf else f"{loss}, but the limit is infinite"
     for ours, limit in zip((loss, *gradients), (expected, *expected_gradients)):
         tolerance = 1e-2 if ours.dtype.itemsize < 4 else 2e-3 if case.startswith("50") else 1e-4
-        scale = expected if ours.shape == (1,) else limit.abs().max()  # a temperature's gradient is a difference of large sums
-        if not torch.allclose(ours.double(), limit.double(), rtol=tolerance, atol=tolerance * float(scale)):
+        # a temperature's gradient is a difference of large sums
+        scale = tolerance * float(expected if ours.shape == (1,) else limit.abs().max())
+        if not torch.allclose(ours.double(), limit.double(), rtol=tolerance, atol=scale):
             return f"{ours}, but the limit is {limit}"
-    if any(gradient[student == -torch.inf].any() for student, gradient in zip(students[: 1 + method.strong_views], gradients)):
+    if any(gradient[student == -torch.inf].any() for student, gradient in zip(students, gradients)
+           if gradient.shape == student.shape):
         return "a gradient where the student is masked"
     return "right"
 
@@ -76,6 +83,8 @@ def table():
     found = {objective: {} for objective in OBJECTIVES}
     for name in list_methods():
         for case in CASES:
-            kind = "integer targets" if case.startswith("target") else "half precision" if "float" in case else case
+            kind = "half precision" if "float" in case else case
+            kind = "integer targets" if case.startswith("target") else kind
             found[create_method(name).objective].setdefault(kind, set()).add(outcome(name, case))
-    return {objective: {kind: " or ".join(sorted(each)) for kind, each in row.items()} for objective, row in found.items()}
+    return {objective: {kind: " or ".join(sorted(each)) for kind, each in row.items()}
+            for objective, row in found.items()}

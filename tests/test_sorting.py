@@ -1,29 +1,34 @@
-"The mechanism where the chapter does not look: devices, layouts, compilation to machine code, the special values."
+"The mechanism where the chapter does not look: devices, layouts, special values, top-k."
 import shutil
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from special_logits import INTEGERS
 
-import sortkd
-from sortkd.sorting import _sort_fixed_shape, _sort_moving_classes, sort_logits, swap_logits
+from sortkd import sort_logits, sort_topk, swap_logits
+from sortkd.sorting import _sort_whole_rows, _sort_wrong_rows, find_wrong_rows
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REPAIRS = [sort_logits, swap_logits]
 
 
-def some_rows(rows=64, classes=100, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, classes, generator=generator).to(dtype), torch.randint(classes, (rows,), generator=generator)
+def whole_rows(logits, target, dim=1):
+    index, value, _, wrong = find_wrong_rows(logits, target, dim, -100)
+    return torch.where(wrong, _sort_whole_rows(logits, index, value, dim), logits)
 
 
-def by_two_sorts(logits, target):
-    "The textbook way: rank with the target on top, and hand the sorted values out."
-    values = logits.sort(dim=1, descending=True).values
-    is_target = torch.zeros_like(logits, dtype=torch.bool).scatter(1, target[:, None], True)
-    order = torch.where(is_target, torch.inf, logits).argsort(dim=1, descending=True, stable=True)  # random float32 rows do hold ties
-    return torch.zeros_like(logits).scatter(1, order, values)
+def wrong_rows(logits, target, dim=1):
+    index, value, _, wrong = find_wrong_rows(logits, target, dim, -100)
+    return _sort_wrong_rows(logits, index, value, wrong, dim)
+
+
+def some_rows(rows=64, classes=100, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(rows, classes, generator=generator).to(dtype)
+    return logits, torch.randint(classes, (rows,), generator=generator)
 
 
 def two_full_sorts(logits, target):
@@ -34,98 +39,48 @@ def two_full_sorts(logits, target):
     return values.gather(1, torch.cat([target, others], dim=1).argsort(dim=1))
 
 
+def sort_one_row(row, label):
+    if label == -100 or row.isnan().any():
+        return row
+    ranking = row.argsort(descending=True, stable=True).tolist()
+    cycle = torch.tensor([label, *(each for each in ranking if row[each] > row[label])])
+    return row.scatter(0, cycle, row[cycle.roll(-1)])
+
+
 def bits(values):
     sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return values.contiguous().view(sizes[values.element_size()])
 
 
-SPECIAL = [0.0, -0.0, 1.0, 1.0, 2.0, -3.0, torch.inf, -torch.inf, torch.nan]
-
-
-def test_exported_at_the_top():
-    assert sortkd.sort_logits is sort_logits and sortkd.swap_logits is swap_logits
-
-
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_both_ways_agree_on_every_device(device, dtype):
     logits, target = some_rows(dtype=dtype)
-    expected = _sort_moving_classes(logits, target, 1, -100)
-    assert torch.equal(_sort_fixed_shape(logits.to(device), target.to(device), 1, -100).cpu(), expected)
-    assert torch.equal(sort_logits(logits.to(device), target.to(device)).cpu(), expected)
+    expected = wrong_rows(logits, target)
+    for way in (whole_rows, sort_logits):
+        assert torch.equal(way(logits.to(device), target.to(device)).cpu(), expected)
 
 
-def test_agrees_with_the_textbook_way():
-    logits, target = some_rows(512, 1000)
-    assert torch.equal(sort_logits(logits, target), by_two_sorts(logits, target))
-
-
-@pytest.mark.parametrize("repair", REPAIRS)
-@pytest.mark.parametrize("shape,dim", [((12, 7), 1), ((3, 4, 7), -1), ((3, 7, 2, 2), 1), ((7, 12), 0), ((7,), 0), ((0, 7), 1), ((5, 1), 1), ((2, 3, 1, 2, 7), 4)])
-def test_any_leading_shape(repair, shape, dim):
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    target = torch.randint(shape[dim], logits.movedim(dim, -1).shape[:-1], generator=torch.Generator().manual_seed(2))
-    repaired = repair(logits, target, dim=dim)
-    rows = logits.movedim(dim, -1).reshape(-1, shape[dim])
-    expected = torch.stack([repair(row, label) for row, label in zip(rows, target.reshape(-1))]) if len(rows) else rows
-    assert torch.equal(repaired.movedim(dim, -1).reshape(-1, shape[dim]), expected)
-
-
-@pytest.mark.parametrize("repair", REPAIRS)
-def test_layout_and_input_are_left_alone(repair):
-    logits, target = some_rows(8, 10)
-    for view in (logits.t().contiguous().t(), logits[:, ::2], logits.expand(8, 10)):
-        labels = target % view.shape[1]
-        before = view.clone()
-        assert torch.equal(repair(view, labels), repair(before, labels))
-        assert torch.equal(view, before)
-    right = torch.eye(4)
-    assert repair(right, torch.arange(4)).data_ptr() != right.data_ptr()
-
-
-@pytest.mark.parametrize("way", [_sort_moving_classes, _sort_fixed_shape])
-def test_special_values(way):
-    inf, nan = torch.inf, torch.nan
-    logits = torch.tensor([[1.0, inf, -inf, 3.0], [nan, 2.0, 1.0, 0.0], [0.0, 2.0, nan, 1.0], [-0.0, 0.0, -1.0, -2.0], [1.0, 1.0, 1.0, 1.0]])
-    repaired = way(logits, torch.tensor([2, 3, 2, 0, 3]), 1, -100)
-    assert repaired[0].tolist() == [-inf, 3.0, inf, 1.0]
-    assert torch.equal(repaired[1:3].isnan(), logits[1:3].isnan()) and torch.equal(repaired[1:3].nan_to_num(), logits[1:3].nan_to_num())
-    assert torch.equal(repaired[3].signbit(), logits[3].signbit())  # a tie with the maximum is right: bit for bit, the sign of zero too
-    assert torch.equal(repaired[4], logits[4])
-
-
-@pytest.mark.parametrize("repair", REPAIRS)
-@pytest.mark.parametrize("ignore_index", [-100, 255, 0])
-def test_ignored_rows_come_back(repair, ignore_index):
-    logits, target = some_rows(32, 10)
-    target[::2] = ignore_index
-    repaired = repair(logits, target, ignore_index=ignore_index)
-    assert torch.equal(repaired[target == ignore_index], logits[target == ignore_index])
-    counted = target != ignore_index
-    assert torch.equal(repaired[counted], repair(logits[counted], target[counted]))
-
-
-@pytest.mark.parametrize("way", [_sort_moving_classes, _sort_fixed_shape])
+@pytest.mark.parametrize("way", [wrong_rows, whole_rows])
 def test_gradient_is_the_permutation(way):
     logits, target = some_rows(16, 12, torch.float64)
-    assert torch.autograd.gradcheck(lambda z: way(z, target, 1, -100), logits.requires_grad_())
+    assert torch.autograd.gradcheck(lambda z: way(z, target), logits.requires_grad_())
     upstream = torch.randn_like(logits)
-    gradient, = torch.autograd.grad(way(logits, target, 1, -100), logits, upstream)
+    gradient, = torch.autograd.grad(way(logits, target), logits, upstream)
     assert torch.equal(gradient.sort(1).values, upstream.sort(1).values)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
 def test_compiles_to_machine_code():
-    logits, target = some_rows(64, 100)
-    assert torch.equal(torch.compile(sort_logits, fullgraph=True)(logits, target), sort_logits(logits, target))
+    logits, target = some_rows()
+    compiled = torch.compile(sort_logits, fullgraph=True)
+    assert torch.equal(compiled(logits, target), sort_logits(logits, target))
 
 
-@given(st.integers(1, 5), st.integers(1, 8), st.data())
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_swap_exchanges_two_values(rows, classes, data):
-    logits = torch.tensor(data.draw(st.lists(st.lists(st.integers(-5, 5), min_size=classes, max_size=classes), min_size=rows, max_size=rows)), dtype=torch.float32)
-    target = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows)))
+def test_swap_exchanges_two_values():
+    logits, target = some_rows(500, 9)
+    logits = logits.mul(2).round()  # with ties
     for before, after, label in zip(logits, swap_logits(logits, target), target):
         expected = before.clone()
         if before[label] < before.max():
@@ -142,7 +97,7 @@ def test_swap_exchanges_two_values(rows, classes, data):
     (torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), 2, ValueError, "dim=2"),
     (torch.zeros(()), torch.zeros((), dtype=torch.int64), -1, ValueError, "dim=-1"),
     (torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64), -1, ValueError, "no classes"),
-    (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), -1, TypeError, "floating-point"),
+    (torch.zeros(3, 4).long(), torch.zeros(3).long(), -1, TypeError, "floating-point"),
     ([[1.0, 2.0]], torch.zeros(1, dtype=torch.int64), -1, TypeError, "list"),
     (torch.zeros(3, 4), torch.zeros(3), -1, TypeError, "class indices"),
     (torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), -1, TypeError, "class indices"),
@@ -152,50 +107,144 @@ def test_bad_input_is_named(repair, logits, target, dim, error, words):
         repair(logits, target, dim=dim)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("rank", [2, 30, None])
-@pytest.mark.parametrize("shape,dim", [((300, 10), 1), ((40, 1000), 1), ((120, 100), 1), ((6000,), 0), ((2, 30, 200), -1), ((4, 50, 8, 8), 1)])
+@pytest.mark.parametrize("shape,dim", [
+    ((300, 10), 1), ((40, 1000), 1), ((120, 100), 1), ((6000,), 0), ((2, 30, 200), -1),
+    ((4, 50, 8, 8), 1),
+])
 def test_every_way_through_the_data_gives_the_same_bits(dtype, share, rank, shape, dim):
-    "Few and many wrong rows, few and many classes above the target: the bounds between the ways lie among these."
+    "Few and many wrong rows and classes above the target: on both sides of each bound."
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(shape, generator=generator).add(5).to(dtype)
     order = logits.argsort(dim=dim, descending=True, stable=True).movedim(dim, -1)
     wrong = torch.rand(order.shape[:-1], generator=generator) < share
     place = (order.shape[-1] if rank is None else min(rank, order.shape[-1])) - 1
     target = torch.where(wrong, order[..., place], order[..., 0])
-    before = logits.clone()
-    repaired = sort_logits(logits, target, dim)
+    before, repaired = logits.clone(), sort_logits(logits, target, dim)
     rows, labels = logits.movedim(dim, -1).reshape(-1, shape[dim]), target.reshape(-1)
     expected = two_full_sorts(rows, labels).view(order.shape).movedim(-1, dim)
     assert torch.equal(repaired, expected) and torch.equal(logits, before)
     assert repaired.stride() == logits.stride()
-    assert torch.equal(bits(repaired), bits(_sort_fixed_shape(logits, target, dim, -100)))
+    assert torch.equal(bits(repaired), bits(whole_rows(logits, target, dim)))
 
 
-@given(st.integers(0, 2**32), st.sampled_from([(3, 4), (430, 10), (900, 10), (9, 500), (30, 500)]), st.floats(0, 1), st.integers(1, 500), st.booleans())
+SPECIAL = torch.tensor([0.0, -0.0, 1.0, 1.0, 2.0, -3.0, torch.inf, -torch.inf, torch.nan])
+SHAPES = [(3, 4), (430, 10), (900, 10), (9, 500), (30, 500)]
+
+
+@given(st.integers(0, 2**32), st.sampled_from(SHAPES), st.floats(0, 1), st.integers(1, 500),
+       st.booleans())
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 def test_special_values_on_every_way(seed, shape, share, rank, ignoring):
-    "Zeros of both signs, infinities, NaN and ties, with rows, entries and targets on both sides of each bound."
+    "Zeros of both signs, infinities, NaN and ties, on both sides of each bound."
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator).round(decimals=1)
-    special = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), shape, generator=generator)]
+    special = SPECIAL[torch.randint(len(SPECIAL), shape, generator=generator)]
     logits = torch.where(torch.rand(shape, generator=generator) < 2 / shape[1], special, logits)
     order = logits.argsort(dim=1, descending=True, stable=True)
     wrong = torch.rand(shape[0], generator=generator) < share
     target = torch.where(wrong, order[:, min(rank, shape[1]) - 1], order[:, 0])
     if ignoring:
         target[::3] = -100
-    expected = torch.stack([_sort_one_row(row, int(label)) for row, label in zip(logits, target)])
-    for way in (_sort_moving_classes, _sort_fixed_shape):
-        assert torch.equal(bits(way(logits, target, 1, -100)), bits(expected))
+    expected = torch.stack([sort_one_row(row, int(label)) for row, label in zip(logits, target)])
+    for way in (wrong_rows, whole_rows):
+        assert torch.equal(bits(way(logits, target)), bits(expected))
     tracked = logits.clone().requires_grad_()
     assert torch.equal(bits(sort_logits(tracked, target).detach()), bits(expected))
 
 
-def _sort_one_row(row, label):
-    if label == -100 or row.isnan().any():
-        return row
-    above = [c for c in row.argsort(descending=True, stable=True).tolist() if row[c] > row[label]]
-    cycle = torch.tensor([label, *above])
-    return row.scatter(0, cycle, row[cycle.roll(-1)])
+# Top-k
+
+
+@st.composite
+def kept(draw, outside=False):
+    "A row with many ties, its `k` highest classes in any order, a target in or `outside` the list."
+    count = draw(st.integers(2, 9))
+    values = draw(st.lists(st.integers(-2, 3), min_size=count, max_size=count))
+    logits = torch.tensor(values, dtype=torch.float32)
+    k = draw(st.integers(1, count - 1 if outside else count))
+    ranked = logits.argsort(descending=True, stable=True)  # ties by class index
+    classes = ranked[:k][torch.tensor(draw(st.permutations(range(k))))]
+    target = ranked[draw(st.integers(k, count - 1) if outside else st.integers(0, k - 1))]
+    return logits, classes, target
+
+
+@settings(deadline=None)
+@given(kept(), st.booleans())
+def test_a_listed_target_is_sorted_as_in_the_whole_row(row, insert):
+    logits, classes, target = row
+    values, same = sort_topk(logits[classes], classes, target, insert=insert)
+    assert torch.equal(values, sort_logits(logits, target)[classes]) and torch.equal(same, classes)
+
+
+@settings(deadline=None)
+@given(kept(outside=True))
+def test_a_target_outside_the_list(row):
+    logits, classes, target = row
+    before = logits[classes]
+    values, same = sort_topk(before, classes, target)
+    assert torch.equal(values, before) and torch.equal(same, classes)
+    values, listed = sort_topk(before, classes, target, insert=True)
+    order = sorted(range(len(before)), key=lambda place: (-before[place], classes[place]))
+    ranking = [int(target), *classes[order].tolist()]
+    expected = dict(zip(ranking, before[order].tolist()))  # the last class finds no value
+    assert dict(zip(listed.tolist(), values.tolist())) == expected
+
+
+def test_any_shape_and_what_comes_back_as_it_is():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 40, generator=generator)
+    target = torch.randint(40, (3, 5), generator=generator)
+    target[0, 0], logits[1, 1, 2], logits[1, 1, 3] = -100, torch.nan, torch.inf
+    values, classes = logits.topk(20)
+    repaired, listed = sort_topk(values, classes, target)
+    inside = (classes == target[..., None]).any(-1, keepdim=True)
+    expected = torch.where(inside, sort_logits(logits, target).gather(-1, classes), values)
+    assert torch.equal(repaired.nan_to_num(), expected.nan_to_num())
+    assert repaired.data_ptr() != values.data_ptr() and listed.data_ptr() != classes.data_ptr()
+    repaired, listed = sort_topk(values, classes, target, insert=True)
+    on_top = listed.gather(-1, repaired.argmax(-1, keepdim=True))[..., 0] == target
+    for row in ((0, 0), (1, 1)):
+        assert torch.equal(repaired[row].nan_to_num(), values[row].nan_to_num())
+        assert torch.equal(listed[row], classes[row])
+        on_top[row] = True
+    assert on_top.all()
+    half, _ = sort_topk(values.half(), classes, target, insert=True)
+    assert torch.equal(half.nan_to_num(), repaired.half().nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_classes_of_every_integer_type(dtype):
+    "A target that their type cannot hold is not in the list, and can be put there."
+    values, classes = torch.tensor([[9.0, 8.0, 7.0]]), torch.tensor([[44, 2, 3]])
+    target = torch.tensor([44 + 256])
+    repaired, listed = sort_topk(values, classes.to(dtype), target)
+    assert torch.equal(repaired, values) and torch.equal(listed, classes)
+    assert sort_topk(values, classes.to(dtype), target, insert=True)[1].tolist() == [[44, 2, 300]]
+
+
+def test_gradients_of_topk_and_one_graph():
+    values, classes = torch.tensor([5.0, 4.0, 3.0], requires_grad=True), torch.tensor([7, 1, 4])
+    repaired, _ = sort_topk(values, classes, torch.tensor(4))
+    gradient, = torch.autograd.grad(repaired @ torch.tensor([1.0, 2.0, 3.0]), values)
+    assert gradient.tolist() == [3.0, 1.0, 2.0]
+    values, classes = torch.randn(4, 50).topk(9)
+    compiled = torch.compile(sort_topk, backend="aot_eager", fullgraph=True)
+    for insert in (False, True):
+        arguments = values, classes, torch.tensor([1, 2, 3, 60]), insert
+        assert all(map(torch.equal, compiled(*arguments), sort_topk(*arguments)))
+
+
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (lambda v, c, y: (v.long(), c, y), TypeError, "floating-point"),
+    (lambda v, c, y: (v, c.float(), y), TypeError, "classes must be integers"),
+    (lambda v, c, y: (v, c[:, :2], y), ValueError, r"shape of values.* shape \(2, 2\)"),
+    (lambda v, c, y: (v, None, y), TypeError, "NoneType"),
+    (lambda v, c, y: (v, c, y[:1]), ValueError, "target has shape"),
+    (lambda v, c, y: (v, c, y - 5), ValueError, "target holds -4"),
+])
+def test_bad_lists_are_named(change, error, message):
+    with pytest.raises(error, match=message):
+        sort_topk(*change(torch.ones(2, 3), torch.arange(6).view(2, 3), torch.tensor([1, 9])))
