@@ -23,7 +23,8 @@ import torch
 import usual_way
 
 from sortkd.train.augmentation import Batches
-from sortkd.train.images import ImageData, has_cifar100, load_cifar100
+from sortkd.train.images import ImageData, load_cifar100
+from sortkd.train.cifar import has_cifar100
 from sortkd.train.devices import create_fabric, native_precision
 from sortkd.train.batches import Batch
 from sortkd.methods import create_method

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sortkd.train.images import has_cifar100
+from sortkd.train.cifar import has_cifar100
 from sortkd.methods import list_methods
 from sortkd.train.augmentation import seeded_generator
 

@@ -12,7 +12,7 @@ from sortkd.losses import (
     standardize, ttm_loss, wsld_loss,
 )
 from sortkd.repairs import leave_out_rows
-from sortkd.sorting import sort_logits, swap_logits
+from sortkd.sorting import sort_logits
 
 GOLDENS = {name: torch.from_numpy(value) for file in ("losses", "dist", "mlkd", "more_losses")
            for name, value in np.load(Path(__file__).parent / "goldens" / f"{file}.npz").items()}

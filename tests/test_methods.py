@@ -13,7 +13,7 @@ from test_losses import GOLDENS, SORTED, STRONG_STUDENT, STRONG_TEACHER, STUDENT
 from test_losses import cases
 
 from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS, method_for
-from sortkd.experiment.setup import plan_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.losses import dkd_loss, kd_loss
 from sortkd.methods import (
     OBJECTIVES, RANGES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, list_methods,
@@ -199,13 +199,13 @@ def test_list_of_methods():
 
 
 def test_an_experiment_gives_the_pair_its_beta_and_no_other_objective():
-    plan = plan_experiment(pair="r56_r20", methods="dkd,lskd_dkd+sort,dist,ctkd_dkd",
+    plan = prepare_experiment(pair="r56_r20", methods="dkd,lskd_dkd+sort,dist,ctkd_dkd",
                            dataset="digits", device="cpu")
     dkd, lskd_dkd, dist, ctkd_dkd = plan.methods
     assert dkd.settings["beta"] == lskd_dkd.settings["beta"] == PAIRS["r56_r20"].beta == 2
     assert lskd_dkd.kd_weight == 18 and lskd_dkd.settings["temperature"] == 3  # of this pair
     assert dist == create_method("dist")
-    wide = plan_experiment(pair="r32x4_r8x4", methods="ctkd_dkd", dataset="digits", device="cpu")
+    wide = prepare_experiment(pair="r32x4_r8x4", methods="ctkd_dkd", dataset="digits", device="cpu")
     assert wide.methods[0].settings["beta"] == ctkd_dkd.settings["beta"] == 2
 
 

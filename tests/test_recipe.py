@@ -10,9 +10,9 @@ from conftest import needs_cifar100
 
 from sortkd.methods import create_method
 from sortkd.train.devices import create_fabric
-from sortkd.train.images import ImageData, load_cifar100
+from sortkd.train.images import ImageData
 from sortkd.train.networks import create_model
-from sortkd.train.trainer import Recipe, evaluate, train
+from sortkd.train.trainer import Recipe, train
 
 PATH = Path(__file__).parents[1] / "examples" / "recipe.py"
 

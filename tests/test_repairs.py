@@ -14,7 +14,8 @@ from sortkd.losses import kd_loss
 from sortkd.methods import REPAIRS
 from sortkd.repairs import revise_logits, skip_logits, smooth_logits
 from sortkd.sorting import sort_topk, swap_logits
-from sortkd.train.images import load_cifar100, normalize
+from sortkd.train.images import load_cifar100
+from sortkd.train.augmentation import normalize
 from sortkd.train.teachers import load_teacher
 
 ROOT = Path(__file__).parent.parent

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ from PIL import Image
 
 import sortkd.train.images
 from sortkd.fronts.commands import run
-from sortkd.train.images import ImageData, has_cifar100
+from sortkd.train.images import ImageData
+from sortkd.train.cifar import has_cifar100
 from sortkd.train.image_files import load_image_folder
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.grid import read_grid

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..experiment.grid import paper_grid  # noqa: F401 (part of this module's public face)
 from ..experiment.pairs import PAIRS, has_published_length, method_for, recipe_for
-from ..experiment.record import Record, RecordError, parse_record, run_key
+from ..experiment.record import Record, parse_record, run_key
 from ..experiment.storage import checked_lines, read_correct
 from ..methods import plain_name
 from ..train.teachers import PUBLISHED_TOP1

@@ -188,10 +188,10 @@ def parse_record(record: Any) -> Record:
         found = "" if "missing" in problem else f" is {shown(_value_at(record, place)):.80}"
         where = place.strip("`$.") or "the record"
         raise RecordError(f"record {name:.200}: {where}{found}: {problem}.") from error
-    for field, found, wanted in _disagreements(parsed, record["curve"]):
-        if found != wanted:
+    for field, value, wanted in _disagreements(parsed, record["curve"]):
+        if value != wanted:
             raise RecordError(
-                f"record {name:.200}: {field} is {shown(found):.80}, expected {shown(wanted):.80}."
+                f"record {name:.200}: {field} is {shown(value):.80}, expected {shown(wanted):.80}."
             )
     return parsed
 

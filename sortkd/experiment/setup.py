@@ -40,7 +40,8 @@ from .storage import read_records
 from ..methods import Method, create_method, plain_name, try_out
 from ..train.augmentation import ImageSet
 from ..train.devices import create_fabric, precision_of
-from ..train.images import DATASETS, check_dataset, has_cifar100, load_data, whole_set
+from ..train.images import DATASETS, check_dataset, load_data, whole_set
+from ..train.cifar import has_cifar100
 from ..train.teachers import load_teacher
 from ..train.trainer import Recipe
 from sortkd.utils.checks import (
