@@ -1,4 +1,4 @@
-"""Do the intervals and tests of chapter 40 hold what they promise? Large simulations, written to results/tables/coverage.md.
+"""Do the intervals and tests of chapter 50 hold what they promise? Large simulations, written to results/tables/coverage.md.
 
     python benchmarks/coverage.py --grids 4000
 

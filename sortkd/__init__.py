@@ -10,8 +10,7 @@ __all__ = ['show_commands', 'DistillationLoss', 'create_method', 'dist_loss', 'd
 from .distillation import DistillationLoss
 from .losses import dist_loss, dkd_loss, kd_loss
 from .methods import create_method, list_methods
-from .sorting import sort_logits, swap_logits
-from .topk import sort_topk
+from .sorting import sort_logits, sort_topk, swap_logits
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"Whether the statistics hold what they promise; chapter 40 has simulations of its own."
+"Whether the statistics hold what they promise; chapter 50 has simulations of its own."
 import itertools
 import math
 from functools import partial

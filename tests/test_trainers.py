@@ -1,4 +1,4 @@
-"Sorting in the trainers of transformers and TRL: what chapters 54 and 55 do not show."
+"Sorting in the trainers of transformers and TRL: what chapters 64 and 65 do not show."
 
 import copy
 import types

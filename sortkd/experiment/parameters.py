@@ -59,7 +59,7 @@ class Parameters:
     plugin: str = _run(
         "",
         "Python files that register own methods, networks or data",
-        "Such as mine.py, or the entry point of a package; see chapter 36.",
+        "Such as mine.py, or the entry point of a package; see chapter 41.",
     )
     seeds: str = _run("0", "random seeds, such as 0,1,2 or 0-4; every method runs once with each")
 

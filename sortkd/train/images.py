@@ -27,9 +27,8 @@ from sortkd.train.image_files import (
     ImageFolderData, data_folder, list_folder, list_image_files, load_image_folder, read_images,
     read_squares, to_rgb,
 )
-# Defined in the chapter on augmentation, and importable from here, too:
 from sortkd.train.augmentation import (
-    Batches, ImageSet, balanced_order, check_tensor, crop, normalize, number_of_views, seeded_generator,
+    Batches, ImageSet, balanced_order, check_tensor, normalize, number_of_views, seeded_generator,
 )
 
 # %% ../../nbs/2_train/12_images.ipynb #11ed60c3
