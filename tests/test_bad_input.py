@@ -46,7 +46,7 @@ VALUES = {
     "methods": [*EVERYTHING, *NAMES, "kd(", "kd)", "kd()(", "kd(a=1)", "kd(temperature=)",
                 "kd,kd", "kd,,dkd", ",", ["kd", None]],
     "seeds": [*EVERYTHING, *NUMBERS, "0,0", "0;1", [0, 0], [-1], [None]],
-    "set": [*EVERYTHING, *NAMES, "lr", "lr=", "=1", "lr=x", "lr=nan", "lr=-1", "lr=1,lr=2",
+    "recipe": [*EVERYTHING, *NAMES, "lr", "lr=", "=1", "lr=x", "lr=nan", "lr=-1", "lr=1,lr=2",
             "batch_size=1.5", "batch_size=0", "epochs=3", "milestones=1", "lr==1"],
     **{name: EVERYTHING + NAMES for name in (
         "preset", "dataset", "device", "precision", "cache", "wandb")},

@@ -94,6 +94,10 @@ def test_what_another_process_computes_reaches_a_copy_on_the_device(batches, tmp
 
 PROCESS = """
 import os, signal, sys, torch
+from sortkd.train.augmentation import Batches, draw_views
+from sortkd.train.images import load_digits
+from sortkd.train.networks import create_model
+from sortkd.train.teacher_logits import CachedTeacherLogits
 torch.set_num_threads(1)
 torch.manual_seed(0)
 batches = Batches(load_digits().subset(train_size=120))

@@ -76,7 +76,7 @@ class Plan:
         options = self.grid.options
         data = options.get("dataset", "cifar100")
         first, last = part_in(data)[1]["train"] if "(" in data else (0, 50_000)
-        changes = json.dumps(recipe_changes(options.get("set", "")), sort_keys=True)
+        changes = json.dumps(recipe_changes(options.get("recipe", "")), sort_keys=True)
         return {"data": data, "train_images": options.get("train_size") or last - first,
                 "test_images": options.get("test_size") or 10_000, "recipe_changes": changes}
 
