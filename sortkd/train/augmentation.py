@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRONG_VIEWS', 'Views', 'number_of_views', 'seeded_generator', 'draw_views', 'pad_images', 'crop', 'normalize',
-           'augment_strongly', 'balanced_order', 'check_tensor', 'ImageSet', 'batch_bounds', 'rank_bounds', 'Block',
-           'ImageBatches', 'Batches']
+           'augment_strongly', 'balanced_order', 'check_tensor', 'ImageSet', 'check_image_set', 'batch_bounds',
+           'rank_bounds', 'Block', 'ImageBatches', 'Batches']
 
 # %% ../../nbs/2_train/11_augmentation.ipynb #21a0e7be
 import functools
@@ -260,20 +260,21 @@ class ImageSet(ABC):
     def batches(self, device: str | torch.device) -> "ImageBatches":
         "The images in batches on `device`."
 
-    def _check(self, train_images: int, test_images: int) -> None:
-        "`ValueError` or `TypeError` names what does not fit."
-        if self.num_classes < 2:
-            raise ValueError(f"class_names is {self.class_names!r}; give at least two classes.")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != 3:
-                raise ValueError(f"{name} is {values!r:.200}; give three numbers, one per channel.")
-            for value in values:
-                finite_number(name, value, above=name == "std")
-        for split, images in (("train", train_images), ("test", test_images)):
-            targets = getattr(self, f"{split}_targets")
-            check_tensor(f"{split}_targets", targets, torch.int64, (images,))
-            for extreme in (targets.min(), targets.max()):
-                whole_number(f"a target of {split}", extreme.item(), 0, self.num_classes - 1)
+# %% ../../nbs/2_train/11_augmentation.ipynb #3c5a90de
+def check_image_set(data: ImageSet, train_images: int, test_images: int) -> None:
+    "`ValueError` or `TypeError` names the field of `data` that does not fit."
+    if data.num_classes < 2:
+        raise ValueError(f"class_names is {data.class_names!r}; give at least two classes.")
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != 3:
+            raise ValueError(f"{name} is {values!r:.200}; give three numbers, one per channel.")
+        for value in values:
+            finite_number(name, value, above=name == "std")
+    for split, images in (("train", train_images), ("test", test_images)):
+        targets = getattr(data, f"{split}_targets")
+        check_tensor(f"{split}_targets", targets, torch.int64, (images,))
+        for extreme in (targets.min(), targets.max()):
+            whole_number(f"a target of {split}", extreme.item(), 0, data.num_classes - 1)
 
 # %% ../../nbs/2_train/11_augmentation.ipynb #74e6e5cc
 def _balanced(data: ImageSet, split: str, size: int, seed: int) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from sortkd.train.augmentation import (
-    Block, ImageBatches, ImageSet, batch_bounds, normalize, rank_bounds, seeded_generator,
+    Block, ImageBatches, ImageSet, batch_bounds, check_image_set, normalize, rank_bounds,
+    seeded_generator,
 )
 
 # %% ../../nbs/2_train/13_image_files.ipynb #b84a848a
@@ -53,18 +55,11 @@ class ImageFolderData(ImageSet):
     resize: int = 256
 
     def __post_init__(self):
-        self._check(len(self.train_files), len(self.test_files))
+        check_image_set(self, len(self.train_files), len(self.test_files))
 
     @cached_property
     def checksum(self) -> str:
-        "SHA-256 of names, lengths, targets and sizes."
-        digest = hashlib.sha256(repr((self.class_names, self.image_size, self.resize)).encode())
-        for split, files, targets in (("train", self.train_files, self.train_targets),
-                                      ("test", self.test_files, self.test_targets)):
-            for file, target in sorted(zip(files, targets.tolist())):
-                length = os.stat(os.path.join(self.root, file)).st_size
-                digest.update(os.fsencode(f"{split} {file} {length} {target}\n"))
-        return digest.hexdigest()
+        return _checksum(self)
 
     def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         pixels = read_images(self.root, self.test_files[:count], self.image_size, self.resize)
@@ -72,6 +67,17 @@ class ImageFolderData(ImageSet):
 
     def batches(self, device: str | torch.device) -> "ImageFolderBatches":
         return ImageFolderBatches(self, device, workers=_WORKERS)
+
+# %% ../../nbs/2_train/13_image_files.ipynb #e0a7c3b4
+def _checksum(data: ImageFolderData) -> str:
+    "SHA-256 of names, lengths, targets and sizes."
+    digest = hashlib.sha256(repr((data.class_names, data.image_size, data.resize)).encode())
+    for split, files, targets in (("train", data.train_files, data.train_targets),
+                                  ("test", data.test_files, data.test_targets)):
+        for file, target in sorted(zip(files, targets.tolist())):
+            length = os.stat(os.path.join(data.root, file)).st_size
+            digest.update(os.fsencode(f"{split} {file} {length} {target}\n"))
+    return digest.hexdigest()
 
 # %% ../../nbs/2_train/13_image_files.ipynb #d1328181
 _FORMATS = {  # what Pillow calls them, and how the names of their files end
@@ -180,8 +186,6 @@ def to_rgb(image):
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        import numpy
-
         return Image.fromarray((numpy.asarray(image) // 256).astype(numpy.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no fixed range; save it with 8 or 16 bits")
@@ -242,8 +246,6 @@ def read_images(root: Path, files: Sequence[str], image_size: int, resize: int) 
 # %% ../../nbs/2_train/13_image_files.ipynb #913ffdbb
 def read_squares(root: Path, files: Sequence[str]) -> Tensor | None:
     "uint8 (N, H, H, 3) if all `files` hold squares of one size below 96 pixels, else None."
-    import numpy
-
     size = read_image(root / files[0]).width
     if size >= 96:
         return None

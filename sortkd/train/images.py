@@ -29,7 +29,8 @@ from sortkd.train.image_files import (
     read_squares, to_rgb,
 )
 from sortkd.train.augmentation import (
-    Batches, ImageSet, balanced_order, check_tensor, normalize, number_of_views, seeded_generator,
+    Batches, ImageSet, balanced_order, check_image_set, check_tensor, normalize, number_of_views,
+    seeded_generator,
 )
 
 # %% ../../nbs/2_train/12_images.ipynb #11ed60c3
@@ -58,7 +59,7 @@ class ImageData(ImageSet):
         for name in ("train_images", "test_images"):
             images, size = getattr(self, name), self.image_size
             check_tensor(name, images, torch.uint8, (len(images), size, size, 3))
-        self._check(len(self.train_images), len(self.test_images))
+        check_image_set(self, len(self.train_images), len(self.test_images))
         whole_number("pad", self.pad)
 
     @property
@@ -76,15 +77,7 @@ class ImageData(ImageSet):
 
     @cached_property
     def checksum(self) -> str:
-        "SHA-256 over the shapes and bytes of all splits."
-        digest = hashlib.sha256()
-        splits = [self.train_images, self.train_targets, self.test_images, self.test_targets]
-        if self.held_out is not None:
-            splits += [self.held_out.test_images, self.held_out.test_targets]
-        for tensor in splits:
-            digest.update(repr(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        return _checksum(self)
 
     @classmethod
     def from_splits(cls, train: Sequence, test: Sequence, name: str = "own", *,
@@ -112,6 +105,18 @@ class ImageData(ImageSet):
 
     def batches(self, device: str | torch.device) -> Batches:
         return Batches(self, device)
+
+# %% ../../nbs/2_train/12_images.ipynb #5b8f2a17
+def _checksum(data: ImageData) -> str:
+    "SHA-256 over the shapes and bytes of all splits."
+    digest = hashlib.sha256()
+    splits = [data.train_images, data.train_targets, data.test_images, data.test_targets]
+    if data.held_out is not None:
+        splits += [data.held_out.test_images, data.held_out.test_targets]
+    for tensor in splits:
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 # %% ../../nbs/2_train/12_images.ipynb #547a4205
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -180,7 +185,7 @@ def load_digits() -> ImageData:
     small = torch.from_numpy(digits.images)[:, None]
     grey = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
     images = (grey * (255 / 16)).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
-    targets = torch.from_numpy(digits.target).to(torch.int64)
+    targets = torch.from_numpy(digits.target)
     parts = train_test_split(range(len(targets)), test_size=360, stratify=digits.target,
                              random_state=0)
     train, test = (torch.tensor(part).sort().values for part in parts)
@@ -292,16 +297,14 @@ def _tiny_files(folder: Path) -> dict[str, Any]:
 
     numbers = {name: number for number, name in enumerate(list_folder(folder / "train")[0])}
     words = {name: text.split(",")[0] for name, text in table("words.txt")}
-    splits = {
-        "train": [(f"train/{name}/images/{file}", name) for name in numbers
-                  for file in list_folder(folder / "train" / name / "images")[1]],
-        "test": [(f"val/images/{Path(file).name}", name)
-                 for file, name, *_ in table("val/val_annotations.txt")],
-    }
+    train = [(f"train/{name}/images/{file}", numbers[name]) for name in numbers
+             for file in list_folder(folder / "train" / name / "images")[1]]
+    test = [(f"val/images/{Path(file).name}", numbers[name])
+            for file, name, *_ in table("val/val_annotations.txt")]
     fields: dict[str, Any] = {"class_names": [words[name] for name in numbers]}
-    for split, images in splits.items():
-        fields[f"{split}_files"] = [file for file, _ in images]
-        fields[f"{split}_targets"] = torch.tensor([numbers[name] for _, name in images])
+    for split, images in (("train", train), ("test", test)):
+        fields[f"{split}_files"], targets = zip(*images)
+        fields[f"{split}_targets"] = torch.tensor(targets)
     return fields
 
 # %% ../../nbs/2_train/12_images.ipynb #cc22c409
