@@ -6,6 +6,7 @@
 __all__ = ['has_cifar100', 'read_cifar']
 
 # %% ../../nbs/2_train/12a_cifar.ipynb #10d4b2cb
+import shutil
 import tarfile
 import tempfile
 from pathlib import Path
@@ -27,7 +28,10 @@ def _fetch(kind: Any, archive: Path, folder: Path) -> None:
     "Place the files of `kind`, a class of torchvision, at `folder`, whole or not at all."
     from torchvision.datasets.utils import check_integrity, download_url
 
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="download-") as staging:
+    prefix = f"{folder.name.removesuffix('-python')}-download-"
+    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as staging:
         if not archive.is_file():
             archive = Path(staging) / "archive.tar.gz"
             download_url(kind.url, staging, archive.name, kind.tgz_md5)
