@@ -38,8 +38,7 @@ from sortkd.train.augmentation import (
 class ImageData(ImageSet):
     """A training and a test split of square colour images in memory.
 
-    Images are uint8 (N, H, H, 3), targets int64 (N,) in 0..len(class_names)-1.
-    `ValueError` names what does not fit.
+    Images are uint8 (N, H, H, 3), targets int64 (N,). `ValueError` names what does not fit.
     """
 
     name: str
@@ -85,11 +84,10 @@ class ImageData(ImageSet):
                     flip: bool = True) -> "ImageData":
         """Two splits of torchvision or Hugging Face's `datasets`, or two lists of (image, label).
 
-        An example may also be a mapping with a column of images, such as `image` or `img`, and one
-        of labels, such as `label` or `fine_label`. Images are PIL images or uint8 arrays (H, H) or
-        (H, H, 3) of one size. Where a split knows the names of its classes, its labels are taken
-        by name: classes are those of `class_names`, else of `train`, in their order. `pad` is by
-        default an eighth of the size. `ValueError` names what does not fit.
+        An example may also be a mapping with the columns `image` and `label`, or similar ones.
+        Images are PIL images or uint8 arrays (H, H) or (H, H, 3) of one size. Labels of a split
+        that names its classes are taken by name: classes are those of `class_names`, else of
+        `train`. `pad` is by default an eighth of the size. `ValueError` names what does not fit.
         """
         images, labels = zip(_stacked("train", train), _stacked("test", test))
         known = _known(train), _known(test)
