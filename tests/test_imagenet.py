@@ -44,66 +44,31 @@ def opened(path):
 # Folders
 
 
-def test_the_default_place(root, monkeypatch, tmp_path):
-    monkeypatch.setenv("SORTKD_DATA", str(root.parent))
-    assert load_image_folder().root == root
-    monkeypatch.delenv("SORTKD_DATA")
+@pytest.mark.parametrize("variable", ["SORTKD_DATA", ""])
+def test_the_default_place(root, monkeypatch, tmp_path, variable):
+    "`imagenet` under SORTKD_DATA, else under `data`, wherever it is read later."
+    monkeypatch.setenv("SORTKD_DATA", str(root.parent) if variable else "")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(root.parent)
     data = load_image_folder()
-    assert data.root == tmp_path / "data" / "imagenet"
+    assert data.root == (root if variable else tmp_path / "data" / "imagenet")
     monkeypatch.chdir(root)
-    assert len(list(ImageFolderBatches(data, workers=0).test(16))) == 1, "wherever it is read"
+    assert len(list(ImageFolderBatches(data, workers=0).test(16))) == 1
 
 
-def other(folder, name):
-    "Replace the folder of a split by an empty one."
-    (folder / name).rename(folder / "other")
-    (folder / name).mkdir()
-
-
-@pytest.mark.parametrize("spoil, kind, error", [
-    (lambda folder: (folder / "val").rename(folder / "validation"), FileNotFoundError,
-     r"/val: .*ImageNet is expected as train/CLASS"),
-    (lambda folder: [(folder / "train").rename(folder / "other"), (folder / "train").touch()],
-     NotADirectoryError, r"/train: .*Not a directory.*ImageNet is expected"),
-    (lambda folder: [other(folder, "val"), (folder / "val" / "ILSVRC2012_val_1.JPEG").touch()],
-     FileNotFoundError, r"/val: .*any class folder.*ImageNet is expected"),
-    (lambda folder: (folder / "val" / "trees").rename(folder / "trees"), ValueError,
-     r"same class folders as .*'trees' is in one of them alone"),
-    (lambda folder: (folder / "val" / "zebra").mkdir(), FileNotFoundError, "/val: .*classes zebra"),
-    (lambda folder: [file.rename(file.with_suffix(".txt"))
-                     for file in (folder / "train" / "pagoda").iterdir()],
-     FileNotFoundError, r"/train: .*pagoda"),
-    (lambda folder: [(folder / split / name).rename(folder / f"{split}-{name}")
-                     for split in ("train", "val") for name in ("trees", "pagoda", "leaves")],
-     ValueError, r"class_names is \('dahlia',\)"),
-], ids=["no val", "a file", "flat val", "a class less", "a class more", "no image", "one class"])
-def test_spoiled_folders(folder, spoil, kind, error):
-    spoil(folder)
-    with pytest.raises(kind, match=error):
-        load_image_folder(folder)
-
-
-@pytest.mark.parametrize("changes, error", [
-    ({"train_targets": torch.zeros(47, dtype=torch.int64)}, r"train_targets is .*\(47,\); give"),
-    ({"train_targets": torch.full((48,), 4)}, "train_targets holds 4; give numbers from 0 to 3"),
-    ({"test_targets": torch.zeros(16)}, "test_targets is torch.float32"),
-    ({"test_files": (), "test_targets": torch.zeros(0, dtype=torch.int64)}, "not empty"),
-    ({"std": (0.2, 0.0, 0.2)}, "std is 0.0; give"),
-    ({"test_files": ("val/trees/gone.JPEG",) * 16}, "gone.JPEG"),
-])
-def test_data_that_does_not_fit(data, changes, error):
-    with pytest.raises((ValueError, FileNotFoundError), match=error):
-        replace(data, **changes)
+def test_a_file_that_is_gone(data):
+    with pytest.raises(FileNotFoundError, match="gone.JPEG"):
+        _ = replace(data, test_files=("val/trees/gone.JPEG",) * 16).checksum
 
 
 # Crops and batches
 
 
 def epoch_of(data, batch_size=7, seed=0, epoch=1, rank=0, ranks=1, workers=0, device="cpu"):
+    "The images and targets of each batch, or of this rank's part of them."
     batches = ImageFolderBatches(data, device, workers=workers)
-    return list(batches.train(batch_size, seed, epoch, rank, ranks))
+    blocks = batches.blocks(batch_size, seed, epoch, rank=rank, ranks=ranks)
+    return [(block.images[0], block.target.tensor_split(ranks)[rank]) for block in blocks]
 
 
 def assert_same(one, other):
@@ -154,7 +119,7 @@ def test_blocks_are_single_steps(data, rank, ranks):
     for block, (_, targets), (images, _), (start, stop) in steps:
         assert block.begin == start and block.bounds == [(0, stop - start)] and block.views is None
         assert torch.equal(block.target, targets), "of all ranks"
-        assert torch.equal(block.images(0), images)
+        assert torch.equal(block.images[0], images)
 
 
 def test_a_view_is_a_function_of_seed_epoch_and_image(data):
@@ -164,33 +129,17 @@ def test_a_view_is_a_function_of_seed_epoch_and_image(data):
         return images[order.argsort()]
 
     assert torch.equal(views(0, 1), views(0, 1, batch_size=48)), "batches do not matter"
-    for other in ((0, 2), (1, 1), (1, 0)):
-        differs = (views(0, 1) != views(*other)).flatten(1).any(1)
-        assert differs.float().mean() > 0.95
+    assert ((views(1, 0) != views(0, 1)).flatten(1).any(1)).float().mean() > 0.95
     crops = torch.stack([views(0, epoch)[0] for epoch in range(1, 9)])
     assert len(crops.flatten(1).unique(dim=0)) == 8
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_the_global_generator_is_left_alone(data, workers):
-    torch.manual_seed(3)
-    before = torch.random.get_rng_state()
-    batches = ImageFolderBatches(data, workers=workers)
-    for _ in zip(range(2), batches.train(4, 0, 1)):
-        assert torch.equal(torch.random.get_rng_state(), before)
-        torch.rand(1)
-        before = torch.random.get_rng_state()
-    list(batches.test(16))
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
 def test_an_epoch_can_be_left_early_and_begun_again(data):
     batches = ImageFolderBatches(data, workers=2)
-    first = next(iter(batches.train(7, 0, 1)))
-    assert_same([first], [next(iter(batches.train(7, 0, 1)))])
+    next(batches.train(7, 0, 1))
     one, two = batches.train(7, 0, 1), batches.train(7, 0, 2)  # two at a time
-    assert_same([next(one), next(one)], epoch_of(data)[:2])
-    assert_same([next(two)], epoch_of(data, epoch=2)[:1])
+    assert_same([next(one)[:2], next(one)[:2]], epoch_of(data)[:2])
+    assert_same([next(two)[:2]], epoch_of(data, epoch=2)[:1])
 
 
 def grey_levels(mode, levels, opacity=255):
@@ -279,7 +228,7 @@ from sortkd.train.image_files import ImageFolderBatches, load_image_folder
 def sums(root):
     "Of each batch; they are the same for the same images."
     batches = ImageFolderBatches(load_image_folder(root, 32), workers=1)
-    return [float(images.double().sum()) for images, _ in batches.train(16, 0, 1)]
+    return [float(images.double().sum()) for images, *_ in batches.train(16, 0, 1)]
 
 def main(root):
     torch.set_num_threads(2)

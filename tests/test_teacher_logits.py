@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sortkd.train.augmentation import Batches, draw_views, view_id, views_of
+from sortkd.train.augmentation import Batches, Views, draw_views
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
@@ -31,7 +31,7 @@ def views(epoch=1, seed=0, count=120):
 
 
 def rows_of(*asked):
-    return torch.cat([each.index * 25 + view_id(each, 2, False) for each in asked])
+    return torch.cat([each.image * 25 + each.number for each in asked])
 
 
 class Counting:
@@ -54,7 +54,7 @@ def test_the_same_view_has_the_same_logits(batches, tmp_path, precision, flip):
     for count in (1, 7, 300, 300):  # in any number and order, with repetitions
         index = torch.randint(120, (count,), generator=generator)
         ids = torch.randint(25 * (1 + flip), (count,), generator=generator)
-        asked = views_of(index, ids, 2, flip)
+        asked = Views(index, ids)
         images, _ = batches.gather(asked)
         with torch.no_grad(), torch.autocast("cpu", enabled=precision == "bfloat16"):
             directly = network(images).float()

@@ -274,7 +274,7 @@ def test_strongly_augmented_images_are_those_of_the_epoch(batches, fabric, teach
     for epoch in (1, 2):
         block, = teacher_blocks(batches, logits, 64, 3, epoch, Ranks(fabric), strong=True)
         views = draw_views(150, data.pad, data.flip, 3, epoch)
-        expected = batches.strong_images(views.index, 3, epoch, 0)
+        expected = batches.strong_images(views.image, 3, epoch, 0)
         for step, (start, stop) in enumerate(block.bounds):
             assert torch.equal(block.strong_images(step), expected[start:stop])
         with torch.no_grad():

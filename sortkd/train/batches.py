@@ -7,7 +7,6 @@ __all__ = ['Batch', 'TeacherBlock', 'teacher_blocks']
 
 # %% ../../nbs/2_train/17_batches.ipynb #bbb102a8
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -62,7 +61,7 @@ def _block_logits(teacher: "TeacherLogits", block: Block, ranks: "Ranks") -> Ten
     rows = len(block.target)
     if block.views is not None:
         return ranks.gather(teacher(block.views.part(*ranks.part(rows))), rows)
-    return torch.cat([ranks.gather(teacher.of_images(block.images(step)), stop - start)
+    return torch.cat([ranks.gather(teacher.of_images(block.images[step]), stop - start)
                       for step, (start, stop) in enumerate(block.bounds)])
 
 # %% ../../nbs/2_train/17_batches.ipynb #2711013f
@@ -75,14 +74,14 @@ def teacher_blocks(
     """
     def strong_part(teacher: "TeacherLogits", block: Block) -> dict:
         assert block.views is not None  # planning an experiment refuses images in files
-        pixels = images.strong_images(block.views.index, seed, epoch, block.begin)
+        pixels = images.strong_images(block.views.image, seed, epoch, block.begin)
         parts = [slice(*rank_bounds(*each, ranks.index, ranks.count)) for each in block.bounds]
         logits = teacher.of_images(pixels[slice(*ranks.part(len(pixels)))])
         return {"strong_images": lambda step: pixels[parts[step]],
                 "strong_teacher_logits": ranks.gather(logits, len(pixels))}
 
     for block in images.blocks(batch_size, seed, epoch, rank=ranks.index, ranks=ranks.count):
-        taught = TeacherBlock(block.target, block.bounds, lru_cache(maxsize=1)(block.images))
+        taught = TeacherBlock(block.target, block.bounds, block.images.__getitem__)
         if teacher is not None:
             taught = taught._replace(teacher_logits=_block_logits(teacher, block, ranks))
             taught = taught._replace(**strong_part(teacher, block)) if strong else taught

@@ -55,10 +55,10 @@ def _place(kind: Any, folder: Path, download: bool) -> None:
             if not folder.exists():
                 _fetch(kind, archive, folder)
     except Exception as error:  # networks, archives and disks fail in many ways
-        way = f"unpacked from {archive}" if found else f"downloaded from {kind.url}"
+        source = archive if found else kind.url
         raise FileNotFoundError(
-            f"{kind.__name__} is not at {folder} and could not be {way}: {type(error).__name__}: "
-            f"{error}. {cure} use load_data('digits'), which needs no download."
+            f"{kind.__name__} is not at {folder}, and {source} could not be used: "
+            f"{type(error).__name__}: {error}. {cure} use the digits, which need no download."
         ) from error
 
 # %% ../../nbs/2_train/12a_cifar.ipynb #28a6182c
@@ -69,11 +69,9 @@ def _check(kind: Any, folder: Path) -> None:
     meta = kind.meta["filename"], kind.meta["md5"]
     for name, md5 in (*kind.train_list, *kind.test_list, meta):
         if not check_integrity(folder / name, md5):
-            problem = "is missing"
-            if (folder / name).exists():
-                problem = f"is damaged: its MD5 is not the published {md5}"
-            raise ValueError(f"{folder / name} {problem}. Nothing was read. Delete the folder "
-                             f"{folder} and load {kind.__name__} again to download it.")
+            raise ValueError(f"{folder / name} is missing or damaged: its MD5 is not the published "
+                             f"{md5}. Nothing was read. Delete the folder {folder} and load "
+                             f"{kind.__name__} again to download it.")
 
 # %% ../../nbs/2_train/12a_cifar.ipynb #5ce4f063
 def read_cifar(name: str, root: str | Path | None = None, download: bool = True) -> dict[str, Any]:

@@ -13,16 +13,18 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
-from ..utils.checks import whole_number
 from sortkd.train.augmentation import (
-    Block, ImageBatches, ImageSet, batch_bounds, normalize, rank_bounds, seeded_generator,
+    Block, ImageBatches, ImageSet, batch_bounds, check_image_set, normalize, rank_bounds,
+    seeded_generator,
 )
 
 # %% ../../nbs/2_train/13_image_files.ipynb #b84a848a
@@ -37,8 +39,7 @@ class ImageFolderData(ImageSet):
 
     Files are relative to `root`, targets int64 (N,) in 0..len(class_names)-1. Training images are
     cropped at random and resized to `image_size`; of test images the shorter side is resized to
-    `resize` and the centre is cropped. ValueError names what does not fit, FileNotFoundError a
-    file that is not there.
+    `resize` and the centre is cropped. ValueError names what does not fit.
     """
 
     name: str
@@ -52,11 +53,13 @@ class ImageFolderData(ImageSet):
     std: tuple[float, ...] = IMAGENET_STD
     image_size: int = 224
     resize: int = 256
-    checksum: str = field(init=False)  # SHA-256 of names, lengths, targets and sizes
 
     def __post_init__(self):
-        self._check(len(self.train_files), len(self.test_files))
-        object.__setattr__(self, "checksum", _checksum(self))  # since it is frozen
+        check_image_set(self, len(self.train_files), len(self.test_files))
+
+    @cached_property
+    def checksum(self) -> str:
+        return _checksum(self)
 
     def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         pixels = read_images(self.root, self.test_files[:count], self.image_size, self.resize)
@@ -65,10 +68,10 @@ class ImageFolderData(ImageSet):
     def batches(self, device: str | torch.device) -> "ImageFolderBatches":
         return ImageFolderBatches(self, device, workers=_WORKERS)
 
-# %% ../../nbs/2_train/13_image_files.ipynb #f79d70d1
+# %% ../../nbs/2_train/13_image_files.ipynb #e0a7c3b4
 def _checksum(data: ImageFolderData) -> str:
-    sizes = data.class_names, data.image_size, data.resize
-    digest = hashlib.sha256(repr(sizes).encode())
+    "SHA-256 of names, lengths, targets and sizes."
+    digest = hashlib.sha256(repr((data.class_names, data.image_size, data.resize)).encode())
     for split, files, targets in (("train", data.train_files, data.train_targets),
                                   ("test", data.test_files, data.test_targets)):
         for file, target in sorted(zip(files, targets.tolist())):
@@ -113,42 +116,45 @@ def _list_split(folder: Path) -> tuple[dict[str, list[str]], list[str]]:
             raise ValueError(f"{folder / name / folders[0]} is a folder within a class folder; "
                              "move its images to the folder of their class, or remove it.")
         left_out += [str(folder / name / other) for other in others]
-    if not classes:
-        raise FileNotFoundError("there is not any class folder in it")
-    if empty := [name for name, files in found.items() if not files]:
-        raise FileNotFoundError(f"there are no images in the classes {', '.join(empty):.80}")
+    empty = [name for name, files in found.items() if not files]
+    if empty or not classes:
+        raise FileNotFoundError(f"there are no images in the classes {', '.join(empty):.80}"
+                                if empty else "there is not any class folder in it")
     return found, left_out
 
 # %% ../../nbs/2_train/13_image_files.ipynb #2588adf5
-_LAYOUT = ("ImageNet is expected as train/CLASS/*.JPEG and val/CLASS/*.JPEG under "
-           "SORTKD_DATA/imagenet or `root`")
+_LAYOUT = ("images are expected in train/CLASS/, and val/CLASS/ or test/CLASS/, of the folder that "
+           "folder:PATH names, or of SORTKD_DATA/imagenet")
 
 
-def list_image_files(root: Path, test: str = "val", layout: str = _LAYOUT) -> dict[str, Any]:
-    """The files in `root`/train/CLASS/ and `root`/`test`/CLASS/, as fields of `ImageFolderData`.
+def list_image_files(root: Path) -> dict[str, Any]:
+    """The files in `root`/train/CLASS/, and `root`/val/CLASS/ or `root`/test/CLASS/, as fields of
+    `ImageFolderData`.
 
-    `layout` is what an error says of the folders that are expected. FileNotFoundError or
-    NotADirectoryError if a folder, its classes or the images of a class are not there, ValueError
-    for two splits with different classes, for links, and for folders within class folders. A
-    warning says how many files are left out.
+    FileNotFoundError or NotADirectoryError if a folder, its classes or the images of a class are
+    not there, ValueError for two splits with different classes, for links, and for folders within
+    class folders. A warning says how many files are left out.
     """
+    train, test = root / "train", root / "val"
+    if not test.exists() and (root / "test").exists():
+        test = root / "test"
     fields, left_out = dict[str, Any](), list[str]()
-    for split, folder in (("train", root / "train"), ("test", root / test)):
+    for split, folder in (("train", train), ("test", test)):
         try:
             found, others = _list_split(folder)
         except OSError as error:
-            raise type(error)(f"{folder}: {error}; {layout}.") from error
+            raise type(error)(f"{folder}: {error}; {_LAYOUT}.") from error
         left_out += others
         names = fields.setdefault("class_names", tuple(found))
         if alone := {*names} ^ {*found}:
-            raise ValueError(f"{folder} must have the same class folders as {root / 'train'}; "
+            raise ValueError(f"{folder} must have the same class folders as {train}; "
                              f"{min(alone)!r} is in one of them alone.")
         fields[f"{split}_files"] = tuple(
             os.path.join(folder.name, name, file) for name in names for file in found[name])
         counts = torch.tensor([len(found[name]) for name in names])
         fields[f"{split}_targets"] = torch.arange(len(names)).repeat_interleave(counts)
-    if os.path.samefile(root / "train", root / test):
-        raise ValueError(f"{root / test} and {root / 'train'} are one folder; give other images.")
+    if test.samefile(train):
+        raise ValueError(f"{test} and {train} are one folder; give other images.")
     if left_out:
         warnings.warn(f"{len(left_out)} files in {root} are left out, such as {left_out[0]}: "
                       f"images end in {', '.join(_ENDINGS)}.", stacklevel=2)
@@ -180,8 +186,6 @@ def to_rgb(image):
     from PIL import Image
 
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        import numpy
-
         return Image.fromarray((numpy.asarray(image) // 256).astype(numpy.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no fixed range; save it with 8 or 16 bits")
@@ -240,28 +244,27 @@ def read_images(root: Path, files: Sequence[str], image_size: int, resize: int) 
         return torch.stack(list(pool.map(reader.read, range(len(files)), files)))
 
 # %% ../../nbs/2_train/13_image_files.ipynb #913ffdbb
-def read_squares(root: Path, files: Sequence[str], below: int = 96) -> Tensor | None:
-    "uint8 (N, H, H, 3) if all `files` hold squares of one size under `below` pixels, else None."
-    import numpy
-
+def read_squares(root: Path, files: Sequence[str]) -> Tensor | None:
+    "uint8 (N, H, H, 3) if all `files` hold squares of one size below 96 pixels, else None."
     size = read_image(root / files[0]).width
-    if size >= below:
+    if size >= 96:
         return None
     pixels = numpy.empty((len(files), size, size, 3), numpy.uint8)
-
-    def read(number: int) -> bool:
-        image = read_image(os.path.join(root, files[number]))
-        if fits := image.size == (size, size):
-            pixels[number] = numpy.asarray(image)
-        return fits
-
     with ThreadPoolExecutor(_WORKERS) as pool:
-        return torch.from_numpy(pixels) if all(pool.map(read, range(len(files)))) else None
+        for number, image in enumerate(pool.map(read_image, map(root.joinpath, files))):
+            if image.size != (size, size):
+                pool.shutdown(wait=False, cancel_futures=True)
+                return None
+            pixels[number] = numpy.asarray(image)
+    return torch.from_numpy(pixels)
 
 # %% ../../nbs/2_train/13_image_files.ipynb #a67484f7
 class ImageFolderBatches(ImageBatches):
     """The images of `data`, an `ImageFolderData`, in batches on `device`, decoded by `workers`
     processes and normalised. With 0 workers the calling process decodes.
+
+    Images are (B, 3, image_size, image_size), channels-last; B may be 0. An unreadable image raises
+    a `ValueError` that names its file.
     """
 
     data: ImageFolderData
@@ -270,53 +273,34 @@ class ImageFolderBatches(ImageBatches):
         super().__init__(data, device)
         self.workers = workers
 
-    def _order(self, seed: int, epoch: int) -> Tensor:
-        generator = seeded_generator("image order", whole_number("seed", seed),
-                                     whole_number("epoch", epoch))
-        return torch.randperm(len(self.train_targets), generator=generator)
-
-    def train(self, batch_size: int, seed: int, epoch: int, rank: int = 0,
-              ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of random crops: (images, targets) of this rank's part of each batch.
-
-        Images are (B, 3, image_size, image_size), channels-last; B may be 0. A function of `seed`
-        and `epoch`. An unreadable image raises a `ValueError` that names its file.
-        """
-        order, key = self._order(seed, epoch), ("image view", int(seed), int(epoch))
-        return self._batches("train", order, batch_size, rank, ranks, key)
-
     def blocks(self, batch_size: int, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1,
                steps: int = 1) -> Iterator[Block]:
         "As `ImageBatches.blocks`, but of one step, whatever `steps`: the workers read ahead."
-        target = self.train_targets[self._order(seed, epoch).to(self.device)]
-        batches = self.train(batch_size, seed, epoch, rank, ranks)
-        for (start, stop), (images, _) in zip(batch_bounds(len(target), batch_size), batches):
-            yield Block(start, target[start:stop], [(0, stop - start)], None, [images].__getitem__)
+        generator = seeded_generator("image order", seed, epoch)
+        order = torch.randperm(len(self.train_targets), generator=generator)
+        targets, key = self.train_targets[order.to(self.device)], ("image view", seed, epoch)
+        bounds = batch_bounds(len(order), batch_size)
+        parts = [order[slice(*rank_bounds(*each, rank, ranks))].tolist() for each in bounds]
+        for (start, stop), images in zip(bounds, self._read(self.data.train_files, parts, key)):
+            yield Block(start, targets[start:stop], [(0, stop - start)], None, [images])
 
-    def test(self, batch_size: int = 1000, rank: int = 0,
-             ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        "The test split in order, resized and cropped at the centre: as `train`."
-        order = torch.arange(len(self.test_targets))
-        return self._batches("test", order, batch_size, rank, ranks, None)
+    def _test_images(self, parts: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        return self._read(self.data.test_files, [range(*part) for part in parts], None)
 
-    def _batches(self, split, order, batch_size, rank, ranks, key):
-        data, files = self.data, getattr(self.data, f"{split}_files")
-        parts = [order[slice(*rank_bounds(*bounds, rank, ranks))]
-                 for bounds in batch_bounds(len(order), batch_size)]
+    def _read(self, files: Sequence[str], parts: Sequence[Sequence[int]], key) -> Iterator[Tensor]:
+        "For each of `parts`, numbers of `files`, the images; `key` is None for test images."
         loader = torch.utils.data.DataLoader(
-            _ImageReader(data.root, data.image_size, data.resize, key),
+            _ImageReader(self.data.root, self.data.image_size, self.data.resize, key),
             batch_size=None,
-            sampler=([(number, files[number]) for number in part.tolist()] for part in parts),
+            sampler=([(number, files[number]) for number in part] for part in parts),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else workers would draw from the global generator
         )
-        targets = getattr(self, f"{split}_targets")
-        for part, pixels in zip(parts, loader, strict=True):
+        for pixels in loader:
             if isinstance(pixels, ValueError):
                 raise pixels
-            images = self.normalize(pixels.to(self.device, non_blocking=True))
-            yield images, targets[part.to(self.device, non_blocking=True)]
+            yield self.normalize(pixels.to(self.device, non_blocking=True))
 
 # %% ../../nbs/2_train/13_image_files.ipynb #aa23ee40
 IMAGENET_RECIPE: dict[str, Any] = {

@@ -13,7 +13,8 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from sortkd.train.image_files import (
     read_squares, to_rgb,
 )
 from sortkd.train.augmentation import (
-    Batches, ImageSet, balanced_order, check_tensor, normalize, number_of_views, seeded_generator,
+    Batches, ImageSet, balanced_order, check_image_set, check_tensor, normalize, number_of_views,
+    seeded_generator,
 )
 
 # %% ../../nbs/2_train/12_images.ipynb #11ed60c3
@@ -36,8 +38,7 @@ from sortkd.train.augmentation import (
 class ImageData(ImageSet):
     """A training and a test split of square colour images in memory.
 
-    Images are uint8 (N, H, H, 3), targets int64 (N,) in 0..len(class_names)-1.
-    `ValueError` names what does not fit.
+    Images are uint8 (N, H, H, 3), targets int64 (N,). `ValueError` names what does not fit.
     """
 
     name: str
@@ -52,14 +53,30 @@ class ImageData(ImageSet):
     flip: bool  # whether a mirrored image is still one of its class
     held_out: "ImageData | None" = None
     true_train_targets: Tensor | None = None  # where some of train_targets are wrong on purpose
-    image_size: int = field(init=False)
-    views_per_image: int = field(init=False)
-    wrong_labels: int = field(init=False)
-    checksum: str = field(init=False)  # SHA-256 of all splits
 
     def __post_init__(self):
-        for name, value in _derived(self).items():
-            object.__setattr__(self, name, value)  # since it is frozen
+        for name in ("train_images", "test_images"):
+            images, size = getattr(self, name), self.image_size
+            check_tensor(name, images, torch.uint8, (len(images), size, size, 3))
+        check_image_set(self, len(self.train_images), len(self.test_images))
+        whole_number("pad", self.pad)
+
+    @property
+    def image_size(self) -> int:
+        return self.train_images.shape[1]
+
+    @property
+    def views_per_image(self) -> int:
+        return number_of_views(self.pad, self.flip)
+
+    @property
+    def wrong_labels(self) -> int:
+        true = self.true_train_targets
+        return 0 if true is None else int((self.train_targets != true).sum())
+
+    @cached_property
+    def checksum(self) -> str:
+        return _checksum(self)
 
     @classmethod
     def from_splits(cls, train: Sequence, test: Sequence, name: str = "own", *,
@@ -67,16 +84,18 @@ class ImageData(ImageSet):
                     flip: bool = True) -> "ImageData":
         """Two splits of torchvision or Hugging Face's `datasets`, or two lists of (image, label).
 
-        An example may also be a mapping with a column of images, such as `image` or `img`, and one
-        of labels, such as `label` or `fine_label`. Images are PIL images or uint8 arrays (H, H) or
-        (H, H, 3) of one size. Where a split knows the names of its classes, its labels are taken
-        by name: classes are those of `class_names`, else of `train`, in their order. `pad` is by
-        default an eighth of the size. `ValueError` names what does not fit.
+        An example may also be a mapping with the columns `image` and `label`, or similar ones.
+        Images are PIL images or uint8 arrays (H, H) or (H, H, 3) of one size. Labels of a split
+        that names its classes are taken by name: classes are those of `class_names`, else of
+        `train`. `pad` is by default an eighth of the size. `ValueError` names what does not fit.
         """
-        images, targets = zip(_stacked("train", train), _stacked("test", test))
+        images, labels = zip(_stacked("train", train), _stacked("test", test))
         known = _known(train), _known(test)
-        names, (train_targets, test_targets) = _common_classes(targets, known, class_names)
-        return _in_memory(name, *images, train_targets, test_targets, names, pad, flip)
+        numbers = map(str, range(int(labels[0].max()) + 1))
+        order = tuple(class_names or known[0] or known[1] or numbers)
+        train_targets = _recounted("train", labels[0], known[0], order)
+        test_targets = _recounted("test", labels[1], known[1], order)
+        return _in_memory(name, *images, train_targets, test_targets, order, pad, flip)
 
     def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         images = self.train_images[:count]
@@ -85,27 +104,14 @@ class ImageData(ImageSet):
     def batches(self, device: str | torch.device) -> Batches:
         return Batches(self, device)
 
-# %% ../../nbs/2_train/12_images.ipynb #cc046415
-def _derived(data: ImageData) -> dict[str, Any]:
-    "The fields that follow from the others; refuses images of a wrong type or shape."
-    size = data.train_images.shape[1]
-    for name in ("train_images", "test_images"):
-        images = getattr(data, name)
-        check_tensor(name, images, torch.uint8, (len(images), size, size, 3))
-    data._check(len(data.train_images), len(data.test_images))
+# %% ../../nbs/2_train/12_images.ipynb #5b8f2a17
+def _checksum(data: ImageData) -> str:
+    "SHA-256 over the shapes and bytes of all splits."
+    digest = hashlib.sha256()
     splits = [data.train_images, data.train_targets, data.test_images, data.test_targets]
     if data.held_out is not None:
         splits += [data.held_out.test_images, data.held_out.test_targets]
-    true = data.train_targets if data.true_train_targets is None else data.true_train_targets
-    return {"image_size": size, "checksum": _checksum(splits),
-            "views_per_image": number_of_views(whole_number("pad", data.pad), data.flip),
-            "wrong_labels": int((data.train_targets != true).sum())}
-
-# %% ../../nbs/2_train/12_images.ipynb #3442b835
-def _checksum(tensors: Sequence[Tensor]) -> str:
-    "SHA-256 over shapes and bytes."
-    digest = hashlib.sha256()
-    for tensor in tensors:
+    for tensor in splits:
         digest.update(repr(tuple(tensor.shape)).encode())
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
@@ -113,12 +119,12 @@ def _checksum(tensors: Sequence[Tensor]) -> str:
 # %% ../../nbs/2_train/12_images.ipynb #547a4205
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     "Mean and std of each channel of uint8 `images` (N, H, W, 3), of pixels in [0, 1]."
-    counts = torch.stack([images[..., channel].flatten().bincount(minlength=256)
-                          for channel in range(3)]).double()
+    counts = torch.stack([channel.flatten().bincount(minlength=256)
+                          for channel in images.unbind(3)]).double()
     share, values = counts / counts[0].sum(), torch.arange(256).double() / 255
     mean = share @ values
     std = (share @ values**2 - mean**2).sqrt()
-    return tuple(mean.numpy().round(4).tolist()), tuple(std.numpy().round(4).tolist())
+    return tuple(mean.round(decimals=4).tolist()), tuple(std.round(decimals=4).tolist())
 
 # %% ../../nbs/2_train/12_images.ipynb #633f49c5
 def _in_memory(name, train_images, test_images, train_targets, test_targets, class_names,
@@ -139,9 +145,9 @@ def load_cifar100(root: str | Path | None = None, download: bool = True) -> Imag
                      mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
 
 # %% ../../nbs/2_train/12_images.ipynb #30de7c2e
-def load_cifar10(root: str | Path | None = None, download: bool = True) -> ImageData:
+def load_cifar10(root: str | Path | None = None) -> ImageData:
     "CIFAR-10, from `root`/cifar-10-batches-py; as `load_cifar100`, with mean and std measured."
-    return _in_memory("cifar10", **read_cifar("CIFAR10", root, download))
+    return _in_memory("cifar10", **read_cifar("CIFAR10", root))
 
 # %% ../../nbs/2_train/12_images.ipynb #a8ae808c
 MINI_CLASSES = (
@@ -150,12 +156,12 @@ MINI_CLASSES = (
 )
 
 # %% ../../nbs/2_train/12_images.ipynb #29c8b593
-def load_cifar100_mini(root: str | Path | None = None, download: bool = True) -> ImageData:
+def load_cifar100_mini(root: str | Path | None = None) -> ImageData:
     """The images of the classes `MINI_CLASSES` of CIFAR-100 at 16×16: 5,000 + 1,000.
 
-    Each pixel is the mean of four. Arguments and errors as for `load_cifar100`.
+    Each pixel is the mean of four. `root` and errors as for `load_cifar100`.
     """
-    whole = load_cifar100(root, download)
+    whole = load_cifar100(root)
     classes = torch.tensor([whole.class_names.index(name) for name in MINI_CLASSES])  # ascending
 
     def chosen(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +183,7 @@ def load_digits() -> ImageData:
     small = torch.from_numpy(digits.images)[:, None]
     grey = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
     images = (grey * (255 / 16)).round().to(torch.uint8).permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
-    targets = torch.from_numpy(digits.target).to(torch.int64)
+    targets = torch.from_numpy(digits.target)
     parts = train_test_split(range(len(targets)), test_size=360, stratify=digits.target,
                              random_state=0)
     train, test = (torch.tensor(part).sort().values for part in parts)
@@ -189,43 +195,40 @@ _IMAGES = ("image", "img", "images", "pixel_values")  # what mappings call them;
 _LABELS = ("label", "labels", "fine_label", "coarse_label", "target", "targets", "y")
 
 
-def _image_and_label(name: str, example) -> tuple[Any, int]:
-    if isinstance(example, Mapping):
-        found = [[example[key] for key in keys if key in example] for keys in (_IMAGES, _LABELS)]
-        if not all(found):
-            raise ValueError(f"{name} has the columns {', '.join(example):.200}; give one of "
-                             f"{', '.join(_IMAGES)} and one of {', '.join(_LABELS)}.")
-        example = [values[0] for values in found]
-    if not isinstance(example, tuple | list) or len(example) != 2:
-        raise ValueError(f"{name} is of type {type(example).__name__}; give (image, label).")
-    return example[0], whole_number(f"the label of {name}", example[1])
+def _column(example: Mapping, names: Sequence[str]):
+    for name in names:
+        if name in example:
+            return example[name]
+    raise ValueError(f"it has the columns {', '.join(example):.200}, none of {', '.join(names)}")
 
 # %% ../../nbs/2_train/12_images.ipynb #23cee7bd
-def _rgb(name: str, image):
-    "A Pillow image or an array as a Pillow image in RGB."
+def _pixels_and_label(example) -> tuple[numpy.ndarray, int]:
+    "The image as uint8 (H, W, 3), and the label."
     from PIL import Image
 
-    try:
-        return to_rgb(image if hasattr(image, "convert") else Image.fromarray(numpy.asarray(image)))
-    except (TypeError, ValueError, OSError) as error:
-        raise ValueError(f"the image of {name} cannot be read ({error}); give PIL images or "
-                         "uint8 arrays (H, H) or (H, H, 3).") from error
+    if isinstance(example, Mapping):
+        example = _column(example, _IMAGES), _column(example, _LABELS)
+    image, label = example
+    if not hasattr(image, "convert"):
+        image = Image.fromarray(numpy.asarray(image))
+    return numpy.asarray(to_rgb(image)), whole_number("its label", label)
 
 # %% ../../nbs/2_train/12_images.ipynb #97164574
 def _stacked(split: str, examples: Sequence) -> tuple[Tensor, Tensor]:
-    "Images uint8 (N, H, H, 3) and targets int64 (N,) of all examples of a split."
-    images, targets = list[Any](), list[int]()
+    "Images uint8 (N, H, H, 3) and labels int64 (N,) of all examples of a split."
+    images, labels = list[numpy.ndarray](), list[int]()
     for number in range(len(examples)):
-        name = f"example {number} of {split}"
-        image, label = _image_and_label(name, examples[number])
-        images.append(numpy.asarray(_rgb(name, image)))
-        targets.append(label)
-        if images[-1].shape != (size := len(images[0]), size, 3):
-            raise ValueError(f"the image of {name} has the shape {images[-1].shape}; give squares "
-                             "of one size.")
-    if not images:
-        raise ValueError(f"{split} is empty; give at least one example.")
-    return torch.from_numpy(numpy.stack(images)), torch.tensor(targets)
+        try:
+            pixels, label = _pixels_and_label(examples[number])
+            if pixels.shape != (size := len((images or [pixels])[0]), size, 3):
+                raise ValueError(f"it has the shape {pixels.shape}, not {(size, size, 3)}")
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(f"example {number} of {split} cannot be used: {error}. Give (image, "
+                             "label): PIL images or uint8 arrays (H, H) or (H, H, 3) of one size, "
+                             "and whole numbers.") from error
+        images.append(pixels)
+        labels.append(label)
+    return torch.from_numpy(numpy.stack(images)), torch.tensor(labels)
 
 # %% ../../nbs/2_train/12_images.ipynb #71a1b909
 def _known(split) -> tuple[str, ...]:
@@ -242,19 +245,11 @@ def _known(split) -> tuple[str, ...]:
     columns = [features[key] for key in _LABELS if hasattr(features.get(key), "names")]
     return tuple(columns[0].names if columns else getattr(split, "classes", ()))
 
-# %% ../../nbs/2_train/12_images.ipynb #2d6539e5
-def _common_classes(targets: Sequence[Tensor], known: Sequence[tuple[str, ...]],
-                    given: Sequence[str]) -> tuple[tuple[str, ...], list[Tensor]]:
-    "The names of all classes, and the `targets` of training and test counted in them."
-    numbered = map(str, range(int(targets[0].max()) + 1))
-    order = tuple(given or known[0] or known[1] or numbered)
-    counted = [labels if names in ((), order) else _recounted(split, labels, names, order)
-               for split, labels, names in zip(("train", "test"), targets, known)]
-    return order, counted
-
 # %% ../../nbs/2_train/12_images.ipynb #8f541d10
 def _recounted(split: str, labels: Tensor, names: Sequence[str], order: Sequence[str]) -> Tensor:
     "`labels`, numbers of `names`, as numbers of the same names in `order`."
+    if names in ((), order):
+        return labels
     numbers = {name: number for number, name in enumerate(order)}
     known = [numbers.get(name, -1) for name in names] + [-1]  # the last for labels without a name
     counted = torch.tensor(known)[labels.clamp(max=len(names))]
@@ -262,6 +257,14 @@ def _recounted(split: str, labels: Tensor, names: Sequence[str], order: Sequence
         raise ValueError(f"{split} has images of other classes than {shown(order)}, or two classes "
                          f"have one name; its own are {shown(names)}. Give the same classes.")
     return counted
+
+# %% ../../nbs/2_train/12_images.ipynb #7d1e04c6
+def _squares(name, root, train_files, train_targets, test_files, test_targets,
+             class_names) -> ImageData | None:
+    "The files as data in memory, or None if they are not small squares of one size."
+    images, count = read_squares(root, (*train_files, *test_files)), len(train_files)
+    return None if images is None else _in_memory(
+        name, images[:count], images[count:], train_targets, test_targets, class_names)
 
 # %% ../../nbs/2_train/12_images.ipynb #c332077c
 _STATISTICS_IMAGES = 500  # of a streamed set
@@ -275,32 +278,32 @@ def load_folder(path: str | Path) -> ImageData | ImageFolderData:
     split alone, and for a file that cannot be read as an image.
     """
     root = Path(os.path.abspath(Path(path).expanduser()))
-    test = "test" if (root / "test").exists() and not (root / "val").exists() else "val"
-    layout = ("expected are train/CLASS/, and val/CLASS/ or test/CLASS/, in the folder that "
-              "folder:PATH names")
-    found = list_image_files(root, test, layout)
+    found = list_image_files(root)
     name = "folder:" + (re.sub(r"[^\w.-]+", "-", root.name)[:60] or "root")
-    files, test_files = found["train_files"], found["test_files"]
-    images = read_squares(root, files + test_files)
-    if images is not None:
-        return _in_memory(name, images[:len(files)], images[len(files):], found["train_targets"],
-                          found["test_targets"], found["class_names"])
+    if (data := _squares(name, root, **found)) is not None:
+        return data
+    files = found["train_files"]
     every = -(-len(files) // _STATISTICS_IMAGES)
     mean, std = channel_statistics(read_images(root, files[::every], image_size=224, resize=256))
     return ImageFolderData(name, root, **found, mean=mean, std=std)
 
 # %% ../../nbs/2_train/12_images.ipynb #17ee22d4
-def _tiny_files(folder: Path) -> tuple[list[str], list[tuple[str, int]], list[tuple[str, int]]]:
-    "The names of the classes, and the (file, target) of all training and all test images."
+def _tiny_files(folder: Path) -> dict[str, Any]:
+    "The files, targets and class names, as `list_image_files` returns them."
+    def table(file: str) -> list[list[str]]:
+        return [line.split("\t") for line in (folder / file).read_text().splitlines()]
+
     numbers = {name: number for number, name in enumerate(list_folder(folder / "train")[0])}
-    train = [(f"train/{name}/images/{file}", number) for name, number in numbers.items()
+    words = {name: text.split(",")[0] for name, text in table("words.txt")}
+    train = [(f"train/{name}/images/{file}", numbers[name]) for name in numbers
              for file in list_folder(folder / "train" / name / "images")[1]]
-    lines = (folder / "val" / "val_annotations.txt").read_text().splitlines()
     test = [(f"val/images/{Path(file).name}", numbers[name])
-            for file, name, *_ in (line.split("\t") for line in lines)]
-    lines = (folder / "words.txt").read_text().splitlines()
-    words = {name: word.split(",")[0] for name, word in (line.split("\t", 1) for line in lines)}
-    return [words[name] for name in numbers], train, test
+            for file, name, *_ in table("val/val_annotations.txt")]
+    fields: dict[str, Any] = {"class_names": [words[name] for name in numbers]}
+    for split, images in (("train", train), ("test", test)):
+        fields[f"{split}_files"], targets = zip(*images)
+        fields[f"{split}_targets"] = torch.tensor(targets)
+    return fields
 
 # %% ../../nbs/2_train/12_images.ipynb #cc22c409
 def load_tiny_imagenet(root: str | Path | None = None) -> ImageData:
@@ -311,20 +314,17 @@ def load_tiny_imagenet(root: str | Path | None = None) -> ImageData:
     """
     folder = data_folder(root) / "tiny-imagenet-200"
     try:
-        class_names, train, test = _tiny_files(folder)
+        fields = _tiny_files(folder)
     except (OSError, KeyError, ValueError) as error:
         raise FileNotFoundError(
             f"{folder} is not what tiny-imagenet-200.zip unpacks to ({type(error).__name__}: "
             f"{error}). Get http://cs231n.stanford.edu/tiny-imagenet-200.zip, and in "
             f"{folder.parent} run: python -m zipfile -e tiny-imagenet-200.zip .") from error
-    images = read_squares(folder, [file for file, _ in train + test])
-    if images is None:
+    data = _squares("tiny-imagenet", folder, **fields)
+    if data is None:
         raise ValueError(f"the images in {folder} are not all squares of 64 pixels; unpack the "
                          "archive again.")
-    targets = torch.tensor([target for _, target in train + test])
-    count = len(train)
-    return _in_memory("tiny-imagenet", images[:count], images[count:], targets[:count],
-                      targets[count:], class_names)
+    return data
 
 # %% ../../nbs/2_train/12_images.ipynb #c1ee5a35
 DATASETS: dict[str, Callable[[str | Path | None], ImageSet]] = {  # from the folder that holds it
@@ -368,9 +368,9 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageSet:
     return DATASETS[name](root)
 
 # %% ../../nbs/2_train/12_images.ipynb #5e1f0a12
-def _places(text: str) -> tuple[int, int]:
+def _places(text: str) -> range:
     first, last = text.split(":")
-    return int(first), int(last)
+    return range(int(first), int(last))
 
 
 _ARGUMENTS: dict[str, Callable[[str], Any]] = {
@@ -402,35 +402,36 @@ def wrong_labels(targets: Tensor, share: float, classes: int, generator: torch.G
     return targets.scatter(0, chosen, (targets[chosen] + shift) % classes)
 
 # %% ../../nbs/2_train/12_images.ipynb #d84d9bc1
-def part_of(data: ImageData, train: tuple[int, int], held_out: tuple[int, int] | None = None,
-            seed: int = 0, noise: float = 0.0) -> ImageData:
+def part_of(data: ImageData, train: range, held_out: range | None = None, seed: int = 0,
+            noise: float = 0.0) -> ImageData:
     """`data` with the training images at the places `train` of a random order.
 
-    `train`: first, and last + 1. `held_out`: places of images for one evaluation after the last
-    epoch. `seed`: of the order. `noise`: share of the training labels that is wrong. The test
-    images stay. `ValueError` for places that the set does not have, and for places in both.
+    `held_out`: places of images for one evaluation after the last epoch. `seed`: of the order.
+    `noise`: share of the training labels that is wrong. The test images stay. `ValueError` for
+    places that the set does not have, and for places in both.
     """
-    count, places = len(data.train_targets), [each for each in (train, held_out) if each]
-    taken = [place for first, last in places for place in range(first, last)]
-    if not all(range(*each) for each in places) or len({*taken} & {*range(count)}) < len(taken):
-        raise ValueError(f"train and held_out are {places}; give places among the {count} training "
-                         f"images of {data.name}, each at most once.")
+    count, taken = len(data.train_targets), [*train, *(held_out or ())]
+    if range(0) in (train, held_out) or len({*taken} & {*range(count)}) < len(taken):
+        raise ValueError(f"train is {train} and held_out {held_out}; give places among the {count} "
+                         f"training images of {data.name}, each at most once.")
     if not 0 <= noise < 1:
         raise ValueError(f"noise is {noise}; give a share of the training labels below 1.")
-    given = {"train": train, "held_out": held_out, "seed": seed, "noise": noise}
-    text = [f"{key}={':'.join(map(str, value)) if isinstance(value, tuple) else value}"
-            for key, value in given.items() if value]
+    name = f"{data.name}(train={train.start}:{train.stop}"
+    name += f",held_out={held_out.start}:{held_out.stop}" if held_out else ""
+    name += f",seed={seed}" if seed else ""
+    name += f",noise={noise})" if noise else ")"
     order = balanced_order(data.train_targets, seeded_generator("part", seed))
-    splits = [(data.train_images[index], data.train_targets[index])
-              for index in (order[first:last].sort().values for first, last in places)]
-    images, targets = splits[0]
-    part = replace(data, name=f"{data.name}({','.join(text)})", train_images=images,
-                   train_targets=targets)
+
+    def chosen(split: str, places: range) -> dict[str, Any]:
+        index = order[places.start:places.stop].sort().values
+        return {f"{split}_images": data.train_images[index],
+                f"{split}_targets": data.train_targets[index]}
+
+    part = replace(data, name=name, **chosen("train", train))
     if noise:
-        generator = seeded_generator("wrong labels", seed)
-        wrong = wrong_labels(targets, noise, data.num_classes, generator)
-        part = replace(part, train_targets=wrong, true_train_targets=targets)
+        generator, true = seeded_generator("wrong labels", seed), part.train_targets
+        wrong = wrong_labels(true, noise, data.num_classes, generator)
+        part = replace(part, train_targets=wrong, true_train_targets=true)
     if held_out:
-        images, targets = splits[1]
-        part = replace(part, held_out=replace(part, test_images=images, test_targets=targets))
+        part = replace(part, held_out=replace(part, **chosen("test", held_out)))
     return part

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from .augmentation import ImageBatches, Views, number_of_views, view_id, views_of
+from .augmentation import ImageBatches, Views, number_of_views
 from .teachers import weights_checksum
 from ..utils.files import exclusive, refuse_links, save_atomically
 from ..utils.progress import Progress
@@ -54,7 +54,7 @@ class TeacherLogits:
 
     def compute(self, views: Views) -> Iterator[Tensor]:
         "The logits of `views` in parts of `batch_size` rows, float32 on the device."
-        for start in range(0, len(views.index), self.batch_size):
+        for start in range(0, len(views.image), self.batch_size):
             yield self._forward(self.batches.gather(views.part(start, start + self.batch_size))[0])
 
     def of_images(self, images: Tensor) -> Tensor:
@@ -207,8 +207,7 @@ class CachedTeacherLogits(TeacherLogits):
                  precision: str = "float32", batch_size: int | None = None):
         super().__init__(network, batches, precision, batch_size)
         identity = _identity(self, batches.data)
-        self.pad, self.flip = identity["pad"], identity["flip"]
-        self.num_views = number_of_views(self.pad, self.flip)
+        self.num_views = number_of_views(identity["pad"], identity["flip"])
         self.files = LogitFiles(Path(cache_dir), identity["images"] * self.num_views, identity)
         self.folder = self.files.folder
         self._on_device = _empty_copy(self.files.logits, self.device)
@@ -216,7 +215,7 @@ class CachedTeacherLogits(TeacherLogits):
         _compare(self.files, lambda rows: torch.cat([*self.compute(self._views(rows))]))
 
     def _views(self, rows: Tensor) -> Views:
-        return views_of(rows // self.num_views, rows % self.num_views, self.pad, self.flip)
+        return Views(rows // self.num_views, rows % self.num_views)
 
     @property
     def share_computed(self) -> float:
@@ -225,7 +224,7 @@ class CachedTeacherLogits(TeacherLogits):
 
     def __call__(self, views: Views) -> Tensor:
         # On the CPU, where the views are drawn: asking a GPU what is missing would stall it.
-        rows = (views.index * self.num_views + view_id(views, self.pad, self.flip)).cpu()
+        rows = (views.image * self.num_views + views.number).cpu()
         self._fill(rows)
         there = rows.to(self._on_device.device, non_blocking=True)
         return self._on_device[there].to(self.device).float()
