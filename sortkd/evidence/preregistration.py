@@ -172,10 +172,10 @@ def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for plan in plans:
-        cells = planned_cells(plan, runs)
-        named = (runs.loc[runs["run_id"].isin(cells["run_id"]), "plan_sha256"] != "").sum()
-        methods = ", ".join(cells["method"].unique())
-        rows.append((plan.name, methods, len(cells), cells["run_id"].count(), named))
+        methods, planned = plan.grid.cells["method"].unique(), len(plan.grid.cells)
+        own = runs[mark_planned(runs, [plan])["plan"] == plan.name]
+        named = (own["plan_sha256"] != "").sum()
+        rows.append((plan.name, ", ".join(methods), planned, len(own), named))
     others = (mark_planned(runs, plans)["plan"] == "").sum()
     columns = ["plan", "methods", "planned", "exist", "name it"]
     return pd.DataFrame([*rows, ("(not planned)", "", 0, others, 0)], columns=columns)
@@ -255,10 +255,10 @@ def describe_looks(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> lis
         line = f"{comparison}: {exist} of {planned} seeds"
         line += f", looked at after {look}" if look else ""
         line += f", to be looked at after {following}" if following else ""
-        blind = [each.after for each in plan.looks if each.may and each.after <= exist]
-        if blind:
-            scatter = _effect(plan, found, comparison, max(blind))["std"].iloc[0]
-            line += f"; standard deviation of the first {max(blind)} differences: {scatter:.2f}"
+        reached = (each.after for each in plan.looks if each.may and each.after <= exist)
+        if blind := max(reached, default=0):
+            scatter = _effect(plan, found, comparison, blind)["std"].iloc[0]
+            line += f"; standard deviation of the first {blind} differences: {scatter:.2f}"
         lines.append(line)
     return lines
 
@@ -278,5 +278,5 @@ def committed(path: str | Path) -> datetime | None:
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #40e8f194
 def first_start(plan: Plan, runs: pd.DataFrame) -> datetime | None:
     "When the first run of a plan was started, or None before that."
-    started = runs.loc[runs["run_id"].isin(planned_cells(plan, runs)["run_id"]), "started"]
+    started = runs.loc[mark_planned(runs, [plan])["plan"] == plan.name, "started"]
     return datetime.strptime(started.min(), "%Y-%m-%dT%H-%M-%S.%f%z") if len(started) else None

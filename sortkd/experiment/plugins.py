@@ -80,15 +80,13 @@ def _settings_of(kind: str, name: str, function: Callable, tensors: int) -> dict
     "The keyword arguments and their defaults; `tensors`: how many arguments come before them."
     signature = inspect.signature(function)
     defaults = {each.name: each.default for each in signature.parameters.values()}
-    missing = [default is inspect.Parameter.empty for default in defaults.values()]
-    if len(missing) < tensors or not all(missing[:tensors]):
+    required, settings = list(defaults.values())[:tensors], dict(list(defaults.items())[tensors:])
+    if required != [inspect.Parameter.empty] * tensors or not all(
+            type(default) in (int, float) and math.isfinite(default)
+            for default in settings.values()):
         raise ValueError(f"the {kind} {name} must take {tensors} arguments and then its settings, "
-                         f"but its signature is {name}{signature}.")
-    settings = dict(list(defaults.items())[tensors:])
-    for setting, default in settings.items():
-        if type(default) not in (int, float) or not math.isfinite(default):
-            raise ValueError(f"the setting {setting} of the {kind} {name} has no number as its "
-                             f"default; give one, such as {setting}=1.0.")
+                         "each with a number as its default, but its signature is "
+                         f"{name}{signature}.")
     return settings
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #5861c35f
@@ -174,10 +172,9 @@ def _find(path: str) -> tuple[Path, str]:
     if os.path.isfile(path):
         return Path(path), ""
     for entry in metadata.entry_points(group="sortkd.experiment.plugins", name=path):
-        spec = util.find_spec(entry.module)
-        if spec and spec.origin:
-            version = f" ({entry.dist.name} {entry.dist.version})" if entry.dist else ""
-            return Path(spec.origin), path + version
+        spec, package = util.find_spec(entry.module), entry.dist
+        if spec and spec.origin and package:
+            return Path(spec.origin), f"{path} ({package.name} {package.version})"
     raise FileNotFoundError(f"plugin is {shown(path)}, but there is no such file, and no installed "
                             "package offers one of that name.")
 
@@ -192,8 +189,8 @@ def _execute(plugin: Plugin, file: str) -> None:
     except Exception as error:
         _forget(plugin.path)
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [str(frame.lineno) for frame in frames if frame.filename == file]
-        line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
+        lines = ["?", *(frame.lineno for frame in frames if frame.filename == file)]
+        line = getattr(error, "lineno", lines[-1])  # of a SyntaxError, which no frame has
         raise ValueError(f"plugin {plugin.path}, line {line}: "
                          f"{type(error).__name__}: {error}") from error
     finally:
@@ -233,8 +230,7 @@ def load_plugin(path: str | Path) -> Plugin:
 
 def load_plugins(paths: str) -> tuple[Plugin, ...]:
     "Load plugins, separated by commas; none for an empty text."
-    names = [] if isinstance(paths, str) and not paths else listed_names("plugin", paths)
-    return tuple(load_plugin(name) for name in names)
+    return tuple(map(load_plugin, listed_names("plugin", paths))) if paths != "" else ()
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #54c790d6
 def owners_of(*names: tuple[str, str]) -> tuple[Plugin, ...]:
@@ -249,10 +245,8 @@ def check_recorded(recorded: Sequence[Mapping[str, str]], loaded: Sequence[Plugi
     session = (owner for owner in _owners.values() if not owner.path)
     known = {each.sha256 for each in (*loaded, *session)}
     for each in recorded:
-        file, checksum = each["file"], each["sha256"]
-        if checksum not in known:
-            advice = "name that file as plugin (--plugin PATH)"
-            if file.startswith("session:"):
-                advice = "register it in this session first"
-            raise ValueError(f"the recorded run used {file} with SHA-256 {checksum:.16}…, which "
-                             f"is not loaded; {advice}.")
+        if each["sha256"] not in known:
+            raise ValueError(
+                f"the recorded run used {each['file']} with SHA-256 {each['sha256']:.16}…, which "
+                "is not loaded; name that file as plugin (--plugin PATH), or, if its name begins "
+                "with session:, register it in this session first.")

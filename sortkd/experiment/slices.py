@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -81,17 +81,11 @@ def experiments_of(grid: Grid) -> dict[str, Experiment]:
     return experiments
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #f9ee8a4e
-def _runs_of(experiment: Experiment, method: str, seed: int, teacher: dict | None) -> list[Run]:
-    "The runs that would fill a cell. `teacher`: its record, or None if it does not exist."
-    chosen = next(each for each in experiment.methods if each.name == method)
+def _runs_of(experiment: Experiment, cell: Any, teacher: dict) -> list[Run]:
+    "The runs that would fill a cell. `teacher`: its record."
+    method = next(each for each in experiment.methods if each.name == cell.method)
     kinds = {"off": ["computed"], "full": ["cached"]}.get(experiment.cache, ["cached", "computed"])
-    about = teacher or {"weights_sha256": None}
-    return [prepare_run(experiment, chosen, seed, kind, about) for kind in kinds]
-
-# %% ../../nbs/3_experiment/43_slices.ipynb #01ca7f67
-def _is_of(record: dict, runs: Iterable[Run]) -> bool:
-    "Whether a record is of one of the `runs`."
-    return run_key(record) in {run.key for run in runs}
+    return [prepare_run(experiment, method, cell.seed, kind, teacher) for kind in kinds]
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #73ed67f6
 def _curve_in(checkpoint: Path) -> list[dict]:
@@ -113,14 +107,16 @@ def _processor(about: Mapping) -> str | None:
 # %% ../../nbs/3_experiment/43_slices.ipynb #fbe9ec2b
 def _measure(state: State, kind: str, about: Mapping, seconds: float, images: int) -> None:
     "Note the `seconds` of an epoch if `about` (a record or teacher) is of this machine."
-    precision = state.experiment.precision
-    here = (state.processor, precision)
-    if seconds > 0 and (_processor(about), about.get("precision", precision)) == here:
+    here = _processor(about) == state.processor
+    if seconds > 0 and here and about.get("precision") == state.experiment.precision:
         state.measured[kind] = seconds / images * 1e6
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #a9c01a5e
-def _read_teacher(state: State, experiment: Experiment) -> tuple[tuple, dict | None]:
-    "The job that makes the teacher of a pair, and the teacher's record, or None."
+_NO_TEACHER = {"weights_sha256": None}  # the record of one that does not exist yet
+
+
+def _read_teacher(state: State, experiment: Experiment) -> tuple[tuple, dict]:
+    "The job that makes the teacher of a pair, and the teacher's record."
     architecture, data = experiment.pair.teacher, experiment.data
     training = plain(own_teacher(experiment).training)
     kind, epochs, images = f"teacher {architecture}", training["epochs"], training["train_images"]
@@ -137,16 +133,16 @@ def _read_teacher(state: State, experiment: Experiment) -> tuple[tuple, dict | N
         trained = len(_curve_in(teacher_checkpoint(folder, architecture, training)))
     job = (kind, kind, experiment.pair_name, architecture, "", 0,
            bool(teacher), trained, epochs, images)
-    return job, teacher.as_record() if teacher else None
+    return job, teacher.as_record() if teacher else _NO_TEACHER
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #c73af358
-def _read_cell(state: State, cell: Any, teacher: dict | None, records: Sequence[dict]) -> tuple:
-    "The job of a cell. `records`: all that there are."
+def _read_cell(state: State, cell: Any, teacher: dict, records: Mapping[str, dict]) -> tuple:
+    "The job of a cell. `records`: all that there are, by the key of their run."
     experiment = state.experiments[cell.pair]
-    runs = _runs_of(experiment, cell.method, cell.seed, teacher)
+    runs = _runs_of(experiment, cell, teacher)
     epochs = experiment.recipe_for(runs[0].method).epochs
     trained, images = epochs, len(experiment.data.train_targets)
-    found = next((record for record in records if _is_of(record, runs)), None)
+    found = next((records[run.key] for run in runs if run.key in records), None)
     if found is None:
         trained = max(len(_curve_in(run.folder / "checkpoint.pt")) for run in runs)
     elif seconds := found["curve"].get("seconds"):
@@ -171,15 +167,15 @@ def read_state(grid: Grid, experiments: dict[str, Experiment] | None = None) -> 
     """
     state = State(grid, experiments or experiments_of(grid))
     state.processor = _processor(describe_machine(state.experiment.device))
-    records = state.experiment.recorded()
-    jobs, teachers = list[tuple](), dict[str, dict | None]()
+    records = {run_key(record): record for record in reversed(state.experiment.recorded())}
+    jobs, teachers = list[tuple](), dict[str, dict]()
     for cell in in_order(grid.cells).itertuples(index=False):
         experiment = state.experiments[cell.pair]
         name = experiment.pair.teacher
         if experiment.uses_teacher and name not in teachers:
             job, teachers[name] = _read_teacher(state, experiment)
             jobs.append(job)
-        jobs.append(_read_cell(state, cell, teachers.get(name), records))
+        jobs.append(_read_cell(state, cell, teachers.get(name, _NO_TEACHER), records))
     state.jobs = pd.DataFrame(jobs, columns=["job", *_COLUMNS]).set_index("job")
     return state
 
@@ -272,26 +268,22 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-# %% ../../nbs/3_experiment/43_slices.ipynb #b5c67a70
+# %% ../../nbs/3_experiment/43_slices.ipynb #4e70ad00
 _SET_UP = 5.0  # seconds before the first epoch of a job
 
 
-def _first_epoch(job: Any, state: State, at_once: int) -> float:
-    "Seconds until the first epoch of a job ends, or NaN."
-    together = at_once if job.method and state.experiment.device != "cpu" else 1
-    return _SET_UP + 1.1 * together * speed_of(job.kind, state) * job.images / 1e6
-
-# %% ../../nbs/3_experiment/43_slices.ipynb #4e70ad00
 def _next(state: State, tried: set, at_once: int, left: float, unknown: float) -> pd.DataFrame:
     """The first job that ends an epoch within `left` seconds, with the cells that run beside it.
 
     `unknown`: what a job of unknown cost is taken to need.
     """
+    together = at_once if state.experiment.device != "cpu" else 1
     jobs, is_cell = state.missing, state.missing["method"] != ""
     wait_for_teacher = is_cell & jobs["teacher"].isin(jobs.loc[~is_cell, "teacher"])
     jobs = jobs[~wait_for_teacher & ~jobs.index.isin(tried)]
     for job in jobs.itertuples():
-        needed = _first_epoch(job, state, at_once)
+        rows = job.images * (together if job.method else 1)
+        needed = _SET_UP + 1.1 * speed_of(job.kind, state) * rows / 1e6
         if (unknown if math.isnan(needed) else needed) <= left:
             beside = jobs[jobs["kind"] == job.kind]
             methods, seeds = beside["method"].head(at_once), beside["seed"].head(at_once)
@@ -334,18 +326,23 @@ def run_slice(
             except Exception as error:
                 errors |= dict.fromkeys(jobs.index, f"{type(error).__name__}: {error}")
             now = read_state(state.grid, state.experiments)
-            if progress:
-                print(_done(state, now, errors).to_string(), flush=True)
     return _done(state, read_state(state.grid, state.experiments), errors)
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #7a3239a2
 def _done(before: State, after: State, errors: Mapping[str, str]) -> pd.DataFrame:
-    table = after.jobs[["trained", "epochs", "finished"]].assign(
-        error=pd.Series(errors, dtype=object).reindex(after.jobs.index, fill_value=""))
-    table.insert(0, "before", before.jobs["trained"])
+    table = after.jobs.assign(
+        before=before.jobs["trained"], error=[errors.get(job, "") for job in after.jobs.index])
+    table = table[["before", "trained", "epochs", "finished", "error"]]
     return table[(table["trained"] > table["before"]) | (table["error"] != "")]
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #3e4d9253
+def _seconds(budget: str) -> float:
+    seconds = pd.Timedelta(budget).total_seconds()
+    if not seconds >= 1:  # such as a number without a unit, which means nanoseconds
+        raise argparse.ArgumentTypeError("give a time such as 25m or 1h30m")
+    return seconds
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sortkd-grid",
@@ -355,12 +352,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("grid", help="a YAML file such as workflow/paper.yaml")
-    add("--budget", type=pd.Timedelta, help="end within this time, such as 25m or 1h30m")
+    add("--budget", type=_seconds, default=math.inf, metavar="TIME",
+        help="end within this time, such as 25m or 1h30m")
     add("--dry-run", action="store_true", help="only show what is missing and what it costs")
     add("--at-once", type=int, default=0,
         help="cells of a pair at a time; by default one for each core of a CPU, and eight on a GPU")
     add("--plugin", default="", help="Python files that register what the grid names")
-    add("--quiet", action="store_true", help="no progress, and no lines about jobs")
+    add("--quiet", action="store_true", help="print no line for each epoch")
     return parser
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #65faf025
@@ -369,20 +367,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the workers
     given = _parser().parse_args(arguments)
     passed = time.time() - psutil.Process().create_time() if arguments is None else 0.0
-    began = time.monotonic() - passed
-    return ends_cleanly(lambda: _run(given, began),
+    end = time.monotonic() - passed + given.budget
+    return ends_cleanly(lambda: _run(given, end),
                         "What was saved is kept: run the same command again to continue.")
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #145857c8
-def _run(given: argparse.Namespace, began: float) -> int:
-    budget = math.inf if given.budget is None else given.budget.total_seconds()
-    if not budget >= 1:  # such as a number without a unit, which means nanoseconds
-        raise ValueError(f"the budget is {given.budget}; give a time such as 25m or 1h30m.")
+def _run(given: argparse.Namespace, end: float) -> int:
     state, failed = read_state(read_grid(given.grid, given.plugin)), False
     if not given.dry_run:
         if state.experiment.device == "cpu":
             torch.set_num_threads(1)
-        done = run_slice(state, began + budget - time.monotonic(), given.at_once, not given.quiet)
+        done = run_slice(state, end - time.monotonic(), given.at_once, not given.quiet)
         failed = (done["error"] != "").any()
         print(f"\nAdded:\n{done.to_string()}\n" if len(done) else "\nNothing fits.\n")
         state = read_state(state.grid, state.experiments)
