@@ -99,9 +99,8 @@ def conclude(records: Sequence[dict]) -> str:
     images = data["test_images"]
     low, high = wilson_interval(round(share / 100 * images), images)
     sentences.append(f"A top-1 of {share:.1f} % on {images:,} test images has a 95 % interval of "
-                     f"{100 * low:.1f} to {100 * high:.1f} %.")
-    if "classes" in data:
-        sentences.append(f"Chance is {100 / data['classes']:.3g} %.")
+                     f"{100 * low:.1f} to {100 * high:.1f} %. "
+                     f"Chance is {100 / data['classes']:.3g} %.")
     return " ".join(sentences)
 
 # %% ../../nbs/4_evidence/53_plots.ipynb #bea6e55a

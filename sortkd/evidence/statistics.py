@@ -72,10 +72,10 @@ def _paired_effect(
     }
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #f7fe955a
-_EFFECT = [
-    "comparison", "pair", "teacher", "student", "objective", "repair", "seeds", "unmatched", "mean",
-    "std", "low", "high", "p", "p_flip", "better", "better_low", "better_high", "differences",
-]
+_EFFECT = (
+    "comparison pair teacher student objective repair seeds unmatched mean std low high p p_flip "
+    "better better_low better_high differences"
+).split()
 
 
 def _effects(comparisons: Iterable[tuple], *settings) -> pd.DataFrame:
