@@ -34,7 +34,7 @@ from ..train.teachers import read_checkpoint, weights_checksum
 from ..train.trainer import Recipe
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #7618e53a
-class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Look(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
     "After how many seeds the results are looked at, at what, and what may be changed afterwards."
 
     after: Annotated[int, msgspec.Meta(ge=2)]
@@ -42,7 +42,7 @@ class Look(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     may: str = ""  # such a look is blind: it shows how far differences scatter, and no effect
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #7b1a6107
-class Promise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Promise(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
     """The section `plan` of a file. `primary`: the comparison that is tested without a correction,
     such as `kd+sort minus kd`, or None. `comparisons`: further ones. `beside`: names of plans whose
     runs they also need.
@@ -63,8 +63,8 @@ class Promise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return [*filter(None, [self.primary]), *self.comparisons]
 
 
-class Plan(Promise, frozen=True):
-    "A preregistered grid."
+class Plan(Promise, frozen=True, eq=False):
+    "A preregistered grid. It is equal to itself alone, so that it can be the key of a dict."
 
     name: str
     grid: Grid
