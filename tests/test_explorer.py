@@ -136,7 +136,7 @@ def planned_results(folder: Path) -> Path:
             record = synthetic_record(cell.pair, cell.method, cell.seed, 60 + cell.seed % 2, epochs=60, teacher="resnet20", student="resnet8", synthetic=False)
             record["data"] |= {"name": "cifar100", "train_images": 50_000, "test_images": 10_000}
             record["about_teacher"] |= {"architecture": "resnet20", "file": Path(plan.grid.options["teacher"]).name,
-                                        "weights_sha256": hashlib.sha256(name.encode()).hexdigest()}
+                                        "weights_sha256": plan.teacher_sha256}
             append_record(folder / "paper.jsonl", record | {"preset": plan.grid.preset, "run_id": f"{name}-{record['run_id']}"})
     return folder
 

@@ -254,8 +254,8 @@ def evaluate_checkpoint(
 
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file
     that names its own. `progress`: print a line every five seconds. `plugin`: files that register
-    the network or the data, as for `prepare_experiment`. Raises `ValueError` for an architecture that
-    is missing or does not fit, and what `read_checkpoint` raises.
+    the network or the data, as for `prepare_experiment`. Raises `ValueError` for an architecture
+    that is missing or does not fit, and what `read_checkpoint` raises.
     """
     from sortkd.experiment.plugins import load_plugins
     from sortkd.train.devices import create_fabric
