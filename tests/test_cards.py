@@ -79,7 +79,7 @@ def test_texts_of_a_card_are_text(tmp_path, name):
     code = ast.parse(nodes[4]["raw"])
     values = {node.value for node in ast.walk(code)
               if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    assert len(code.body) == 5 and values == {known["architecture"], known["dataset"], file}
+    assert len(code.body) == 6 and values == {known["architecture"], known["dataset"], file}
 
 
 @pytest.mark.parametrize("changes", [{"top1": "x"}, {"train_images": []}, {"epochs": "x"},

@@ -154,6 +154,8 @@ def test_verdicts_together_are_corrected_by_holm():
         assert {*np.flatnonzero(effects.verdict == "equivalent")} == equivalent
         assert {*np.flatnonzero(effects.verdict == "gain")} == different - equivalent
         assert different or equivalent
+        alike = verdicts(alone.set_axis([0] * len(alone)), together=True)
+        assert alike.verdict.tolist() == effects.verdict.tolist(), "rows may share a label"
     one = effects.iloc[:1]
     assert verdicts(one).verdict.tolist() == verdicts(one, together=True).verdict.tolist()
 

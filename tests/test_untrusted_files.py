@@ -28,7 +28,6 @@ from torchvision.datasets import CIFAR100
 import sortkd.experiment.plugins
 import sortkd.train.teachers
 from sortkd.evidence.preregistration import read_plan
-from sortkd.experiment.grid import make_grid, read_yaml
 from sortkd.experiment.slices import main
 from sortkd.experiment.storage import append_record, read_correct, save_correct
 from sortkd.experiment.run import run_experiment
@@ -388,13 +387,6 @@ def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, way):
     assert "fine" in capsys.readouterr().err
     sortkd.experiment.plugins._forget(str(plugin))
     assert mark.exists(), "the planted file does nothing, so this test shows nothing"
-
-
-def test_a_grid_whose_aliases_multiply_is_refused(tmp_path, patient):
-    lines = [f"{each}: &{each} [{','.join(9 * ['*' + chr(ord(each) - 1)])}]" for each in "bcdefghi"]
-    (tmp_path / "grid.yaml").write_text("\n".join(["a: &a [x, x]", *lines]))
-    with patient(2), pytest.raises(ValueError, match="grid.yaml is not a YAML"):
-        make_grid(GRID | read_yaml(tmp_path / "grid.yaml"))
 
 
 def test_the_workflows_shell_gets_names_and_no_commands(tmp_path):

@@ -10,7 +10,7 @@ __all__ = ['VERDICTS', 't_half_width', 'sign_flip_test', 'wilson_interval', 'pai
 # %% ../../nbs/4_evidence/50_statistics.ipynb #6f2c15b3
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..utils.checks import need_experiments
 
@@ -61,9 +61,9 @@ def _paired_effect(
         p = 2 * stats.t.sf(abs(mean) / std * math.sqrt(count), count - 1)
     better = (differences > 0).sum() + 0.5 * (differences == 0).sum()
     better_low, better_high = wilson_interval(better, count, level)
-    about = first[["pair", "teacher", "student", "objective", "repair"]].iloc[0].to_dict()
     return {
-        "comparison": comparison, **about,
+        "comparison": comparison,
+        **first[["pair", "teacher", "student", "objective", "repair"]].iloc[0],
         "seeds": count, "unmatched": len(first.index.union(second.index)) - count,
         "mean": mean, "std": std, "low": mean - half, "high": mean + half,
         "p": p, "p_flip": sign_flip_test(differences),
@@ -72,13 +72,14 @@ def _paired_effect(
     }
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #f7fe955a
-_EFFECT = [
-    "comparison", "pair", "teacher", "student", "objective", "repair", "seeds", "unmatched", "mean",
-    "std", "low", "high", "p", "p_flip", "better", "better_low", "better_high", "differences",
-]
+_EFFECT = (
+    "comparison pair teacher student objective repair seeds unmatched mean std low high p p_flip "
+    "better better_low better_high differences"
+).split()
 
 
-def _effects(rows: list[dict]) -> pd.DataFrame:
+def _effects(comparisons: Iterable[tuple], *settings) -> pd.DataFrame:
+    rows = (_paired_effect(*each, *settings) for each in comparisons)
     return pd.DataFrame([row for row in rows if row], columns=_EFFECT)
 
 
@@ -93,29 +94,31 @@ def paired_effects(
     paired t test), p_flip (sign-flip test), better (the share of seeds that got better, ties as
     halves) with better_low and better_high (Wilson interval), differences.
     """
-    rows = []
-    for (_, objective), runs in frame.groupby(["pair", "objective"], sort=False):
-        repaired, plain = (runs[runs["repair"] == name] for name in ("sort", "none"))
-        comparison = f"{objective}+sort minus {objective}"
-        rows.append(_paired_effect(comparison, repaired, plain, outcome, level))
-    return _effects(rows)
+    comparisons = (
+        (f"{objective}+sort minus {objective}",
+         runs[runs["repair"] == "sort"], runs[runs["repair"] == "none"])
+        for (_, objective), runs in frame.groupby(["pair", "objective"], sort=False)
+    )
+    return _effects(comparisons, outcome, level)
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #687edb0f
 def compare_methods(
     frame: pd.DataFrame, method: str, against: str, outcome: str = "last_top1", level: float = 0.95
 ) -> pd.DataFrame:
     "As `paired_effects`, for any two methods by name: `method` minus `against`, for each pair."
-    rows = []
-    for _, runs in frame.groupby("pair", sort=False):
-        first, second = (runs[runs["method"] == name] for name in (method, against))
-        rows.append(_paired_effect(f"{method} minus {against}", first, second, outcome, level))
-    return _effects(rows)
+    comparisons = (
+        (f"{method} minus {against}",
+         runs[runs["method"] == method], runs[runs["method"] == against])
+        for _, runs in frame.groupby("pair", sort=False)
+    )
+    return _effects(comparisons, outcome, level)
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #f506241b
 def holm(p: pd.Series) -> pd.Series:
     "p values corrected for their number; NaN stays NaN and does not count."
-    ordered = p.dropna().sort_values()
-    return (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1).reindex(p.index)
+    order = np.argsort(p.to_numpy())  # by place, since rows may share a label; NaN comes last
+    ordered = p.iloc[order] * (p.count() - np.arange(len(p)))
+    return ordered.cummax().clip(upper=1).iloc[np.argsort(order)]
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #d40847ee
 VERDICTS = ("gain", "loss", "equivalent", "inconclusive")
@@ -172,10 +175,10 @@ def t_test_power(ratio: float, seeds: int) -> float:
     return found["gain"] + found["loss"]
 
 
-def smallest_number(power_of: Callable[[int], float], power: float = 0.8) -> float:
-    "The smallest number of seeds with `power_of(seeds)` >= `power`; infinite beyond 100,000."
+def smallest_number(power_of: Callable[[int], float]) -> float:
+    "The smallest number of seeds with `power_of(seeds)` >= 0.8; infinite beyond 100,000."
     numbers = range(2, 100_001)
-    place = bisect_left(numbers, power, key=power_of)
+    place = bisect_left(numbers, 0.8, key=power_of)
     return numbers[place] if place < len(numbers) else math.inf
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #2dea65e9

@@ -56,22 +56,21 @@ def _facts(text: Mapping, weights: Mapping[str, Tensor]) -> list[str]:
 # %% ../../nbs/6_fronts/71_cards.ipynb #9fc29031
 def _limits(text: Mapping, weights: Mapping[str, Tensor]) -> list[str]:
     "What a user should know before relying on the network."
-    limits = ["It was trained for research on distillation, and has not been tested for any other "
-              "use."]
-    if "seed" in text:
-        limits.append("It is one network of one seed; other seeds give other accuracies.")
     published = Recipe().epochs  # of the recipe for CIFAR-100 that papers on distillation share
-    if text["dataset"] == "cifar100" and text.get("epochs", published) < published:
-        limits.append(f"It was trained for {text['epochs']} epochs, the published recipe has "
-                      f"{published}: it is less accurate than published networks of this "
-                      "architecture.")
-    if text.get("preset") == "short":
-        limits.append("It was trained for a few epochs on part of the images: compare it only "
-                      "with networks trained alike.")
-    if torch.float16 in {value.dtype for value in weights.values()}:
-        limits.append("The weights are stored in half precision; the accuracy was measured before "
-                      "they were rounded.")
-    return [f"- {limit}" for limit in limits]
+    epochs = text.get("epochs", published)
+    limits = {  # each with the condition on which it holds
+        "It was trained for research on distillation, and has not been tested for any other use.":
+            True,
+        "It is one network of one seed; other seeds give other accuracies.": "seed" in text,
+        f"It was trained for {epochs} epochs, the published recipe has {published}: it is less "
+        "accurate than published networks of this architecture.":
+            text["dataset"] == "cifar100" and epochs < published,
+        "It was trained for a few epochs on part of the images: compare it only with networks "
+        "trained alike.": text.get("preset") == "short",
+        "The weights are stored in half precision; the accuracy was measured before they were "
+        "rounded.": torch.float16 in {value.dtype for value in weights.values()},
+    }
+    return [f"- {limit}" for limit, holds in limits.items() if holds]
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #5fe6472a
 _DATA_SETS = {  # title, name on the Hub

@@ -37,9 +37,9 @@ def _add_option(group, field: Field) -> None:
     if isinstance(field.default, bool):
         group.add_argument(option, action="store_true", help=text)
     else:
-        default = "" if field.default == "" else f" (default: {field.default})"
-        kind = type(field.default)
-        group.add_argument(option, type=kind, default=field.default, help=text + default)
+        if field.default != "":
+            text += " (default: %(default)s)"
+        group.add_argument(option, type=type(field.default), default=field.default, help=text)
 
 # %% ../../nbs/6_fronts/70_commands.ipynb #36052c5e
 def _run_parser() -> argparse.ArgumentParser:
@@ -94,8 +94,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     # For workers and kernels: threads that spin while they wait cost more than the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = parse_options(_run_parser(), arguments)
-    progress, notebook, source = (
-        not given.pop("quiet"), given.pop("notebook"), given.pop("from_record"))
+    progress, notebook = not given.pop("quiet"), given.pop("notebook")
+    source = given.pop("from_record")
     changed = {name: value for name, value in given.items() if value != getattr(Parameters, name)}
 
     def work() -> int:
@@ -254,8 +254,8 @@ def evaluate_checkpoint(
 
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file
     that names its own. `progress`: print a line every five seconds. `plugin`: files that register
-    the network or the data, as for `prepare_experiment`. Raises `ValueError` for an architecture that
-    is missing or does not fit, and what `read_checkpoint` raises.
+    the network or the data, as for `prepare_experiment`. Raises `ValueError` for an architecture
+    that is missing or does not fit, and what `read_checkpoint` raises.
     """
     from sortkd.experiment.plugins import load_plugins
     from sortkd.train.devices import create_fabric

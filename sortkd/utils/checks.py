@@ -57,12 +57,12 @@ def whole_number(name: str, value, minimum: int = 0, maximum: int = 2**31 - 1) -
     return int(value)
 
 # %% ../../nbs/7_utils/80_checks.ipynb #3fda2949
-def finite_number(name: str, value, minimum: float = 0.0, above: bool = False) -> float:
-    "`value` as a finite `float`, at least `minimum`, or greater than `minimum` if `above`."
+def finite_number(name: str, value, above: bool = False) -> float:
+    "`value` as a finite `float`, at least 0, or greater than 0 if `above`."
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not minimum <= number < math.inf or (above and number == minimum):
+    if not 0 <= number < math.inf or (above and not number):
         raise ValueError(f"{name} is {shown(value)}; "
-                         f"give a finite number {'above' if above else 'of at least'} {minimum:g}.")
+                         f"give a finite number {'above' if above else 'of at least'} 0.")
     return number
 
 # %% ../../nbs/7_utils/80_checks.ipynb #4569c5f9
