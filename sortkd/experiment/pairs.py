@@ -11,14 +11,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 import torch
 
 from ..train.image_files import IMAGENET_RECIPE
 from ..utils.checks import choice
 from ..methods import OBJECTIVES, Method, create_method
-from ..train.architectures import NETWORKS
 from ..train.networks import check_model, create_model
 from ..train.trainer import Recipe
 
@@ -134,7 +132,7 @@ IMAGENET_PAIRS = {
     ),
 }
 
-
+# %% ../../nbs/3_experiment/30_pairs.ipynb #db00f7f4
 def published_recipe(pair: Pair) -> Recipe:
     """The recipe that the papers use for most methods of this pair; `recipe_for` knows the
     exceptions.
@@ -166,16 +164,15 @@ def pair_for(name: str) -> Pair:
         raise ValueError(
             f"pair is {name!r:.200}; give TEACHER:STUDENT, such as 'resnet20:resnet8'."
         )
-    for network in words.groups():
+    teacher, student = words.groups()
+    for network in (teacher, student):
         try:
             check_model(network)
         except ValueError as error:
             raise ValueError(f"pair is {name!r:.100}: {error}") from error
-    teacher, student = words.groups()
     small = student.lower().startswith(("mobilenet", "shuffle"))
-    return Pair(
-        teacher, student, beta=float(OBJECTIVES["dkd"].settings["beta"]), lr=0.01 if small else 0.05
-    )
+    beta = float(OBJECTIVES["dkd"].settings["beta"])
+    return Pair(teacher, student, beta, lr=0.01 if small else 0.05)
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #96ed2723
 def check_takes(network: str, image_size: int, num_classes: int, batch_size: int = 2) -> None:
@@ -183,54 +180,49 @@ def check_takes(network: str, image_size: int, num_classes: int, batch_size: int
     for each class, in training mode and in evaluation mode, on the CPU. `batch_size`: how many
     images at a time; two stand for more.
     """
-    _try_network(network, NETWORKS.get(network), image_size, num_classes, min(2, batch_size))
-
-
-@lru_cache  # for all the plans of a grid; `registered`: a name may be given to another network
-def _try_network(network: str, registered, image_size: int, num_classes: int, rows: int) -> None:
-    layout, mode = torch.channels_last, "training"
-    expected = f"expected is a float tensor of shape {(rows, num_classes)}. Choose another network"
+    layout, rows, mode = torch.channels_last, min(2, batch_size), "training"
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model = create_model(network, num_classes).to(memory_format=layout)
             images = torch.randn(rows, 3, image_size, image_size).contiguous(memory_format=layout)
-            answers = {mode: model.train()(images), (mode := "evaluation"): model.eval()(images)}
+            answers = {mode: model.train()(images)}
+            mode = "evaluation"
+            answers[mode] = model.eval()(images)
     except Exception as error:  # networks of other libraries fail in many ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        alone = " one at a time" if rows == 1 else ""
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{network} cannot take images of {image_size}×{image_size}"
-            f"{' one at a time' * (rows == 1)} in {mode} mode ({reason:.150}); choose another "
-            "network "
-            "or data set."
+            f"{network} cannot take images of {image_size}×{image_size}{alone} in {mode} mode "
+            f"({reason:.150}); choose another network or data set."
         ) from error
     for mode, logits in answers.items():
-        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
-            found = getattr(logits, "dtype", type(logits).__name__)
-        elif logits.shape != (rows, num_classes):
-            found = f"logits of shape {tuple(logits.shape)}"
-        elif not logits.isfinite().all():
-            found = "NaN or infinity for random images"
-        else:
-            continue
-        raise ValueError(f"{network} gives {found} in {mode} mode; {expected}.")
+        if wrong := _wrong_logits(logits, (rows, num_classes)):
+            raise ValueError(
+                f"{network} gives {wrong} in {mode} mode; expected is a float tensor of shape "
+                f"{(rows, num_classes)}. Choose another network."
+            )
+
+
+def _wrong_logits(logits: object, shape: tuple[int, int]) -> str:
+    "What is wrong with the logits of random images; empty if nothing is."
+    if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+        return str(getattr(logits, "dtype", type(logits).__name__))
+    if logits.shape != shape:
+        return f"logits of shape {tuple(logits.shape)}"
+    return "" if logits.isfinite().all() else "NaN or infinity for random images"
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #56d22b83
-# settings that count epochs
-_EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")
-_OF_RECIPES = ("lr", "epochs")  # numbers of a pair that are not the method's but its recipe's
+_EPOCHS = ("warmup_epochs", "curriculum_epochs", "student_teaches_after")  # they count epochs
 
 
 def method_for(name: str, pair: Pair, share: float = 1.0) -> Method:
     """The method called `name` with the numbers of the pair. `share`: the length of the run, as a
     share of the published one.
     """
-    method = create_method(name)
-    changes = {"beta": pair.beta} if OBJECTIVES[method.objective].pair_beta else {}
-    changes |= {
-        key: value
-        for key, value in pair.numbers.get(method.objective, {}).items()
-        if key not in _OF_RECIPES
-    }
+    objective = create_method(name).objective
+    changes = {"beta": pair.beta} if OBJECTIVES[objective].pair_beta else {}
+    own = pair.numbers.get(objective, {})
+    changes |= {key: own[key] for key in own if key not in ("lr", "epochs")}  # of its recipe
     method = create_method(name, **changes)
     for setting, epochs in {"warmup_epochs": method.warmup_epochs, **method.settings}.items():
         if setting in _EPOCHS and epochs:
@@ -248,13 +240,12 @@ def recipe_for(
     objective, own = OBJECTIVES[method.objective], pair.numbers.get(method.objective, {})
     epochs = int(own.get("epochs", objective.epochs))
     if published_length and epochs != Recipe().epochs:
-        recipe = replace(
-            recipe, epochs=epochs, milestones=objective.milestones or recipe.milestones
-        )
-    scale = (
-        min(1.0, (classes / 100) ** 2) if objective.strong_views and objective.relates_rows else 1.0
-    )
-    return replace(recipe, lr=min(recipe.lr, objective.lr, own.get("lr", math.inf)) * scale)
+        milestones = objective.milestones or recipe.milestones
+        recipe = replace(recipe, epochs=epochs, milestones=milestones)
+    lr = min(recipe.lr, objective.lr, own.get("lr", math.inf))
+    if objective.strong_views and objective.relates_rows:
+        lr *= min(1.0, (classes / 100) ** 2)
+    return replace(recipe, lr=lr)
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #d96aa0c4
 @dataclass(frozen=True)
@@ -265,58 +256,40 @@ class Preset:
     train_size: int
     test_size: int
     teacher_recipe: Recipe  # for a teacher that has to be trained
-    teacher_train_size: int
     teacher_min_epochs: int  # a teacher found on disk must have had at least these, on all images
-    fetch_teacher: bool
+    teacher_train_size: int = 0
+    fetch_teacher: bool = False
     recipe: Recipe | None = None  # of the students; None: the published one
     expected: str = ""  # what the first pairs reached
 
-
+# %% ../../nbs/3_experiment/30_pairs.ipynb #85ea92a3
 _EXPECTED = (
     "Expect a teacher that is right on 65 to 85 % and students that are right on 50 to 80 %, where "
-    "chance is 10 %. "
-    "With the first pair, expect KD a few points above training without a teacher. Another seed or "
-    "machine changes a student "
-    "by a few points, too, so one seed does not tell which repair is better."
+    "chance is 10 %. With the first pair, expect KD a few points above training without a teacher. "
+    "Another seed or machine changes a student by a few points, too, so one seed does not tell "
+    "which repair is better."
 )
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)
 PRESETS = {
-    ("paper", "cifar100"): Preset(
-        240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=True
-    ),
-    ("paper", "imagenet"): Preset(
-        100, 0, 0, Recipe(**IMAGENET_RECIPE), 0, teacher_min_epochs=100, fetch_teacher=True
-    ),
+    ("paper", "cifar100"): Preset(240, 0, 0, Recipe(), 240, fetch_teacher=True),
+    ("paper", "imagenet"): Preset(100, 0, 0, Recipe(**IMAGENET_RECIPE), 100, fetch_teacher=True),
     ("quick", "imagenet"): Preset(
-        2,
-        2000,
-        1000,
-        Recipe(epochs=2, batch_size=16, lr=0.01, milestones=()),
-        0,
-        teacher_min_epochs=1,
-        fetch_teacher=False,
+        2, 2000, 1000, Recipe(epochs=2, batch_size=16, lr=0.01, milestones=()), 1
     ),
     ("quick", "cifar100-mini"): Preset(
         12,
         300,
         500,
         Recipe(epochs=4, batch_size=32, lr=0.01, milestones=(3,)),
-        5000,
-        teacher_min_epochs=4,
-        fetch_teacher=False,
+        4,
+        teacher_train_size=5000,
         recipe=Recipe(epochs=12, batch_size=32, lr=0.02, milestones=(11,)),
         expected=_EXPECTED,
     ),
-    ("quick", "digits"): Preset(
-        6, 0, 0, SHORT_TEACHER, 400, teacher_min_epochs=1, fetch_teacher=False
-    ),
-    ("paper", "other"): Preset(240, 0, 0, Recipe(), 0, teacher_min_epochs=240, fetch_teacher=False),
-    ("short", "other"): Preset(
-        5, 20000, 0, Recipe().shortened(10), 0, teacher_min_epochs=10, fetch_teacher=False
-    ),
-    ("quick", "other"): Preset(
-        3, 1000, 500, SHORT_TEACHER, 0, teacher_min_epochs=1, fetch_teacher=False
-    ),
+    ("quick", "digits"): Preset(6, 0, 0, SHORT_TEACHER, 1, teacher_train_size=400),
+    ("paper", "other"): Preset(240, 0, 0, Recipe(), 240),
+    ("short", "other"): Preset(5, 20000, 0, Recipe().shortened(10), 10),
+    ("quick", "other"): Preset(3, 1000, 500, SHORT_TEACHER, 1),
 }
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #629f106a
@@ -326,13 +299,11 @@ def preset_for(name: str, dataset: str, pair: Pair) -> Preset:
     quick preset stays quick.
     """
     preset = PRESETS.get((name, dataset)) or PRESETS[name, "other"]
-    if dataset == "cifar100-mini":
-        with torch.device("meta"):
-            numbers = sum(each.numel() for each in create_model(pair.teacher, 10).parameters())
-        if numbers > 5e6:  # resnet32x4 has 7.4 million
-            preset = replace(
-                preset,
-                teacher_recipe=replace(preset.teacher_recipe, epochs=2, milestones=(1,)),
-                teacher_min_epochs=2,
-            )
-    return preset
+    if dataset != "cifar100-mini":
+        return preset
+    with torch.device("meta"):
+        numbers = sum(each.numel() for each in create_model(pair.teacher, 10).parameters())
+    if numbers < 5e6:  # resnet32x4 has 7.4 million
+        return preset
+    recipe = replace(preset.teacher_recipe, epochs=2, milestones=(1,))
+    return replace(preset, teacher_recipe=recipe, teacher_min_epochs=2)

@@ -14,7 +14,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,21 +152,14 @@ def _listed(items: Sequence) -> str:
 
 def _what(experiment: Experiment) -> str:
     "Networks, images, epochs, methods, seeds and device of an experiment, in a sentence."
-    data, pair, epochs, seeds = (
-        experiment.data,
-        experiment.pair,
-        experiment.recipe.epochs,
-        experiment.seeds,
-    )
-    who = (
-        f"{pair.teacher} teaches {pair.student}"
-        if experiment.uses_teacher
-        else f"{pair.student} is trained"
-    )
+    data, pair, seeds = experiment.data, experiment.pair, experiment.seeds
+    epochs = experiment.recipe.epochs
+    who = f"{pair.student} is trained"
+    if experiment.uses_teacher:
+        who = f"{pair.teacher} teaches {pair.student}"
     return (
         f"{who} on {DATA_TITLES.get(data.name, data.name)} ({len(data.train_targets):,} training "
-        "and "
-        f"{len(data.test_targets):,} test images of {data.image_size}×{data.image_size}), "
+        f"and {len(data.test_targets):,} test images of {data.image_size}×{data.image_size}), "
         f"{epochs} epoch{'s' * (epochs > 1)}, by "
         f"{_listed([method.name for method in experiment.methods])}, "
         f"with seed{'s' * (len(seeds) > 1)} {_listed(seeds)}, "
@@ -174,61 +167,43 @@ def _what(experiment: Experiment) -> str:
     )
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #ec8e5f21
-_AMONG_THEMSELVES = "Its numbers can be compared with each other, not with published ones."
-
-
 def _published_kind(experiment: Experiment) -> tuple[str, str] | None:
     "How a run of the published recipe is called, and what it is evidence of; None for other runs."
+    data, pair = experiment.data, experiment.pair_name
     named = all(method.name == plain_name(method.name) for method in experiment.methods)
-    published = named and experiment.pair_name in PAIRS | IMAGENET_PAIRS
-    if experiment.is_full_recipe and published:
+    if experiment.is_full_recipe and named and pair in PAIRS | IMAGENET_PAIRS:
         return "a full run of the published recipe", (
             "Its numbers can be compared with published ones, last epoch with last and best with "
             "best."
         )
-    if experiment.is_full_recipe:
-        kind = "the published recipe, whole, for a pair or with numbers that are not published"
-    elif experiment.data.name == "imagenet":
-        return None
-    elif sees_all(experiment) and not experiment.recipe_changes:
-        kind = "the published recipe, whole, on other data than the papers'"
-    elif experiment.preset_name == "paper" and experiment.data is experiment.full_data:
-        kind = "the published recipe with changes"
-    else:
-        return None
-    return kind, _AMONG_THEMSELVES
+    whole = data.checksum == experiment.full_data.checksum and data.name != "imagenet"
+    if experiment.is_full_recipe or experiment.preset_name == "paper" and whole:
+        return "the published recipe with changes, or for another pair or data set", (
+            "Its numbers can be compared with each other, not with published ones."
+        )
+    return None
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #36b42f37
-_EVIDENCE = {
-    "imagenet": "all of ImageNet",
-    "cifar100": "CIFAR-100",
-    "cifar100-mini": "CIFAR-100",
-    "digits": "CIFAR-100",
-}
+_EVIDENCE = {"imagenet": "all of ImageNet"}
+_EVIDENCE |= dict.fromkeys(("cifar100", "cifar100-mini", "digits"), "CIFAR-100")
 
 
 def _demonstration(experiment: Experiment) -> tuple[str, str]:
     "How a run that is no evidence about the published recipe is called, and what it shows."
     preset, data = experiment.preset, experiment.data
-    evidence = "It shows how everything works; its numbers are not evidence about the methods. "
-    if experiment.preset_name == "short":
+    kind = "shortened" if experiment.preset_name == "paper" else experiment.preset_name
+    evidence = "It shows how everything works; its numbers are not evidence about the methods."
+    if kind == "short":
         evidence = (
             "Its numbers hold for short training with this teacher, and are not evidence about the "
-            "published "
-            "recipe. "
+            "published recipe."
         )
-    size = preset.train_size or len(experiment.full_data.train_targets)
-    if preset.expected and (experiment.recipe.epochs, len(data.train_targets)) == (
-        preset.epochs,
-        size,
-    ):
-        evidence += f"{preset.expected} "
-    kind = "shortened" if experiment.preset_name == "paper" else experiment.preset_name
+    size = (experiment.recipe.epochs, len(data.train_targets))
+    if preset.expected and size == (preset.epochs, preset.train_size):
+        evidence += f" {preset.expected}"
     where = _EVIDENCE.get(data.name, "all images")
-    return (
-        f"a {kind} run",
-        f"{evidence}For evidence, use preset='paper' on {where}, a GPU and several seeds.",
-    )
+    evidence += f" For evidence, use preset='paper' on {where}, a GPU and several seeds."
+    return f"a {kind} run", evidence
 
 
 def describe_experiment(experiment: Experiment) -> str:
@@ -252,17 +227,13 @@ def recipe_changes(text: str) -> dict[str, Any]:
     """The numbers in the parameter `recipe`, a text such as `lr=0.1,batch_size=128`; `ValueError`
     for anything else.
     """
-    known = {
-        each.name: type(each.default)
-        for each in fields(Recipe)
-        if each.name not in ("epochs", "milestones")
-    }
+    known = vars(Recipe()).keys() - {"epochs", "milestones"}
     changes: dict[str, Any] = {}
     try:
         for part in listed_names("recipe", text) if text else ():
             name, _, value = part.partition("=")
-            kind: Any = known[choice("the name in recipe", name, list(known))]
-            changes[name] = kind(value)
+            default = getattr(Recipe, choice("the name in recipe", name, sorted(known)))
+            changes[name] = type(default)(value)
         replace(Recipe(), **changes)
     except ValueError as error:
         raise ValueError(
@@ -303,9 +274,8 @@ def _checked_values(given: Parameters) -> Parameters:
     listed_seeds("seeds", given.seeds)
     choice("preset", given.preset, ["auto", *dict.fromkeys(preset for preset, _ in PRESETS)])
     from_files = given.pair in IMAGENET_PAIRS
-    check_dataset(
-        "dataset", given.dataset, [name for name in DATASETS if (name == "imagenet") != from_files]
-    )
+    refused = [name for name in DATASETS if (name == "imagenet") != from_files]
+    check_dataset("dataset", given.dataset, refused)
     if not isinstance(given.teacher, str | Path):
         raise ValueError(
             f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint."
@@ -314,10 +284,9 @@ def _checked_values(given: Parameters) -> Parameters:
     for name in ("again", "deterministic", "compile"):
         flag(name, getattr(given, name))
     _check_loggers(given)
-    minima = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
-    numbers: Any = {
-        name: whole_number(name, getattr(given, name), minimum) for name, minimum in minima.items()
-    }
+    numbers: dict[str, Any] = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
+    for name, minimum in numbers.items():
+        numbers[name] = whole_number(name, getattr(given, name), minimum)
     return replace(given, **numbers)
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #df4356d0
@@ -346,28 +315,6 @@ def _check_together(given: Parameters, processes: int) -> None:
             "or give dataset='folder:PATH'."
         )
 
-# %% ../../nbs/3_experiment/32_setup.ipynb #6e2484d9
-def _check_with_data(given: Parameters, pair: Pair, data: ImageSet) -> None:
-    "Refuse methods, a cache and networks that the images do not allow."
-    methods = [create_method(name) for name in listed_names("methods", given.methods)]
-    for method in methods:
-        try_out(method, data.num_classes)
-        if method.strong_views and data.views_per_image is None:
-            raise ValueError(
-                f"method {method.name!r} compares strongly augmented images, which are made of "
-                "images in memory only."
-            )
-    if given.cache == "full" and data.views_per_image is None:
-        raise ValueError(
-            f"cache is 'full', but images of {data.name} are read from files, and teacher logits "
-            "for "
-            "their augmented images are not cached."
-        )
-    uses_teacher = any(method.uses_teacher for method in methods)
-    batch_size = recipe_changes(given.recipe).get("batch_size", 2)
-    for network in dict.fromkeys((pair.teacher, pair.student) if uses_teacher else (pair.student,)):
-        check_takes(network, data.image_size, data.num_classes, batch_size)
-
 # %% ../../nbs/3_experiment/32_setup.ipynb #abe32d4c
 def _checked_folders(given: Parameters) -> Parameters:
     "The parameters, with `cache_dir` in place of `auto` and every folder checked."
@@ -390,7 +337,7 @@ def _checked_folders(given: Parameters) -> Parameters:
 # %% ../../nbs/3_experiment/32_setup.ipynb #9cb35d83
 def _read_plan(path: str) -> dict[str, str] | None:
     "Name and checksum of the plan in the file `path`; None for an empty path."
-    if isinstance(path, str) and not path:
+    if path == "":
         return None
     if not isinstance(path, str | Path) or not os.path.isfile(path):
         raise ValueError(
@@ -408,9 +355,9 @@ def _dataset_name(given: Parameters) -> str:
         return given.dataset
     if given.pair in IMAGENET_PAIRS:
         return "imagenet"
-    return (
-        "cifar100" if given.preset != "quick" else "cifar100-mini" if has_cifar100() else "digits"
-    )
+    if given.preset != "quick":
+        return "cifar100"
+    return "cifar100-mini" if has_cifar100() else "digits"
 
 
 def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
@@ -434,11 +381,11 @@ def _recipe_of(given: Parameters, pair: Pair, preset: Preset) -> Recipe:
 # %% ../../nbs/3_experiment/32_setup.ipynb #ab722281
 def plugins_of(method: Method, pair: Pair, data: ImageSet) -> tuple[Plugin, ...]:
     "The plugins that registered something that this run uses."
-    networks = [("network", pair.teacher), ("network", pair.student)]
     return owners_of(
         ("objective", method.objective),
         ("repair", method.repair),
-        *networks,
+        ("network", pair.teacher),
+        ("network", pair.student),
         ("data set", data.name),
     )
 
@@ -454,6 +401,79 @@ def _used_plugins(
             "it into a file and name that as plugin."
         )
     return sorted(used, key=lambda each: each.file)
+
+# %% ../../nbs/3_experiment/32_setup.ipynb #391274a5
+_REPEATED = (  # the parameters on which the numbers of a run depend, besides method and seed
+    "pair",
+    "preset",
+    "dataset",
+    "epochs",
+    "train_size",
+    "test_size",
+    "recipe",
+    "device",
+    "precision",
+    "deterministic",
+    "compile",
+)
+
+# %% ../../nbs/3_experiment/32_setup.ipynb #06323412
+def _experiment(given: Parameters, full_data: ImageSet, plugins: Sequence[Plugin]) -> Experiment:
+    "The experiment of parameters that have been checked."
+    pair = pair_for(given.pair)
+    whole = "imagenet" if given.pair in IMAGENET_PAIRS else whole_set(full_data.name)
+    preset = preset_for(given.preset, whole, pair)
+    data, recipe = _part_of(full_data, given, preset), _recipe_of(given, pair, preset)
+    share = recipe.epochs / published_recipe(pair).epochs
+    names = listed_names("methods", given.methods)
+    methods = tuple(method_for(name, pair, share) for name in names)
+    for method in methods:
+        short_enough("methods", method.name, f"{given.pair}-{method.name}")
+    own_plugins = _used_plugins(given, methods, pair, full_data)
+    fields_of: Any = Experiment.__dataclass_fields__
+    as_given: Any = {name: value for name, value in vars(given).items() if name in fields_of}
+    for name in ("teachers_dir", "results_dir", "cache_dir"):
+        as_given[name] = Path(as_given[name])
+    return Experiment(**as_given | dict(
+        plugins=tuple(dict.fromkeys([*plugins, *own_plugins])),
+        parameters={name: getattr(given, name) for name in _REPEATED},
+        pair_name=given.pair,
+        pair=pair,
+        methods=methods,
+        seeds=listed_seeds("seeds", given.seeds),
+        preset_name=given.preset,
+        preset=preset,
+        recipe=recipe,
+        recipe_changes=recipe_changes(given.recipe),
+        data=data,
+        full_data=full_data,
+        teacher_file=None if str(given.teacher) == "auto" else Path(given.teacher),
+        cache="off" if full_data.views_per_image is None else given.cache,
+        plan=_read_plan(given.plan),
+    ))
+
+# %% ../../nbs/3_experiment/32_setup.ipynb #0850ee1d
+def _check_with_data(experiment: Experiment, given: Parameters) -> None:
+    "Refuse methods, a cache and networks that the images do not allow."
+    data, pair = experiment.data, experiment.pair
+    for method in experiment.methods:
+        try_out(method, data.num_classes)
+        if method.strong_views and data.views_per_image is None:
+            raise ValueError(
+                f"method {method.name!r} compares strongly augmented images, which are made of "
+                "images in memory only."
+            )
+    if given.cache == "full" and data.views_per_image is None:
+        raise ValueError(
+            f"cache is 'full', but images of {data.name} are read from files, and teacher logits "
+            "for their augmented images are not cached."
+        )
+    batch_size = experiment.recipe_changes.get("batch_size", 2)
+    networks = (pair.student, pair.teacher) if experiment.uses_teacher else (pair.student,)
+    for network in networks:
+        check_takes(network, data.image_size, data.num_classes, batch_size)
+    if experiment.teacher_file and experiment.uses_teacher:
+        load_teacher(experiment.teacher_file, pair.teacher, data.num_classes)
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #bc2b56fa
 def prepare_experiment(**parameters) -> Experiment:
@@ -478,74 +498,12 @@ def prepare_experiment(**parameters) -> Experiment:
     _check_together(given, fabric.world_size)
     given = _checked_folders(given)
     full_data = data or load_data(_dataset_name(given))
-    _check_with_data(given, pair_for(given.pair), full_data)
     given = replace(
         given, dataset=full_data.name, device=fabric.device.type, precision=precision_of(fabric)
     )
-    return _experiment(given, full_data, plugins)
-
-# %% ../../nbs/3_experiment/32_setup.ipynb #391274a5
-_REPEATED = (  # the parameters on which the numbers of a run depend, besides method and seed
-    "pair",
-    "preset",
-    "dataset",
-    "epochs",
-    "train_size",
-    "test_size",
-    "recipe",
-    "device",
-    "precision",
-    "deterministic",
-    "compile",
-)
-
-
-def _experiment(given: Parameters, full_data: ImageSet, plugins: Sequence[Plugin]) -> Experiment:
-    "The experiment of parameters that have been checked."
-    pair = pair_for(given.pair)
-    whole = "imagenet" if given.pair in IMAGENET_PAIRS else whole_set(full_data.name)
-    preset = preset_for(given.preset, whole, pair)
-    data, recipe = _part_of(full_data, given, preset), _recipe_of(given, pair, preset)
-    share = recipe.epochs / published_recipe(pair).epochs
-    methods = tuple(
-        method_for(name, pair, share) for name in listed_names("methods", given.methods)
-    )
-    for method in methods:
-        short_enough("methods", method.name, f"{given.pair}-{method.name}")
-    own_teacher = None if str(given.teacher) == "auto" else Path(given.teacher)
-    if own_teacher and any(method.uses_teacher for method in methods):
-        load_teacher(own_teacher, pair.teacher, data.num_classes)  # refused now rather than later
-    as_given = (
-        "device",
-        "precision",
-        "deterministic",
-        "compile",
-        "workers",
-        "again",
-        "tensorboard",
-        "wandb",
-    )
-    folders = ("teachers_dir", "results_dir", "cache_dir")
-    same: Any = {name: getattr(given, name) for name in as_given}
-    same |= {name: Path(getattr(given, name)) for name in folders}
-    return Experiment(
-        plugins=tuple(dict.fromkeys([*plugins, *_used_plugins(given, methods, pair, full_data)])),
-        parameters={name: getattr(given, name) for name in _REPEATED},
-        pair_name=given.pair,
-        pair=pair,
-        methods=methods,
-        seeds=listed_seeds("seeds", given.seeds),
-        preset_name=given.preset,
-        preset=preset,
-        recipe=recipe,
-        recipe_changes=recipe_changes(given.recipe),
-        data=data,
-        full_data=full_data,
-        teacher_file=own_teacher,
-        cache="off" if full_data.views_per_image is None else given.cache,
-        plan=_read_plan(given.plan),
-        **same,
-    )
+    experiment = _experiment(given, full_data, plugins)
+    _check_with_data(experiment, given)
+    return experiment
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #e1b920d1
 # Shown by help(prepare_experiment) and by editors.

@@ -122,7 +122,7 @@ def _measure(state: State, kind: str, about: Mapping, seconds: float, images: in
 def _read_teacher(state: State, experiment: Experiment) -> tuple[tuple, dict | None]:
     "The job that makes the teacher of a pair, and the teacher's record, or None."
     architecture, data = experiment.pair.teacher, experiment.data
-    training = plain(own_teacher(experiment).training)
+    training = plain(own_teacher(experiment)[1])
     kind, epochs, images = f"teacher {architecture}", training["epochs"], training["train_images"]
     teacher = find_teacher(
         architecture, data, experiment.teachers_dir, experiment.preset.teacher_min_epochs, training
