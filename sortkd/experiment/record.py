@@ -247,23 +247,9 @@ def upgrade(record: dict) -> dict:
 
 # %% ../../nbs/3_experiment/33_record.ipynb #59f1ef4b
 _IDENTITY = (
-    "pair",
-    "teacher",
-    "student",
-    "method",
-    "seed",
-    "preset",
-    "full_recipe",
-    "recipe",
-    "recipe_changes",
-    "device",
-    "precision",
-    "deterministic",
-    "compiled",
-    "channels_last",
-    "teacher_logits",
-    "strong_views",
-    "plugins",
+    "pair", "teacher", "student", "method", "seed", "preset", "full_recipe", "recipe",
+    "recipe_changes", "device", "precision", "deterministic", "compiled", "channels_last",
+    "teacher_logits", "strong_views", "plugins",
 )
 
 
