@@ -346,11 +346,7 @@ def _outcome_fields(
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #da4d4024
 def _record(
-    experiment: Experiment,
-    run: Run,
-    session: Session,
-    outcome: Outcome | Diverged,
-    students: int,
+    experiment: Experiment, run: Run, session: Session, outcome: Outcome | Diverged, students: int,
     fabric: "Fabric",
 ) -> dict:
     "The record of a run that has ended. `students`: how many were trained together."
@@ -418,12 +414,8 @@ def _train_and_record(
                 )
             )
         outcomes = train_together(
-            students,
-            shared.batches,
-            fabric,
-            teacher=shared.teacher_logits,
-            seed=[run.seed for run in runs],
-            stop=shared.stop,
+            students, shared.batches, fabric, teacher=shared.teacher_logits,
+            seed=[run.seed for run in runs], stop=shared.stop,
             progress=_title(runs) if shared.progress else False,
         )
     records = {}

@@ -49,10 +49,7 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
         "wrn_40_2", "wrn_40_1", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
     ),
     "vgg13_vgg8": Pair(
-        "vgg13",
-        "vgg8",
-        6.0,
-        0.05,
+        "vgg13", "vgg8", 6.0, 0.05,
         {
             "lskd": {"temperature": 3.0},
             "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
@@ -60,18 +57,12 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
         },
     ),
     "r32x4_shuv1": Pair(
-        "resnet32x4",
-        "ShuffleV1",
-        8.0,
-        0.01,
+        "resnet32x4", "ShuffleV1", 8.0, 0.01,
         {"mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009}},
     ),
     "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01),
     "vgg13_mv2": Pair(
-        "vgg13",
-        "MobileNetV2",
-        6.0,
-        0.01,
+        "vgg13", "MobileNetV2", 6.0, 0.01,
         {
             "lskd": {"temperature": 3.0},
             "lskd_dkd": {"temperature": 3.0, "beta": 2.0},
@@ -80,10 +71,7 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
         },
     ),
     "r50_mv2": Pair(
-        "ResNet50",
-        "MobileNetV2",
-        8.0,
-        0.01,
+        "ResNet50", "MobileNetV2", 8.0, 0.01,
         {
             "lskd": {"temperature": 3.0, "kd_weight": 1.0},
             "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
@@ -91,10 +79,7 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
         },
     ),
     "r32x4_shuv2": Pair(
-        "resnet32x4",
-        "ShuffleV2",
-        8.0,
-        0.01,
+        "resnet32x4", "ShuffleV2", 8.0, 0.01,
         {
             "mlkd": {"epochs": 960},
             "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0},
@@ -117,17 +102,11 @@ _IMAGENET = {
 }
 IMAGENET_PAIRS = {
     "in_r34_r18": Pair(
-        "imagenet/ResNet34",
-        "imagenet/ResNet18",
-        0.5,
-        0.2,
+        "imagenet/ResNet34", "imagenet/ResNet18", 0.5, 0.2,
         _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 0.5}},
     ),
     "in_r50_mv1": Pair(
-        "imagenet/ResNet50",
-        "imagenet/MobileNetV1",
-        2.0,
-        0.2,
+        "imagenet/ResNet50", "imagenet/MobileNetV1", 2.0, 0.2,
         _IMAGENET | {"rld": _IMAGENET_DKD | {"beta": 2.0}},
     ),
 }

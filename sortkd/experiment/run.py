@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sortkd.experiment.one_run import (
     Resources, Run, again_since, prepare_run, record_of, run_together,
@@ -24,9 +23,6 @@ from ..train.devices import create_fabric
 from ..train.teacher_logits import CachedTeacherLogits
 from ..train.teachers import Teacher
 from ..train.trainer import evaluate
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 # %% ../../nbs/3_experiment/39_run.ipynb #3b5d4105
 def _say_how_good(teacher: Teacher, top1: float, classes: int, progress: bool) -> None:
