@@ -372,7 +372,7 @@ def test_an_experiment_on_streamed_images(birds, tmp_path):
     assert plan.cache == "off" and plan.data.image_size == 224
     with pytest.raises(ValueError, match="strongly augmented"):
         small(tmp_path, dataset=dataset, methods="mlkd")
-    with pytest.raises(ValueError, match="not cached"):
+    with pytest.raises(ValueError, match="are not cached"):
         small(tmp_path, dataset=dataset, cache="full")
     pair = "imagenet/ResNet34:imagenet/ResNet18"
     assert small(tmp_path, dataset=dataset, pair=pair).pair.student == "imagenet/ResNet18"

@@ -25,7 +25,7 @@ import pandas as pd
 
 from ..utils.checks import choice, shown
 from ..train.images import part_in
-from ..experiment.setup import recipe_changes
+from ..experiment.checked import recipe_changes
 from ..experiment.grid import Grid, make_grid, read_yaml
 from ..methods import create_method
 from .results import select

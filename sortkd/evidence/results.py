@@ -8,20 +8,22 @@ __all__ = ['CIFAR100_CHECKSUM', 'load_results', 'load_curves', 'select', 'select
 # %% ../../nbs/4_evidence/51_results.ipynb #e9a52d58
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from ..experiment.grid import paper_grid  # noqa: F401 (part of this module's public face)
-from ..experiment.pairs import PAIRS, has_published_length, method_for, recipe_for
-from ..experiment.record import Record, parse_record, run_key
+from sortkd.experiment.pairs import (
+    PAIRS, has_published_length, method_for, published_recipe, recipe_for,
+)
+from ..experiment.record import Record, parse_record, plain, run_key
 from ..experiment.storage import checked_lines, read_correct
 from ..methods import plain_name
 from ..train.teachers import PUBLISHED_TOP1
 from ..train.trainer import Recipe
-from ..utils.checks import one_line, printable
+from ..utils.checks import choice, one_line, printable
 import numpy as np  # after our modules, which say what is not installed
 import pandas as pd
 
@@ -29,23 +31,20 @@ import pandas as pd
 CIFAR100_CHECKSUM = "6d8a56e1b296ea821a7ce93fc720d8dca79a6fe49ba18444ebbf308887d1f041"
 
 
-def _expected(record: dict) -> Iterator[tuple[str, object, object]]:
-    """Name, value and published value of everything that the published recipe fixes. `ValueError`
-    for its method.
-    """
-    data, pair = record["data"], PAIRS[record["pair"]]
+def _published(record: dict) -> dict[str, dict]:
+    "The parts of a published run's record that the published recipe fixes."
+    pair = PAIRS[record["pair"]]
     method = method_for(record["method"]["name"], pair)
-    recipe = json.loads(json.dumps(asdict(recipe_for(method, pair, Recipe(lr=pair.lr), True))))
-    yield "preset", record["preset"], "paper"
-    yield "full_recipe", record["full_recipe"], True
-    yield "data", data["name"], "cifar100"
-    yield "data checksum", data["checksum"], CIFAR100_CHECKSUM
-    yield "train_images", data["train_images"], 50_000
-    yield "test_images", data["test_images"], 10_000
-    for name, value in recipe.items():
-        yield name, record["recipe"].get(name), value
-    for name, value in method.as_record().items():
-        yield f"method {name}", record["method"].get(name), value
+    return {
+        "data": {
+            "name": "cifar100",
+            "checksum": CIFAR100_CHECKSUM,
+            "train_images": 50_000,
+            "test_images": 10_000,
+        },
+        "recipe": asdict(recipe_for(method, pair, published_recipe(pair), True)),
+        "method": method.as_record(),
+    }
 
 # %% ../../nbs/4_evidence/51_results.ipynb #b05cbf58
 def _why_not_paper(record: dict) -> str | None:
@@ -57,55 +56,52 @@ def _why_not_paper(record: dict) -> str | None:
     name = record["method"]["name"]
     if name != plain_name(name):
         return f"method {name} has numbers of its own"
+    if record["preset"] != "paper" or not record["full_recipe"]:
+        return f"preset is {record['preset']} and full_recipe is {record['full_recipe']}"
     try:
-        for what, value, expected in _expected(record):
-            if value != expected:
-                return f"{what} is {value}, not {expected}"
+        published = plain(_published(record))
     except ValueError as error:  # a method of a plugin
         return str(error)
+    for part, wanted in published.items():
+        for name, value in wanted.items():
+            if (found := record[part].get(name)) != value:
+                return f"{part} {name} is {found}, not {value}"
     return record["about_teacher"] and _why_not_paper_teacher(record["about_teacher"])
 
 # %% ../../nbs/4_evidence/51_results.ipynb #536fece7
 def _why_not_paper_teacher(about: dict) -> str | None:
-    training, claimed = about["training"], PUBLISHED_TOP1.get(about["architecture"])
+    training, top1 = about["training"], about["top1"]
     if not training:
-        published = (
-            about["source"] in ("found", "fetched") and about["file"] == "ckpt_epoch_240.pth"
-        )
-        if published and claimed is not None and abs(about["top1"] - claimed) <= 0.5:
+        claimed = PUBLISHED_TOP1.get(about["architecture"], math.inf)
+        found = about["source"] in ("found", "fetched") and about["file"] == "ckpt_epoch_240.pth"
+        if found and abs(top1 - claimed) <= 0.5:
             return None
-        return (
-            f"nothing is known of the training of the teacher {about['file']} "
-            f"({about['top1']:.2f} % top-1)"
-        )
+        return f"nothing is known of the training of the teacher {about['file']} ({top1:.2f} %)"
     for name, value in {"train_images": 50_000, "data_checksum": CIFAR100_CHECKSUM}.items():
         if training.get(name) != value:
             return f"the teacher's {name} is {training.get(name)}, not {value}"
-    if not training.get("epochs", 0) >= 240:
+    if training.get("epochs", 0) < 240:
         return f"the teacher had {training.get('epochs')} epochs, fewer than 240"
     return None
 
 # %% ../../nbs/4_evidence/51_results.ipynb #5474cad1
 _FIELDS = {  # column: place in the record
-    **{
-        name: name
-        for name in (
-            "run_id",
-            "pair",
-            "teacher",
-            "student",
-            "seed",
-            "preset",
-            "device",
-            "started",
-            "finished",
-            "synthetic",
-        )
-    },
+    "run_id": "run_id",
+    "pair": "pair",
+    "teacher": "teacher",
+    "student": "student",
+    "seed": "seed",
+    "preset": "preset",
+    "device": "device",
+    "started": "started",
+    "finished": "finished",
+    "synthetic": "synthetic",
     "method": "method.name",
     "objective": "method.objective",
     "repair": "method.repair",
     "last_top1": "result.last_top1",
+    "best_epoch": "result.best_epoch",
+    "correct_sha256": "result.correct_sha256",
     "epochs": "recipe.epochs",
     "lr": "recipe.lr",
     "data": "data.name",
@@ -113,23 +109,16 @@ _FIELDS = {  # column: place in the record
     "train_images": "data.train_images",
     "test_images": "data.test_images",
 }
-_ABOUT_TEACHER = {
-    "teacher_sha256": "weights_sha256",
-    "teacher_top1": "top1",
-    "teacher_file": "file",
-}
-_NO_TEACHER = {"teacher_sha256": "", "teacher_top1": math.nan, "teacher_file": ""}
 
 # %% ../../nbs/4_evidence/51_results.ipynb #edfe7564
-def _as_text(values: dict, without: Iterable[str] = ()) -> str:
-    return json.dumps(
-        {name: value for name, value in values.items() if name not in without}, sort_keys=True
-    )
+def _as_text(values: dict, without: Sequence[str] = ()) -> str:
+    kept = {name: value for name, value in values.items() if name not in without}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _settings(record: dict, parsed: Record) -> dict[str, Any]:
     "The columns that say whether two runs can share a table."
-    recipe = record["recipe"]
+    recipe, machine = record["recipe"], parsed.machine
     if has_published_length(record):  # an objective may be published with a length of its own
         recipe = recipe | {"epochs": Recipe().epochs}
     return {
@@ -137,7 +126,7 @@ def _settings(record: dict, parsed: Record) -> dict[str, Any]:
         "recipe_changes": _as_text(parsed.recipe_changes),
         "method_settings": _as_text(record["method"], without=("name", "repair")),
         "precision": parsed.precision + (", compiled" if parsed.compiled else ""),
-        "machine": parsed.machine.gpu or parsed.machine.processor or parsed.device,
+        "machine": machine.gpu or machine.processor or parsed.device,
         "commit": parsed.commit or "",
         "code_sha256": parsed.code_sha256 or "",
         "plan_sha256": parsed.plan.sha256 if parsed.plan else "",
@@ -148,25 +137,16 @@ def _settings(record: dict, parsed: Record) -> dict[str, Any]:
 # %% ../../nbs/4_evidence/51_results.ipynb #2fb7045f
 def _outcome(parsed: Record) -> dict[str, Any]:
     "The columns of the result. `unseen_top1` is over all images that nobody was trained with."
-    result, tested = parsed.result, parsed.data.test_images
-    held_out = result.held_out_images or 0
-    right = result.last_top1 * tested + (result.held_out_top1 or 0) * held_out
+    result, tested, held_out = parsed.result, parsed.data.test_images, parsed.result.held_out_images
+    right = result.last_top1 * tested + result.held_out_top1 * held_out
     rows = result.training_rows or parsed.data.train_images * parsed.recipe.epochs
-    shares = {
-        name: math.nan if count is None else count / rows
-        for name, count in (
-            ("wrong_share", result.teacher_wrong_rows),
-            ("changed_share", result.changed_rows),
-        )
-    }
+    counts = {"wrong_share": result.teacher_wrong_rows, "changed_share": result.changed_rows}
     return {
         "best_top1": result.last_top1 if result.best_top1 is None else result.best_top1,
         "unseen_top1": right / (tested + held_out),
-        "best_epoch": result.best_epoch or 0,
         "seconds": math.nan if result.seconds is None else result.seconds,
         "diverged": parsed.diverged is not None,
-        "correct_sha256": result.correct_sha256 or "",
-        **shares,
+        **{name: math.nan if count is None else count / rows for name, count in counts.items()},
     }
 
 # %% ../../nbs/4_evidence/51_results.ipynb #58ba8ffd
@@ -174,65 +154,24 @@ def _row(record: dict) -> dict:
     "A record, checked, as a row of the frame."
     parsed = parse_record(record)
     about = parsed.about_teacher
-    teacher = (
-        {column: getattr(about, name) for column, name in _ABOUT_TEACHER.items()}
-        if about
-        else _NO_TEACHER
-    )
-    fields = {column: attrgetter(place)(parsed) for column, place in _FIELDS.items()}
     return {
-        **fields,
+        **{column: attrgetter(place)(parsed) for column, place in _FIELDS.items()},
         **_outcome(parsed),
-        **teacher,
+        "teacher_sha256": about.weights_sha256 if about else "",
+        "teacher_top1": about.top1 if about else math.nan,
+        "teacher_file": about.file if about else "",
         **_settings(record, parsed),
         "curve": record["curve"],
     }
 
 # %% ../../nbs/4_evidence/51_results.ipynb #73ca7464
-_COLUMNS = [
-    "run_id",
-    "pair",
-    "teacher",
-    "student",
-    "method",
-    "objective",
-    "repair",
-    "seed",
-    "last_top1",
-    "best_top1",
-    "unseen_top1",
-    "best_epoch",
-    "seconds",
-    "diverged",
-    "wrong_share",
-    "changed_share",
-    "preset",
-    "epochs",
-    "lr",
-    "recipe",
-    "recipe_changes",
-    "method_settings",
-    "data",
-    "data_checksum",
-    "train_images",
-    "test_images",
-    "teacher_sha256",
-    "teacher_top1",
-    "teacher_file",
-    "device",
-    "machine",
-    "precision",
-    "commit",
-    "code_sha256",
-    "plan_sha256",
-    "run_key",
-    "started",
-    "finished",
-    "synthetic",
-    "not_paper",
-    "correct_sha256",
-    "curve",
-]
+_COLUMNS = (
+    "run_id pair teacher student method objective repair seed last_top1 best_top1 unseen_top1 "
+    "best_epoch seconds diverged wrong_share changed_share preset epochs lr recipe recipe_changes "
+    "method_settings data data_checksum train_images test_images teacher_sha256 teacher_top1 "
+    "teacher_file device machine precision commit code_sha256 plan_sha256 run_key started finished "
+    "synthetic not_paper correct_sha256 curve"
+).split()
 
 # %% ../../nbs/4_evidence/51_results.ipynb #366de1da
 _DEMONSTRATION = "quick.jsonl"  # runs of a small task are no evidence
@@ -248,11 +187,7 @@ def _lines(source) -> Iterator[tuple[Path, int, dict | str]]:
             yield path, 0, "the folder holds no file of records (.jsonl)"
         for file in files:
             if path.is_dir() and file.name == _DEMONSTRATION:
-                yield (
-                    file,
-                    0,
-                    "quick runs show how all works and are no evidence; name the file to read it",
-                )
+                yield file, 0, "quick runs are no evidence; name the file to read it"
                 continue
             number = 0
             for number, record in checked_lines(file):
@@ -265,23 +200,26 @@ def _correct_images(file: Path, record: dict) -> np.ndarray | None:
     """Which test images the run got right, None if no file says so; `ValueError` if that
     contradicts its accuracy.
     """
-    checksum, images = record["result"].get("correct_sha256"), record["data"]["test_images"]
-    correct = None if checksum is None else read_correct(file, checksum, images)
-    if correct is not None and 100 * int(correct.sum()) / images != record["result"]["last_top1"]:
+    result, images = record["result"], record["data"]["test_images"]
+    if "correct_sha256" not in result:
+        return None
+    correct = read_correct(file, result["correct_sha256"], images)
+    if correct is not None and 100 * int(correct.sum()) / images != result["last_top1"]:
         raise ValueError(
             f"its file of correct images has {correct.sum()} of {images}, but last_top1 is "
-            f"{record['result']['last_top1']}."
+            f"{result['last_top1']}."
         )
     return correct
 
 
 def _frame(rows: list[dict], columns: list[str]) -> pd.DataFrame:
     "With texts that can be printed and encoded, whatever a record holds."
-    def plain(value):
-        return printable(value) if isinstance(value, str) else value
-
     return pd.DataFrame(
-        [{name: plain(value) for name, value in row.items()} for row in rows], columns=columns
+        [
+            {name: printable(each) if isinstance(each, str) else each for name, each in row.items()}
+            for row in rows
+        ],
+        columns=columns,
     )
 
 # %% ../../nbs/4_evidence/51_results.ipynb #75b168d2
@@ -317,17 +255,15 @@ def load_results(source, synthetic: bool = False) -> tuple[pd.DataFrame, pd.Data
         try:
             row = _row(record) | {"correct": _correct_images(file, record)}
             if row["synthetic"] != synthetic:
-                raise ValueError(
-                    f"it is {'synthetic' if row['synthetic'] else 'real'}, and not read here"
-                )
+                kind = "synthetic" if row["synthetic"] else "real"
+                raise ValueError(f"it is {kind}, and not read here")
             rows.append({**row, **place})
         except ValueError as error:
             run = one_line(record["run_id"])
             left_out.append({**place, "run": run, "reason": f"record {run}: {error}"})
     frame, repeated = _without_repetitions(_frame(rows, [*_COLUMNS, "correct", "file", "line"]))
-    left = _frame(left_out + repeated, ["file", "line", "run", "reason"]).sort_values(
-        ["file", "line"]
-    )
+    left = _frame(left_out + repeated, ["file", "line", "run", "reason"])
+    left = left.sort_values(["file", "line"])
     order = ["preset", "pair", "method", "seed", "finished"]
     return frame.sort_values(order).reset_index(drop=True), left.reset_index(drop=True)
 
@@ -369,7 +305,7 @@ def _check_same(runs: pd.DataFrame, column: str, where: str) -> None:
     # a method without a teacher goes with any
     values = [value for value in runs[column].unique() if value != ""]
     if len(values) > 1:
-        named = ", ".join(f"{value!s:.40}" for value in sorted(values, key=str))
+        named = ", ".join(f"{value!s:.40}" for value in values)
         raise ValueError(
             f"runs{where} with {len(values)} different values of {column} cannot share a table "
             f"({named}); add a condition such as {column}={values[0]!r}."
@@ -385,10 +321,7 @@ def select(frame: pd.DataFrame, **conditions) -> pd.DataFrame:
     for one objective of it by learning rate. The frame may be empty.
     """
     for name, value in conditions.items():
-        if name not in frame:
-            raise ValueError(
-                f"there is no column {name!r} to select by; the columns are {', '.join(frame)}."
-            )
+        choice("column", name, list(frame))
         frame = frame[frame[name].isin(value if isinstance(value, list | tuple | set) else [value])]
     for group, columns in _SAME_IN_A_TABLE.items():
         for key, runs in frame.groupby(list(group)) if group else [((), frame)]:

@@ -57,33 +57,21 @@ def _commit() -> str | None:
 def warn_of_another_clone() -> None:
     "Warn if the working directory is in a clone of sortkd, and what was imported is another one."
     imported, here = Path(sortkd.__file__).resolve().parent, Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "sortkd" / "_modidx.py").is_file():
-            if (folder / "sortkd").resolve() != imported:
-                warnings.warn(
-                    f"the code that runs is {imported}, not {folder / 'sortkd'}, in which this was "
-                    "started; "
-                    f"pip install -e {folder} to run that.",
-                    stacklevel=2,
-                )
-            return
+    clones = (each for each in (here, *here.parents) if (each / "sortkd/_modidx.py").is_file())
+    folder = next(clones, imported.parent)
+    if (folder / "sortkd").resolve() != imported:
+        warnings.warn(
+            f"the code that runs is {imported}, not {folder / 'sortkd'}, in which this was "
+            f"started; pip install -e {folder} to run that.",
+            stacklevel=2,
+        )
 
 # %% ../../nbs/3_experiment/35_provenance.ipynb #b210a5f9
 def describe_machine(device: str) -> dict:
     "Plain values that say where and with which versions something ran."
-    # PyTorch's own version has the build's tag, which the metadata lack.
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "sortkd": __version__,
-    }
-    versions |= {name: version(name) for name in ("torchvision", "lightning-fabric", "numpy")}
     about = Path("/proc/cpuinfo")
-    named = (
-        re.search(r"^model name\s*:(.*)", about.read_text(), re.MULTILINE)
-        if about.exists()
-        else None
-    )
+    text = about.read_text() if about.exists() else ""
+    named = re.search(r"^model name\s*:(.*)", text, re.MULTILINE)
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": named[1].strip() if named else platform.processor() or platform.machine(),
@@ -94,7 +82,13 @@ def describe_machine(device: str) -> dict:
         machine |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {
         "machine": machine,
-        "versions": versions,
+        "versions": {
+            "python": platform.python_version(),
+            # PyTorch's own version has the build's tag, which the metadata lack.
+            "torch": str(torch.__version__),
+            "sortkd": __version__,
+            **{name: version(name) for name in ("torchvision", "lightning-fabric", "numpy")},
+        },
         "commit": _commit(),
         "code_sha256": CODE_SHA256,
     }

@@ -10,10 +10,8 @@ __all__ = ['SCHEMA_VERSION', 'Text', 'Checksum', 'Time', 'Count', 'Rows', 'Seed'
 
 # %% ../../nbs/3_experiment/33_record.ipynb #830c39e8
 import json
-import operator
 import re
 from collections.abc import Iterator, Mapping
-from functools import reduce
 from typing import Annotated, Any
 
 import msgspec
@@ -84,17 +82,17 @@ class DivergedFields(Struct):
 class ResultFields(Struct):
     last_top1: Percent
     best_top1: Percent | None = None
-    best_epoch: Count | None = None
+    best_epoch: Count = 0
     seconds: Number | None = None
-    student_sha256: Checksum | None = None
-    training_rows: Count | None = None
+    student_sha256: Checksum = ""
+    training_rows: Count = 0
     teacher_wrong_rows: Rows | None = None
     changed_rows: Rows | None = None
-    correct_sha256: Checksum | None = None
-    held_out_top1: Percent | None = None
-    held_out_loss: Number | None = None
-    held_out_images: Count | None = None
-    held_out_correct_sha256: Checksum | None = None
+    correct_sha256: Checksum = ""
+    held_out_top1: Percent = 0.0
+    held_out_loss: Number = 0.0
+    held_out_images: Count = 0
+    held_out_correct_sha256: Checksum = ""
 
 # %% ../../nbs/3_experiment/33_record.ipynb #1641e623
 class FileFields(Struct):
@@ -148,24 +146,24 @@ class RecordError(ValueError):
     was expected.
     """
 
-
+# %% ../../nbs/3_experiment/33_record.ipynb #9952462c
 def _disagreements(
     record: Record, curve: Mapping[str, Any]
 ) -> Iterator[tuple[str, object, object]]:
     "Field, value and expected value wherever parts of the record should agree."
     method, result, epochs = record.method, record.result, record.recipe.epochs
-    for name, values in curve.items():
-        expected = record.diverged.epoch - 1 if record.diverged else epochs
-        yield f"the number of epochs in curve.{name}", len(values), expected
+    if record.diverged:
+        epochs = record.diverged.epoch - 1
+    needed = () if record.diverged else ("epoch", "train_loss", "test_top1")
+    for name in dict.fromkeys((*curve, *needed)):
+        yield f"the number of epochs in curve.{name}", len(curve.get(name, ())), epochs
     if not record.diverged:
         tested = record.curve.test_top1
         yield "curve.epoch", record.curve.epoch, list(range(1, epochs + 1))
-        yield "curve.train_loss", len(record.curve.train_loss), epochs
-        yield "curve.test_top1", len(tested), epochs
         yield "result.last_top1", result.last_top1, tested[-1]
         yield "result.best_top1", result.best_top1, max(tested)
         yield "result.best_epoch", result.best_epoch, tested.index(max(tested)) + 1
-        yield "result.student_sha256 is there", result.student_sha256 is not None, True
+        yield "result.student_sha256 is there", result.student_sha256 != "", True
     if method.objective in OBJECTIVES:
         yield "method.name", plain_name(method.name), method_name(method.objective, method.repair)
     if record.about_teacher:
@@ -195,16 +193,14 @@ def parse_record(record: Any) -> Record:
             )
     return parsed
 
-
-def _value_at(record: object, place: str) -> object:
+# %% ../../nbs/3_experiment/33_record.ipynb #8efc285b
+def _value_at(value: Any, place: str) -> Any:
     "The value at a place that msgspec names, such as `$.data.classes` or `$.curve.epoch[0]`."
     try:
-        keys = [
-            int(number) if number else name
-            for name, number in re.findall(r"\.(\w+)|\[(\d+)\]", place)
-        ]
-        return reduce(operator.getitem, keys, record)  # type: ignore[arg-type]
-    except (TypeError, LookupError):
+        for key in re.findall(r"\w+", place):
+            value = value[int(key) if isinstance(value, list) else key]
+        return value
+    except (TypeError, LookupError, ValueError):
         return "not known"
 
 # %% ../../nbs/3_experiment/33_record.ipynb #f656bb84
@@ -221,21 +217,19 @@ def check_record(record: dict) -> dict:
 def upgrade(record: dict) -> dict:
     "A record of version 1 in the present form. `RecordError` if its parameters cannot be told."
     try:
-        whole = (
-            record["preset"] == "paper"
-            and record["data"]["checksum"] == record["data"]["full_checksum"]
-        )
+        data, method, recipe = record["data"], record["method"], record["recipe"]
+        whole = record["preset"] == "paper" and data["checksum"] == data["full_checksum"]
         published = record["full_recipe"] or has_published_length(record)
         changes = record.get("recipe_changes", {})
         parameters = {
             "pair": record["pair"],
-            "methods": record["method"]["name"],
+            "methods": method["name"],
             "seeds": str(record["seed"]),
             "preset": record["preset"],
-            "dataset": record["data"]["name"],
-            "epochs": 0 if published else record["recipe"]["epochs"],
-            "train_size": 0 if whole else record["data"]["train_images"],
-            "test_size": 0 if whole else record["data"]["test_images"],
+            "dataset": data["name"],
+            "epochs": 0 if published else recipe["epochs"],
+            "train_size": 0 if whole else data["train_images"],
+            "test_size": 0 if whole else data["test_images"],
             "recipe": ",".join(f"{name}={value}" for name, value in changes.items()),
             "device": record["device"],
             "precision": record["precision"],
@@ -243,7 +237,7 @@ def upgrade(record: dict) -> dict:
             "compile": record.get("compiled", False),
         }
         # the earliest tell of a teacher that was not used
-        without = record["method"]["objective"] == "ce"
+        without = method["objective"] == "ce"
     except (KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"a record of version 1 lacks {error}, or it is malformed.") from error
     unused = {"about_teacher": None, "teacher_logits": None} if without else {}
@@ -253,23 +247,9 @@ def upgrade(record: dict) -> dict:
 
 # %% ../../nbs/3_experiment/33_record.ipynb #59f1ef4b
 _IDENTITY = (
-    "pair",
-    "teacher",
-    "student",
-    "method",
-    "seed",
-    "preset",
-    "full_recipe",
-    "recipe",
-    "recipe_changes",
-    "device",
-    "precision",
-    "deterministic",
-    "compiled",
-    "channels_last",
-    "teacher_logits",
-    "strong_views",
-    "plugins",
+    "pair", "teacher", "student", "method", "seed", "preset", "full_recipe", "recipe",
+    "recipe_changes", "device", "precision", "deterministic", "compiled", "channels_last",
+    "teacher_logits", "strong_views", "plugins",
 )
 
 
@@ -278,10 +258,8 @@ def run_key(record: Mapping[str, Any]) -> str:
     settings, the data and the teacher's weights in `record`, a record or what is known of it before
     the run.
     """
-    teacher, settings = (
-        record["about_teacher"],
-        {name: record[name] for name in _IDENTITY if name in record},
-    )
+    settings = {name: record[name] for name in _IDENTITY if name in record}
+    teacher = record["about_teacher"]
     return fingerprint(settings, record["data"], teacher and teacher["weights_sha256"])
 
 # %% ../../nbs/3_experiment/33_record.ipynb #6b27d607
@@ -308,22 +286,19 @@ def compare_runs(first: dict, second: dict) -> list[str]:
     """In which numbers two records of the same run differ, a sentence each; empty if they are the
     same to the bit.
     """
-    numbers = [
-        {name: values for name, values in record["curve"].items() if name != "seconds"}
-        | {"weights": record["result"]["student_sha256"]}
+    was, now = (
+        {**record["curve"], "weights": record["result"]["student_sha256"], "seconds": None}
         for record in (first, second)
-    ]
-    names = [
-        name for name in numbers[0] | numbers[1] if numbers[0].get(name) != numbers[1].get(name)
-    ]
+    )
+    names = [name for name in was | now if was.get(name) != now.get(name)]
     if not names:
         return []
+    tops = [f"{record['result']['last_top1']:.2f}" for record in (first, second)]
     around = {name: second.get(name) for name in ("machine", "versions", "commit")}
     if teacher := second["about_teacher"]:
         around["about_teacher"] = {"weights_sha256": teacher["weights_sha256"]}
-    was, now = (record["result"]["last_top1"] for record in (first, second))
     return [
-        f"{', '.join(names)} differ; last top-1 was {was:.2f} and is {now:.2f}.",
+        f"{', '.join(names)} differ; last top-1 was {tops[0]} and is {tops[1]}.",
         *(
             f"{name} was {then!r} and is {now!r}."
             for name, (now, then) in differences(around, first).items()

@@ -28,8 +28,7 @@ def _dataset_of(record: dict, dataset: str) -> str:
     if not isinstance(dataset, str) or not dataset.startswith("folder:"):
         raise ValueError(
             f"the run used images in a folder called {name.removeprefix('folder:')!r:.80}; say "
-            "where they are: "
-            "dataset='folder:PATH' (--dataset folder:PATH)."
+            "where they are: dataset='folder:PATH' (--dataset folder:PATH)."
         )
     return dataset
 
@@ -39,30 +38,25 @@ def _file_with_weights(about: dict, folder: str | Path, classes: int) -> Path | 
     name = Path(about["file"]).name
     for path in sorted(each for each in Path(folder).rglob("*") if each.name == name):
         with suppress(ValueError, OSError):  # of another network, or no checkpoint
-            found = load_teacher(path, about["architecture"], classes)
-            if found.as_record()["weights_sha256"] == about["weights_sha256"]:
+            found = load_teacher(path, about["architecture"], classes).as_record()
+            if found["weights_sha256"] == about["weights_sha256"]:
                 return path
     return None
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #52a5d026
 def _check_same(experiment: Experiment, record: dict) -> None:
     "`ValueError`, naming the fields, if `experiment` would make another run than the recorded one."
-    about = record["about_teacher"]
+    about, pair = record["about_teacher"], experiment.pair
     kind = record["teacher_logits"] or "cached"
-    facts = prepare_run(experiment, experiment.methods[0], record["seed"], kind, about).facts
-    facts = {
-        name: value
-        for name, value in facts.items()
-        if name not in ("parameters", "plugins", "other_plugins")
-    }
-    if record["data"]["name"].startswith("folder:"):  # it may have another name now
-        facts["data"] = facts["data"] | {"name": record["data"]["name"]}
     if about and experiment.teacher_file is not None:
-        found = load_teacher(
-            experiment.teacher_file, experiment.pair.teacher, experiment.data.num_classes
-        )
-        facts["about_teacher"] = about | {"weights_sha256": found.as_record()["weights_sha256"]}
-    if changed := differences(plain(facts), record):
+        found = load_teacher(experiment.teacher_file, pair.teacher, experiment.data.num_classes)
+        about = about | {"weights_sha256": found.as_record()["weights_sha256"]}
+    facts = plain(prepare_run(experiment, experiment.methods[0], record["seed"], kind, about).facts)
+    for name in ("parameters", "plugins", "other_plugins"):
+        facts.pop(name, None)
+    if record["data"]["name"].startswith("folder:"):  # it may have another name now
+        facts["data"]["name"] = record["data"]["name"]
+    if changed := differences(facts, record):
         which = "; ".join(
             f"{name} is {now!r:.60} here and {then!r:.60} there"
             for name, (now, then) in changed.items()

@@ -9,11 +9,11 @@ __all__ = ['STUDENTS_AT_ONCE', 'Results', 'run_experiment']
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sortkd.experiment.one_run import (
-    Resources, Run, again_since, prepare_run, record_of, run_together, with_start,
+    Resources, Run, again_since, prepare_run, record_of, run_together,
 )
 from .setup import Experiment
 from .teacher import teacher_of
@@ -24,25 +24,17 @@ from ..train.teacher_logits import CachedTeacherLogits
 from ..train.teachers import Teacher
 from ..train.trainer import evaluate
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
 # %% ../../nbs/3_experiment/39_run.ipynb #3b5d4105
 def _say_how_good(teacher: Teacher, top1: float, classes: int, progress: bool) -> None:
-    chance = 100 / classes
-    said = (
-        f"The teacher {teacher.architecture} ({teacher.file}) is right on {top1:.1f} % of the "
-        "test images"
-    )
-    if top1 < 2 * chance:
+    said = f"The teacher {teacher.architecture} ({teacher.file}) is right on {top1:.1f} % of the"
+    if top1 < 200 / classes:
         warnings.warn(
-            f"{said}, where chance is {chance:.3g} %. Was it trained on these classes, in this "
-            "order, with "
-            "this normalisation?",
+            f"{said} test images, where chance is {100 / classes:.3g} %. Was it trained on these "
+            "classes, in this order, with this normalisation?",
             stacklevel=4,
         )
     elif progress:
-        print(f"{said}.", flush=True)
+        print(f"{said} test images.", flush=True)
 
 # %% ../../nbs/3_experiment/39_run.ipynb #b840f789
 STUDENTS_AT_ONCE = 8  # on a GPU
@@ -58,11 +50,8 @@ def _groups(experiment: Experiment, runs: Sequence[Run], students: int) -> list[
         shared.setdefault((None if fills_gpu else run.seed, batch_size), []).append(run)
     parts = list(shared.values())
     if fills_gpu:
-        return [
-            part[start : start + students]
-            for part in parts
-            for start in range(0, len(part), students)
-        ]
+        starts = range(0, len(runs), students)
+        return [part[each : each + students] for part in parts for each in starts if part[each:]]
     while len(parts) < min(experiment.workers, len(runs)):
         largest = max(parts, key=len)
         parts.remove(largest)
@@ -96,25 +85,6 @@ class Results:
         recorded = f"; {before} had been recorded before" if before else ""
         return f"{self.appended} record{s} appended to {self.experiment.records_file}{recorded}"
 
-# %% ../../nbs/3_experiment/39_run.ipynb #e9de07b6
-def _prepare_runs(
-    experiment: Experiment,
-    kind: str | None,
-    about_teacher: dict | None,
-    before: Sequence[dict],
-    fabric: "Fabric",
-) -> tuple[list[Run], Path]:
-    """All runs, each with the time at which it was started if it was; and the file of a command
-    that repeats them.
-    """
-    runs = [prepare_run(experiment, method, seed, kind, about_teacher)
-            for seed in experiment.seeds for method in experiment.methods]
-    runs = fabric.broadcast([with_start(run) for run in runs] if fabric.is_global_zero else runs)
-    since, command = fabric.broadcast(
-        again_since(experiment, runs, before) if fabric.is_global_zero else ("", Path())
-    )
-    return [replace(run, again_since=since) for run in runs], command
-
 # %% ../../nbs/3_experiment/39_run.ipynb #9c87b567
 def _meet_teacher(
     experiment: Experiment,
@@ -126,16 +96,15 @@ def _meet_teacher(
     """Measure the teacher and fill the cache of its logits, if a run that uses it is not recorded
     yet.
     """
-    fabric, taught = shared.fabric, [run for run in runs if run.facts["about_teacher"]]
+    fabric, taught = shared.fabric, [run for run in runs if run.method.uses_teacher]
     missing = any(record_of(run, before, experiment.again) is None for run in taught)
     if not fabric.broadcast(missing or not runs):
         return
     top1 = evaluate(teacher.model, shared.batches, fabric).top1
     for run in taught:
         run.facts["about_teacher"]["top1"] = top1
-    _say_how_good(
-        teacher, top1, experiment.data.num_classes, shared.progress and fabric.is_global_zero
-    )
+    shown = shared.progress and fabric.is_global_zero
+    _say_how_good(teacher, top1, experiment.data.num_classes, shown)
     # A GPU would wait for every augmented image that is missing.
     at_first = experiment.cache == "full" or fabric.device.type == "cuda"
     if at_first and isinstance(shared.teacher_logits, CachedTeacherLogits):
@@ -168,7 +137,14 @@ def run_experiment(
     shared = Resources(batches, logits, fabric, progress, stop, callbacks)
     kind, before = logits.kind if logits else None, experiment.recorded()
     about_teacher = teacher.as_record() if teacher else None
-    runs, command = _prepare_runs(experiment, kind, about_teacher, before, fabric)
+    runs = [
+        prepare_run(experiment, method, seed, kind, about_teacher)
+        for seed in experiment.seeds
+        for method in experiment.methods
+    ]
+    given = again_since(experiment, runs, before) if fabric.is_global_zero else ("", Path())
+    since, command = fabric.broadcast(given)
+    runs = [replace(run, again_since=since) for run in runs]
     if teacher:
         _meet_teacher(experiment, runs, teacher, before, shared)
     groups = _groups(experiment, runs, students)
@@ -182,10 +158,8 @@ def run_experiment(
         raise
     if fabric.is_global_zero:
         command.unlink(missing_ok=True)  # from here on, `again` repeats these, too
-    found = {
-        run.folder: record for group, part in zip(groups, parts) for run, record in zip(group, part)
-    }
+    folders = [run.folder for group in groups for run in group]
+    found = dict(zip(folders, chain.from_iterable(parts)))
     records, known = [found[run.folder] for run in runs], {each["run_id"] for each in before}
-    return Results(
-        experiment, records, teacher, batches, sum(each["run_id"] not in known for each in records)
-    )
+    appended = sum(each["run_id"] not in known for each in records)
+    return Results(experiment, records, teacher, batches, appended)

@@ -118,7 +118,7 @@ _NO_TEACHER = {"weights_sha256": None}  # the record of one that does not exist 
 def _read_teacher(state: State, experiment: Experiment) -> tuple[tuple, dict]:
     "The job that makes the teacher of a pair, and the teacher's record."
     architecture, data = experiment.pair.teacher, experiment.data
-    training = plain(own_teacher(experiment).training)
+    training = plain(own_teacher(experiment)[1])
     kind, epochs, images = f"teacher {architecture}", training["epochs"], training["train_images"]
     teacher = find_teacher(
         architecture, data, experiment.teachers_dir, experiment.preset.teacher_min_epochs, training

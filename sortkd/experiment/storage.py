@@ -12,8 +12,6 @@ import os
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +30,8 @@ def append_record(path: str | Path, record: dict) -> None:
     """
     import fcntl  # not on Windows
 
-    line = (
-        json.dumps(record, allow_nan=False, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        + b"\n"
-    )
+    text = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+    line = text.encode("utf-8", "backslashreplace")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     refuse_links(path)
     with open(path, "a+b", buffering=0) as file:
@@ -50,24 +46,18 @@ def append_record(path: str | Path, record: dict) -> None:
         except BaseException as error:
             file.truncate(size)
             if isinstance(error, OSError):
-                raise _not_appended(path, error) from error
+                raise OSError(
+                    error.errno,
+                    f"the record could not be appended to {path} ({error.strerror}), which is as "
+                    "it was. The run is kept: free space and give the same command again",
+                ) from error
             raise
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #40007c3f
 def _write_whole(file, line: bytes) -> None:
-    written = file.write(line)
-    while written < len(line):  # a disk that fills takes a part, and refuses the rest
-        written += file.write(line[written:])
+    while line:  # a disk that fills takes a part, and refuses the rest
+        line = line[file.write(line) :]
     os.fsync(file.fileno())
-
-
-def _not_appended(path: str | Path, error: OSError) -> OSError:
-    return OSError(
-        error.errno,
-        f"the record could not be appended to {path} ({error.strerror}), which is as it was. The "
-        "run is kept: "
-        "free space and give the same command again",
-    )
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #bda2ef34
 def _refuse(constant: str) -> None:
@@ -131,11 +121,9 @@ def save_correct(records_file: str | Path, correct: Tensor) -> str:
     refuse_links(file.parent, lock)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as held:  # two runs may have the same bits
-        fcntl.flock(held, fcntl.LOCK_SH)
-        save_atomically(file, partial(Path.write_bytes, data=zlib.compress(bits, 9)))
-        with suppress(OSError):  # else another run is writing
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_leftovers(file.parent, file.name)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        save_atomically(file, lambda temporary: temporary.write_bytes(zlib.compress(bits, 9)))
+        remove_leftovers(file.parent, file.name)
     return checksum
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #a5321201
