@@ -209,8 +209,7 @@ class WideResNet(Network):
         return self.bn1, F.relu
 
 # %% ../../nbs/2_train/10_architectures.ipynb #2c966f3b
-def _halve(maps):
-    return F.max_pool2d(maps, 2)
+_halve = partial(F.max_pool2d, kernel_size=2)
 
 
 def _halve_if_large(maps):

@@ -189,7 +189,7 @@ def load_weights(
     if wrong:
         found, wanted = theirs.get(wrong[0], "missing"), ours.get(wrong[0], "absent")
         raise ValueError(f"{origin} is not a checkpoint of this network: {len(wrong)} tensors "
-                         f"differ, such as {wrong[0]}, which is {found} and should be {wanted}. "
+                         f"differ; for example, {wrong[0]} is {found} and should be {wanted}. "
                          "Choose the checkpoint of this network, trained on as many classes.")
     model.load_state_dict({name: checked_cast(name, weights[name], value.dtype, origin)
                            for name, value in expected.items()})

@@ -65,10 +65,6 @@ class Recipe:
         milestones = tuple(round(each * epochs / self.epochs) for each in self.milestones)
         return replace(self, epochs=epochs, milestones=milestones)
 
-    def create_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.SGD:
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum,
-                               weight_decay=self.weight_decay, fused=True)
-
 # %% ../../nbs/2_train/16_trainer.ipynb #35f0b86f
 class Evaluation(NamedTuple):
     """`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images.
@@ -176,7 +172,9 @@ class Learner:
         model = synchronize_batch_norm(student.model, self.ranks)
         self.temperature = self.method.create_temperature()
         learned = [] if self.temperature is None else self.temperature.to(device).parameters()
-        optimizer = self.recipe.create_optimizer([*model.parameters(), *learned])
+        optimizer = torch.optim.SGD(
+            [*model.parameters(), *learned], lr=self.recipe.lr, momentum=self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay, fused=True)
         if student.compile:
             model.compile(fullgraph=True)  # in place: names of weights, and what is saved, stay
         self.model, self.optimizer = fabric.setup(
