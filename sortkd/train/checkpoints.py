@@ -31,12 +31,11 @@ def fingerprint(*parts) -> str:
 # %% ../../nbs/2_train/18_checkpoints.ipynb #66148b33
 class Checkpoint:
     """The file `path`, in which the run with the fingerprint `run` saves its state, at most every
-    `seconds`. `epochs`: how many the file holds. `kept`: a copy of the state after a whole epoch,
-    with its `curve`, that is not written yet.
+    `seconds`. `kept`: a copy of the state after a whole epoch that is not written yet.
     """
 
     def __init__(self, path: str | Path, run: str, seconds: float = 0.0):
-        self.path, self.run, self.seconds, self.epochs = Path(path), run, seconds, 0
+        self.path, self.run, self.seconds = Path(path), run, seconds
         self.kept: dict | None = None
         self._saved_at = time.monotonic()
 
@@ -67,7 +66,7 @@ class Checkpoint:
         content = io.BytesIO()  # torch.save itself does not report a full disk as an OSError
         torch.save({"run": self.run, **self.kept}, content)
         save_atomically(self.path, lambda path: path.write_bytes(content.getbuffer()))
-        self.epochs, self._saved_at, self.kept = len(self.kept["curve"]), time.monotonic(), None
+        self._saved_at, self.kept = time.monotonic(), None
         return True
 
 # %% ../../nbs/2_train/18_checkpoints.ipynb #f3a6392e

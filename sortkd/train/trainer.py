@@ -305,7 +305,7 @@ def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None
             for name, part in learner.parts.items():
                 part.load_state_dict(state[name])
             learner.outcome = Outcome(**{name: state[name] for name in _RESUMED})
-            checkpoint.epochs = len(learner.outcome.curve)
+            learner.epoch = len(learner.outcome.curve)
         except Exception as error:  # of another network of the same class, say
             raise ValueError(
                 f"the checkpoint {checkpoint.path} does not hold the state of this run "
@@ -319,9 +319,8 @@ def _save_all(learners: Sequence[Learner], title: str, error: BaseException) -> 
     for checkpoint in checkpoints:
         checkpoint.save()
     if checkpoints and not isinstance(error, Exception):
-        saved = min(checkpoint.epochs for checkpoint in checkpoints)
         with suppress(OSError):  # the terminal may be gone
-            print(f"{title}: stopped, saved up to epoch {saved}.", flush=True)
+            print(f"{title}: stopped; all finished epochs are saved.", flush=True)
 
 # %% ../../nbs/2_train/16_trainer.ipynb #56e855f8
 def _run_epoch(
