@@ -16,8 +16,8 @@ from sortkd.train.devices import create_fabric
 from sortkd.train.images import load_data, load_digits
 from sortkd.train.networks import create_model, list_models
 from sortkd.train.teachers import (
-    BUFFERS, PUBLISHED_TOP1, find_teacher, load_teacher, load_weights, read_checkpoint, save_teacher,
-    weights_checksum,
+    BUFFERS, PUBLISHED_TOP1, find_teacher, load_teacher, load_weights, read_checkpoint,
+    save_teacher, weights_checksum,
 )
 from sortkd.train.trainer import evaluate
 

@@ -211,7 +211,7 @@ class WideResNet(Network):
 # %% ../../nbs/2_train/10_architectures.ipynb #2c966f3b
 _halve = partial(F.max_pool2d, kernel_size=2)
 
-
+# %% ../../nbs/2_train/10_architectures.ipynb #6d2b3997
 def _halve_if_large(maps):
     return _halve(maps) if min(maps.shape[-2:]) >= 8 else maps
 

@@ -28,7 +28,7 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "float32": "32-true", "bfloat16": "bf16-mixed",
 }
 
-
+# %% ../../nbs/2_train/19_devices.ipynb #ac6cb5f7
 def native_precision(device: str) -> str:
     "The fastest precision of `device`, `cpu` or `cuda`: `bfloat16` where the hardware has it."
     if device == "cuda":

@@ -24,7 +24,7 @@ from ..utils.files import network_timeout
 # %% ../../nbs/2_train/10a_networks.ipynb #2c1b0e05
 _TORCHVISION_NAMES = {f"imagenet/ResNet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101)}
 
-
+# %% ../../nbs/2_train/10a_networks.ipynb #7153bd96
 def _torchvision_resnet(name: str, num_classes: int) -> nn.Module:
     from torchvision.models import get_model
 
@@ -32,7 +32,7 @@ def _torchvision_resnet(name: str, num_classes: int) -> nn.Module:
     network.fc = Classifier(network.fc.in_features, num_classes)
     return network
 
-
+# %% ../../nbs/2_train/10a_networks.ipynb #1b6702f4
 IMAGENET_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_torchvision_resnet, other) for name, other in _TORCHVISION_NAMES.items()},
     "imagenet/MobileNetV1": MobileNetV1,
@@ -43,7 +43,7 @@ def list_models() -> list[str]:
     "The names of CIFAR's networks, by family and size, and of networks that plugins have added."
     return list(NETWORKS)
 
-
+# %% ../../nbs/2_train/10a_networks.ipynb #b8ff7dcf
 def list_imagenet_models() -> list[str]:
     "The names of ImageNet's networks."
     return list(IMAGENET_NETWORKS)

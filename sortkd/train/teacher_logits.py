@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -110,9 +110,9 @@ def _create_folder(folder: Path, sizes: Mapping[str, int], about: Mapping) -> No
             shutil.rmtree(staging, ignore_errors=True)
             raise OSError(
                 error.errno,
-                f"no cache of teacher logits of {sum(sizes.values()) / 1e9:.2f} GB could be created "
-                f"in {folder.parent} ({error.strerror}); free space, name another folder, or run "
-                "without it (cache='off')") from error
+                f"no cache of teacher logits of {sum(sizes.values()) / 1e9:.2f} GB could be "
+                f"created in {folder.parent} ({error.strerror}); free space, name another folder, "
+                "or run without it (cache='off')") from error
 
 # %% ../../nbs/2_train/15_teacher_logits.ipynb #15c41902
 class LogitFiles:

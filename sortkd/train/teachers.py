@@ -138,8 +138,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         content = _load_plain(path)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as weights ({_reason(error)}). It is damaged, of another format, "
-            f"or would need to run code. Save the weights alone, with {_SAVE_WEIGHTS}.") from error
+            f"{path} cannot be read as weights ({_reason(error)}). It is damaged, of another "
+            "format, or would need to run code. Save the weights alone, with "
+            f"{_SAVE_WEIGHTS}.") from error
     return _state_dict(path, content), {}
 
 # %% ../../nbs/2_train/14_teachers.ipynb #14c41907
@@ -247,6 +248,8 @@ def load_teacher(
 # %% ../../nbs/2_train/14_teachers.ipynb #5921c810
 PUBLISHED_ARCHIVE = ("https://github.com/megvii-research/mdistiller/releases/download/checkpoints/"
                      "cifar_teachers.tar")
+
+# %% ../../nbs/2_train/14_teachers.ipynb #a53dffd1
 PUBLISHED_TOP1 = {
     "resnet56": 72.34,
     "resnet110": 74.31,
