@@ -59,7 +59,7 @@ def run_all(folder: Path) -> None:
             save_file(weights, folder / f"{name}.safetensors")
     batches = Batches(load_digits().subset(train_size=IMAGES, test_size=TEST_IMAGES))
     found = evaluate(create_network(0), batches, fabric)
-    curves["evaluation"] = vars(found) | {"correct": found.correct.tolist()}
+    curves["evaluation"] = found._asdict() | {"correct": found.correct.tolist()}
     if fabric.world_size > 1:
         with pytest.raises(ValueError, match="workers is 2"):
             prepare_experiment(pair="r56_r20", methods="kd", dataset="digits", preset="quick",

@@ -38,12 +38,11 @@ class Features(NamedTuple):
 class Network(nn.Module):
     "Stages, the mean over the image, and a classifier, a submodule called `classifier_name`."
     classifier_name = "fc"
-    stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")  # after the stem
 
     def stages(self):
         "The steps of each stage, functions from tensor to tensor; the first takes the images."
-        stem = (self.conv1, self.bn1, F.relu)
-        return stem, *((self.get_submodule(name),) for name in self.stage_names)
+        groups = ((part,) for name, part in self.named_children() if name.startswith("layer"))
+        return (self.conv1, self.bn1, F.relu), *groups
 
     def final_steps(self):
         "The steps between the last stage and the mean over the image."
@@ -59,9 +58,6 @@ class Network(nn.Module):
 
         With `return_features` a tuple of the logits and `Features`.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images have shape {tuple(images.shape)}; expected is "
-                             "(N, 3, height, width), for grey images with the channel repeated.")
         hidden, maps = images, []
         for stage in self.stages():
             for step in stage:
@@ -75,12 +71,12 @@ class Network(nn.Module):
         return (logits, Features(maps, pooled)) if return_features else logits
 
 # %% ../../nbs/2_train/10_architectures.ipynb #520bceec
-def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1):
+def _conv(in_channels, out_channels, size, stride=1, groups=1):
     "A convolution without bias, padded to keep the size of the image at stride 1."
     return nn.Conv2d(in_channels, out_channels, size, stride, size // 2, groups=groups, bias=False)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #e02a18b0
-def _conv_norm(in_channels: int, out_channels: int, size: int, stride: int = 1, groups: int = 1):
+def _conv_norm(in_channels, out_channels, size, stride=1, groups=1):
     "A convolution, and the batch normalisation of its output."
     convolution = _conv(in_channels, out_channels, size, stride, groups)
     return convolution, nn.BatchNorm2d(out_channels)
@@ -88,29 +84,27 @@ def _conv_norm(in_channels: int, out_channels: int, size: int, stride: int = 1, 
 # %% ../../nbs/2_train/10_architectures.ipynb #1a5c2102
 class ConvBlock(nn.Module):
     "Layers 1, 2, ...: convolutions `conv1`, `conv2`, ..., each followed by its `bn1`, `bn2`, ..."
-    def __init__(self, *layers: tuple[int, ...]):  # arguments of `_conv_norm`
+    def __init__(self, *layers):  # arguments of `_conv_norm`
         super().__init__()
         for number, settings in enumerate(layers, 1):
             convolution, norm = _conv_norm(*settings)
             self.add_module(f"conv{number}", convolution)
             self.add_module(f"bn{number}", norm)
 
-    def layer(self, number: int, maps: Tensor) -> Tensor:
+    def layer(self, number, maps):
         "The output of a layer."
         maps = self.get_submodule(f"conv{number}")(maps)
         return self.get_submodule(f"bn{number}")(maps)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #1a5c20e3
-def _group(block: Callable[..., nn.Module], in_channels: int, out_channels: int, stride: int,
-           repeat: int, *settings) -> nn.Sequential:
+def _group(block, in_channels, out_channels, stride, repeat, *settings):
     "`repeat` blocks, each `block(in_channels, out_channels, stride, *settings)`."
     first = block(in_channels, out_channels, stride, *settings)
     others = (block(out_channels, out_channels, 1, *settings) for _ in range(repeat - 1))
     return nn.Sequential(first, *others)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #2e7b196e
-def _add_groups(network: Network, block: Callable[..., nn.Module], widths: tuple[int, ...],
-                repeats: tuple[int, ...], first_stride: int, *settings) -> None:
+def _add_groups(network, block, widths, repeats, first_stride, *settings):
     "Add groups `layer1`, ... with `widths[1:]` channels; from the second on with stride 2."
     for number, (channels, repeat) in enumerate(zip(pairwise(widths), repeats, strict=True), 1):
         stride = first_stride if number == 1 else 2
@@ -118,7 +112,7 @@ def _add_groups(network: Network, block: Callable[..., nn.Module], widths: tuple
         network.add_module(f"layer{number}", group)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #1a5c20e5
-def _initialise(network: Network, linear_std: float | None = None) -> None:
+def _initialise(network, linear_std=None):
     "He initialisation of the convolutions; also of the classifier if `linear_std` is given."
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -129,22 +123,20 @@ def _initialise(network: Network, linear_std: float | None = None) -> None:
         nn.init.normal_(network.classifier_layer.weight, std=linear_std)
         nn.init.zeros_(network.classifier_layer.bias)
 
-# %% ../../nbs/2_train/10_architectures.ipynb #e38d03bc
-def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    "The identity (an empty sequence, which has no keys) if the shape stays, else a projection."
-    if stride == 1 and in_channels == out_channels:
-        return nn.Sequential()
-    return nn.Sequential(*_conv_norm(in_channels, out_channels, 1, stride))
-
 # %% ../../nbs/2_train/10_architectures.ipynb #d56732e9
 class ResidualBlock(ConvBlock):
-    "Layers with ReLUs between them and a shortcut around them; `shortcut_name` is its key."
-    def __init__(self, shortcut_name: str, shortcut: nn.Module, *layers: tuple[int, ...]):
+    """Layers with ReLUs between them and a shortcut around them, which has the key `shortcut_name`
+    and no weights (an empty sequence) where the shape stays.
+    """
+    def __init__(self, shortcut_name, stride, *layers):
         super().__init__(*layers)
         self.depth, self.shortcut_name = len(layers), shortcut_name
-        self.add_module(shortcut_name, shortcut)
+        in_channels, out_channels = layers[0][0], layers[-1][1]
+        changes = stride != 1 or in_channels != out_channels
+        shortcut = _conv_norm(in_channels, out_channels, 1, stride) if changes else ()
+        self.add_module(shortcut_name, nn.Sequential(*shortcut))
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps):
         residual = self.layer(1, maps)
         for number in range(2, self.depth + 1):
             residual = self.layer(number, F.relu(residual))
@@ -153,18 +145,17 @@ class ResidualBlock(ConvBlock):
 # %% ../../nbs/2_train/10_architectures.ipynb #d7e2cd22
 class BasicBlock(ResidualBlock):
     "Residual block of two 3x3 convolutions (1512.03385, figure 5 left)."
-    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut_name: str):
-        super().__init__(shortcut_name, _shortcut(in_channels, out_channels, stride),
-                         (in_channels, out_channels, 3, stride), (out_channels, out_channels, 3))
+    def __init__(self, in_channels, out_channels, stride, shortcut_name):
+        super().__init__(shortcut_name, stride, (in_channels, out_channels, 3, stride),
+                         (out_channels, out_channels, 3))
 
 # %% ../../nbs/2_train/10_architectures.ipynb #1bbc9f21
 class Bottleneck(ResidualBlock):
     "Residual block of 1x1, 3x3 and 1x1 convolutions (1512.03385, figure 5 right)."
-    def __init__(self, in_channels: int, out_channels: int, stride: int, shortcut_name: str):
+    def __init__(self, in_channels, out_channels, stride, shortcut_name):
         channels = out_channels // 4
-        super().__init__(shortcut_name, _shortcut(in_channels, out_channels, stride),
-                         (in_channels, channels, 1), (channels, channels, 3, stride),
-                         (channels, out_channels, 1))
+        super().__init__(shortcut_name, stride, (in_channels, channels, 1),
+                         (channels, channels, 3, stride), (channels, out_channels, 1))
 
 # %% ../../nbs/2_train/10_architectures.ipynb #13fc636a
 class ResNet(Network):
@@ -175,7 +166,6 @@ class ResNet(Network):
                  num_classes: int, shortcut_name: str = "downsample", classifier_name: str = "fc"):
         super().__init__()
         self.classifier_name = classifier_name
-        self.stage_names = tuple(f"layer{number}" for number in range(1, len(widths)))
         self.conv1, self.bn1 = _conv_norm(3, widths[0], 3)
         _add_groups(self, block, widths, repeats, 1, shortcut_name)
         self.add_module(classifier_name, Classifier(widths[-1], num_classes))
@@ -184,7 +174,7 @@ class ResNet(Network):
 # %% ../../nbs/2_train/10_architectures.ipynb #fb9fa7af
 class WideBlock(nn.Module):
     "Residual block with normalisation and ReLU before its convolutions (1605.07146, figure 1a)."
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1, self.bn2 = _conv_norm(in_channels, out_channels, 3, stride)
@@ -192,7 +182,7 @@ class WideBlock(nn.Module):
         changes = in_channels != out_channels
         self.convShortcut = _conv(in_channels, out_channels, 1, stride) if changes else None
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps):
         activated = F.relu(self.bn1(maps))
         shortcut = self.convShortcut(activated) if self.convShortcut else maps
         return shortcut + self.conv2(F.relu(self.bn2(self.conv1(activated))))
@@ -219,11 +209,10 @@ class WideResNet(Network):
         return self.bn1, F.relu
 
 # %% ../../nbs/2_train/10_architectures.ipynb #2c966f3b
-def _halve(maps: Tensor) -> Tensor:
-    return F.max_pool2d(maps, 2)
+_halve = partial(F.max_pool2d, kernel_size=2)
 
-
-def _halve_if_large(maps: Tensor) -> Tensor:
+# %% ../../nbs/2_train/10_architectures.ipynb #6d2b3997
+def _halve_if_large(maps):
     return _halve(maps) if min(maps.shape[-2:]) >= 8 else maps
 
 # %% ../../nbs/2_train/10_architectures.ipynb #1a5c20e9
@@ -248,13 +237,13 @@ class VGG(Network):
                 (_halve_if_large, self.block4))
 
 # %% ../../nbs/2_train/10_architectures.ipynb #1a5c20ea
-def _conv_norm_relu(in_channels: int, out_channels: int, size: int, stride: int = 1, groups=1):
+def _conv_norm_relu(in_channels, out_channels, size, stride=1, groups=1):
     return *_conv_norm(in_channels, out_channels, size, stride, groups), nn.ReLU()
 
 # %% ../../nbs/2_train/10_architectures.ipynb #81631d2e
 class InvertedResidual(nn.Module):
     "1x1 expansion, 3x3 depthwise, linear 1x1 projection (1801.04381, table 1)."
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int):
+    def __init__(self, in_channels, out_channels, stride, expansion):
         super().__init__()
         channels = in_channels * expansion
         self.has_shortcut = stride == 1 and in_channels == out_channels
@@ -263,7 +252,7 @@ class InvertedResidual(nn.Module):
             *_conv_norm_relu(channels, channels, 3, stride, groups=channels),
             *_conv_norm(channels, out_channels, 1))
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps):
         return maps + self.conv(maps) if self.has_shortcut else self.conv(maps)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #a68d5f11
@@ -296,7 +285,7 @@ class MobileNetV2(Network):
         return (self.conv2,)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #cfe17355
-def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _separable(in_channels, out_channels, stride):
     "A depthwise 3x3 and a pointwise 1x1 convolution."
     depthwise = _conv_norm_relu(in_channels, in_channels, 3, stride, groups=in_channels)
     return nn.Sequential(*depthwise, *_conv_norm_relu(in_channels, out_channels, 1))
@@ -320,7 +309,7 @@ class MobileNetV1(Network):
 # %% ../../nbs/2_train/10_architectures.ipynb #29a37c0f
 class ShuffleUnitV1(ConvBlock):
     "Grouped 1x1, shuffle, 3x3 depthwise, grouped 1x1 (1707.01083, figure 2 b, c)."
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, in_channels, out_channels, stride):
         concatenates = stride == 2  # the shortcut, which supplies its channels
         new_channels = out_channels - in_channels if concatenates else out_channels
         channels = new_channels // 4
@@ -330,7 +319,7 @@ class ShuffleUnitV1(ConvBlock):
                          (channels, new_channels, 1, 1, 3))
         self.concatenates, self.first_groups = concatenates, first_groups
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps):
         branch = F.channel_shuffle(F.relu(self.layer(1, maps)), self.first_groups)
         branch = self.layer(3, F.relu(self.layer(2, branch)))
         if self.concatenates:
@@ -351,11 +340,11 @@ class ShuffleNetV1(Network):
 # %% ../../nbs/2_train/10_architectures.ipynb #c5cc243f
 class ShuffleUnitV2(ConvBlock):
     "Convolves one half of the channels, then shuffles the halves (1807.11164, figure 3c)."
-    def __init__(self, channels: int):
+    def __init__(self, channels):
         half = channels // 2
         super().__init__((half, half, 1), (half, half, 3, 1, half), (half, half, 1))
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps):
         kept, branch = maps.chunk(2, dim=1)
         branch = F.relu(self.layer(1, branch))
         branch = F.relu(self.layer(3, self.layer(2, branch)))
@@ -364,19 +353,19 @@ class ShuffleUnitV2(ConvBlock):
 # %% ../../nbs/2_train/10_architectures.ipynb #470b1d86
 class ShuffleDownUnitV2(ConvBlock):
     "Both branches see all channels and halve the resolution (1807.11164, figure 3d)."
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels, out_channels):
         half = out_channels // 2
         super().__init__((in_channels, in_channels, 3, 2, in_channels), (in_channels, half, 1),
                          (in_channels, half, 1), (half, half, 3, 2, half), (half, half, 1))
 
-    def forward(self, maps: Tensor) -> Tensor:
+    def forward(self, maps):
         left = F.relu(self.layer(2, self.layer(1, maps)))
         right = F.relu(self.layer(3, maps))
         right = F.relu(self.layer(5, self.layer(4, right)))
         return F.channel_shuffle(torch.cat([left, right], dim=1), 2)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #1a5c20f0
-def _shuffle_unit_v2(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+def _shuffle_unit_v2(in_channels, out_channels, stride):
     if stride == 2:
         return ShuffleDownUnitV2(in_channels, out_channels)
     return ShuffleUnitV2(out_channels)
@@ -397,7 +386,7 @@ class ShuffleNetV2(Network):
         return self.conv2, self.bn2, F.relu
 
 # %% ../../nbs/2_train/10_architectures.ipynb #de5df618
-def _cifar_resnet(depth: int, widths: tuple[int, ...]) -> Callable[..., nn.Module]:
+def _cifar_resnet(depth, widths):
     return partial(ResNet, BasicBlock, ((depth - 2) // 6,) * 3, widths)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #e113286c

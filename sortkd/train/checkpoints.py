@@ -31,12 +31,12 @@ def fingerprint(*parts) -> str:
 # %% ../../nbs/2_train/18_checkpoints.ipynb #66148b33
 class Checkpoint:
     """The file `path`, in which the run with the fingerprint `run` saves its state, at most every
-    `seconds`. `epochs`: how many the file holds.
+    `seconds`. `kept`: a copy of the state after a whole epoch that is not written yet.
     """
 
     def __init__(self, path: str | Path, run: str, seconds: float = 0.0):
-        self.path, self.run, self.seconds, self.epochs = Path(path), run, seconds, 0
-        self._kept: dict | None = None
+        self.path, self.run, self.seconds = Path(path), run, seconds
+        self.kept: dict | None = None
         self._saved_at = time.monotonic()
 
     def load(self) -> dict | None:
@@ -57,20 +57,16 @@ class Checkpoint:
                              "data, teacher or seed; name another file or delete it.")
         return state
 
-    def keep(self, state: dict) -> None:
-        "Keep the state after a whole epoch in memory. It must be a copy, and hold the `curve`."
-        self._kept = state
-
     def save(self, now: bool = True) -> bool:
-        """Write what was kept, if `now` or if it is time to; return whether it was written.
+        """Write `kept`, if `now` or if it is time to; return whether it was written.
         `OSError` if the file cannot be written; the one before is kept.
         """
-        if self._kept is None or not (now or time.monotonic() - self._saved_at >= self.seconds):
+        if self.kept is None or not (now or time.monotonic() - self._saved_at >= self.seconds):
             return False
         content = io.BytesIO()  # torch.save itself does not report a full disk as an OSError
-        torch.save({"run": self.run, **self._kept}, content)
+        torch.save({"run": self.run, **self.kept}, content)
         save_atomically(self.path, lambda path: path.write_bytes(content.getbuffer()))
-        self.epochs, self._saved_at, self._kept = len(self._kept["curve"]), time.monotonic(), None
+        self._saved_at, self.kept = time.monotonic(), None
         return True
 
 # %% ../../nbs/2_train/18_checkpoints.ipynb #f3a6392e

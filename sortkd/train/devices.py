@@ -28,7 +28,7 @@ PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {
     "float32": "32-true", "bfloat16": "bf16-mixed",
 }
 
-
+# %% ../../nbs/2_train/19_devices.ipynb #ac6cb5f7
 def native_precision(device: str) -> str:
     "The fastest precision of `device`, `cpu` or `cuda`: `bfloat16` where the hardware has it."
     if device == "cuda":
@@ -85,12 +85,10 @@ def create_fabric(
     """
     choice("device", device, ["auto", "cpu", "cuda"])
     choice("precision", precision, ["auto", *PRECISIONS])
-    found = torch.cuda.is_available()
-    if device == "cuda" and not found:
-        raise ValueError("device is 'cuda', but PyTorch finds no GPU on this machine; "
-                         "choose 'auto' or 'cpu'.")
     if device == "auto":
-        device = "cuda" if found else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is 'cuda', but PyTorch finds no GPU; choose 'auto' or 'cpu'.")
     precision = native_precision(device) if precision == "auto" else precision
     if device == "cuda":
         _choose_kernels(deterministic, precision)

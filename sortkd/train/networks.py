@@ -24,7 +24,7 @@ from ..utils.files import network_timeout
 # %% ../../nbs/2_train/10a_networks.ipynb #2c1b0e05
 _TORCHVISION_NAMES = {f"imagenet/ResNet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101)}
 
-
+# %% ../../nbs/2_train/10a_networks.ipynb #7153bd96
 def _torchvision_resnet(name: str, num_classes: int) -> nn.Module:
     from torchvision.models import get_model
 
@@ -32,7 +32,7 @@ def _torchvision_resnet(name: str, num_classes: int) -> nn.Module:
     network.fc = Classifier(network.fc.in_features, num_classes)
     return network
 
-
+# %% ../../nbs/2_train/10a_networks.ipynb #1b6702f4
 IMAGENET_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_torchvision_resnet, other) for name, other in _TORCHVISION_NAMES.items()},
     "imagenet/MobileNetV1": MobileNetV1,
@@ -43,7 +43,7 @@ def list_models() -> list[str]:
     "The names of CIFAR's networks, by family and size, and of networks that plugins have added."
     return list(NETWORKS)
 
-
+# %% ../../nbs/2_train/10a_networks.ipynb #b8ff7dcf
 def list_imagenet_models() -> list[str]:
     "The names of ImageNet's networks."
     return list(IMAGENET_NETWORKS)
@@ -53,11 +53,8 @@ def _names_of(library: str) -> list[str]:
     "The names of the classification networks of timm or torchvision, with the library in front."
     if importlib.util.find_spec(library) is None:
         raise ValueError(f"networks of {library} need {library}; pip install {library}.")
-    if library == "timm":
-        names = importlib.import_module("timm").list_models()
-    else:
-        models = importlib.import_module("torchvision.models")
-        names = models.list_models(models)
+    models = importlib.import_module(f"{library}.models")
+    names = models.list_models() if library == "timm" else models.list_models(models)
     return [f"{library}:{name}" for name in names]
 
 # %% ../../nbs/2_train/10a_networks.ipynb #2c1b0e09
@@ -68,9 +65,8 @@ def check_model(name: str) -> None:
     known = _names_of(library) if external else [*NETWORKS, *IMAGENET_NETWORKS]
     if name not in known:
         by_lower_case = {each.lower(): each for each in known}
-        close = [by_lower_case[each]
-                 for each in difflib.get_close_matches(str(name)[:100].lower(), by_lower_case)]
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1)
+        hint = f" Did you mean {by_lower_case[close[0]]}?" if close else ""
         raise ValueError(f"There is no network {shown(name)}.{hint} Choose one of list_models() or "
                          "list_imagenet_models(), or timm:NAME or torchvision:NAME.")
 
@@ -117,10 +113,8 @@ def pretrained_weights(name: str) -> dict[str, Tensor]:
                                           weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
         if file.exists():
-            raise ValueError(f"{file} cannot be read as weights ({error!r:.300}). Delete it to "
-                             "download it again.") from error
+            raise ValueError(f"{file} cannot be read as weights; delete it to download it again "
+                             f"({error!r:.300}).") from error
         raise FileNotFoundError(
-            f"The weights of {name} are not at {file} and could not be downloaded from "
-            f"{weights.url} ({error!r:.300}). Download them elsewhere, and pass the path as the "
-            "teacher's checkpoint."
-        ) from error
+            f"{file} does not exist and could not be downloaded ({error!r:.300}). Download "
+            f"{weights.url} elsewhere, and pass its path as the teacher's checkpoint.") from error

@@ -8,40 +8,37 @@ __all__ = ['TeacherLogits', 'row_checksums', 'LogitFiles', 'CachedTeacherLogits'
 # %% ../../nbs/2_train/15_teacher_logits.ipynb #c134057f
 import hashlib
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 
 from .augmentation import ImageBatches, Views, number_of_views
 from .teachers import weights_checksum
-from ..utils.files import exclusive, refuse_links, save_atomically
+from ..utils.checks import choice
+from ..utils.files import exclusive, refuse_links
 from ..utils.progress import Progress
 
 # %% ../../nbs/2_train/15_teacher_logits.ipynb #45c67a20
 class TeacherLogits:
     """The logits of `network` for views of the training images of `batches`, computed on each call.
 
-    `precision`: `float32`, or `bfloat16` for the network's matrix products. `batch_size`: of the
-    teacher's own passes. The network is put into evaluation mode on the device of `batches`.
+    `precision`: `float32`, or `bfloat16` for the network's matrix products. The network is put into
+    evaluation mode on the device of `batches`.
     """
 
     kind = "computed"
 
-    def __init__(self, network: nn.Module, batches: ImageBatches, precision: str = "float32",
-                 batch_size: int | None = None):
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
-        self.batches, self.precision, self.device = batches, precision, batches.device
+    def __init__(self, network: nn.Module, batches: ImageBatches, precision: str = "float32"):
+        self.precision = choice("precision", precision, ["float32", "bfloat16"])
+        self.batches, self.device = batches, batches.device
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         # Larger batches leave a CPU's cache; smaller ones leave a GPU idle.
-        self.batch_size = batch_size or (2048 if self.device.type == "cuda" else 128)
+        self.batch_size = 2048 if self.device.type == "cuda" else 128
 
     @torch.no_grad()
     def _forward(self, images: Tensor) -> Tensor:
@@ -97,27 +94,25 @@ def row_checksums(logits: Tensor) -> Tensor:
 def _create_folder(folder: Path, sizes: Mapping[str, int], about: Mapping) -> None:
     "Create a cache with files of `sizes` bytes, unless another process has just created it."
     staging = folder.parent / f".{folder.name}.making"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f".{folder.name}.lock"):
-            if folder.exists():
-                return
-            shutil.rmtree(staging, ignore_errors=True)  # from a process that was killed here
+    with exclusive(folder.parent / f".{folder.name}.lock", "creating a cache of teacher logits"):
+        if folder.exists():
+            return
+        shutil.rmtree(staging, ignore_errors=True)  # from a process that was killed here
+        try:
             staging.mkdir()
             for name, size in sizes.items():
                 with open(staging / name, "wb") as file:
                     reserve = getattr(os, "posix_fallocate", None)  # not on every system
                     reserve(file.fileno(), 0, size) if reserve else file.truncate(size)
-            content = json.dumps(about, indent=1)
-            save_atomically(staging / "about.json", lambda path: path.write_text(content))
+            (staging / "about.json").write_text(json.dumps(about, indent=1))
             staging.rename(folder)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise OSError(
-            error.errno,
-            f"the cache of teacher logits needs {sum(sizes.values()) / 1e9:.2f} GB under "
-            f"{folder.parent} and could not be created ({error.strerror}); free space, name "
-            "another folder, or run without it (cache='off')") from error
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise OSError(
+                error.errno,
+                f"no cache of teacher logits of {sum(sizes.values()) / 1e9:.2f} GB could be "
+                f"created in {folder.parent} ({error.strerror}); free space, name another folder, "
+                "or run without it (cache='off')") from error
 
 # %% ../../nbs/2_train/15_teacher_logits.ipynb #15c41902
 class LogitFiles:
@@ -142,8 +137,7 @@ class LogitFiles:
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"{path} is damaged: it should have {size} bytes. Delete the folder "
                              f"{self.folder} to compute it anew.")
-        with open(path, "r+b") as file:
-            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype)
+        return torch.from_file(str(path), shared=True, size=size // dtype.itemsize, dtype=dtype)
 
     def sound(self, rows: Tensor) -> Tensor:
         "Which of `rows` have been computed and are as they were stored (bool)."
@@ -171,20 +165,6 @@ class LogitFiles:
             with open(self.folder / name, "r+b") as file:
                 os.fsync(file.fileno())
 
-# %% ../../nbs/2_train/15_teacher_logits.ipynb #15c41905
-def _compare(files: LogitFiles, compute: Callable[[Tensor], Tensor], count: int = 8) -> None:
-    "`ValueError` unless a few of the stored rows are those that `compute(rows)` returns."
-    rows = files.sums.nonzero()[:, 0]
-    rows = rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()]
-    rows = rows[files.sound(rows)]
-    if len(rows):
-        now = compute(rows).cpu()
-        error = (files.logits[rows].float() - now).abs().max()
-        if not error <= 0.1 * now.std():
-            raise ValueError(
-                f"{files.folder} is damaged: stored logits differ from the teacher's by up to "
-                f"{error.item():.3g}. Delete the folder to compute them anew.")
-
 # %% ../../nbs/2_train/15_teacher_logits.ipynb #15c41907
 def _empty_copy(logits: Tensor, device: torch.device) -> Tensor:
     "Space for `logits` on a GPU if it has room for twice as much, else `logits` itself."
@@ -204,15 +184,27 @@ class CachedTeacherLogits(TeacherLogits):
     kind = "cached"
 
     def __init__(self, network: nn.Module, batches: ImageBatches, cache_dir: str | Path,
-                 precision: str = "float32", batch_size: int | None = None):
-        super().__init__(network, batches, precision, batch_size)
+                 precision: str = "float32"):
+        super().__init__(network, batches, precision)
         identity = _identity(self, batches.data)
         self.num_views = number_of_views(identity["pad"], identity["flip"])
         self.files = LogitFiles(Path(cache_dir), identity["images"] * self.num_views, identity)
         self.folder = self.files.folder
         self._on_device = _empty_copy(self.files.logits, self.device)
         self._copied = torch.zeros_like(self.files.sums, dtype=torch.bool)
-        _compare(self.files, lambda rows: torch.cat([*self.compute(self._views(rows))]))
+        self._compare(self.files.sums.nonzero()[:, 0])
+
+    def _compare(self, stored: Tensor) -> None:
+        "`ValueError` unless eight rows, spread over `stored`, are what the teacher gives now."
+        rows = stored[:: len(stored) // 8 + 1]
+        rows = rows[self.files.sound(rows)]
+        if len(rows):
+            now = super().__call__(self._views(rows)).cpu()
+            error = (self.files.logits[rows].float() - now).abs().max()
+            if not error <= 0.1 * now.std():
+                raise ValueError(
+                    f"{self.folder} is damaged: stored logits differ from the teacher's by up to "
+                    f"{error.item():.3g}. Delete the folder to compute them anew.")
 
     def _views(self, rows: Tensor) -> Views:
         return Views(rows // self.num_views, rows % self.num_views)

@@ -89,10 +89,9 @@ def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     inside = content if isinstance(content, dict) else {}
     places = [name for name in _PLACES if _is_state_dict(inside.get(name))]
     if not places:
-        found = ", ".join(map(repr, inside)) or type(content).__name__
         raise ValueError(f"{path} holds no state dict: expected are tensors by name, at the top or "
-                         f"under one of {', '.join(_PLACES)}; found: {found:.200}. Save the "
-                         f"weights with {_SAVE_WEIGHTS}.")
+                         f"under one of {_PLACES}; found: {shown(list(inside) or type(content))}. "
+                         f"Save the weights with {_SAVE_WEIGHTS}.")
     if places[1:]:
         print(f"{path}: the weights under {places[0]!r} are used, not those under {places[1:]}.")
     return inside[places[0]]
@@ -115,11 +114,9 @@ def _read_text(path: Path) -> dict:
 
 # %% ../../nbs/2_train/14_teachers.ipynb #14c41905
 def _reason(error: Exception) -> str:
-    "What an error of PyTorch or safetensors says, on one line."
-    if "Weights only load failed" in str(error):
-        unknown = re.search(r"GLOBAL (\S+)", str(error))
-        return f"it holds {unknown[1] if unknown else 'other objects':.100} instead of weights"
-    return (str(error).splitlines() or ["the file is empty"])[0]
+    "An error of PyTorch or safetensors on one line; of an object that is refused, its class."
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it holds {refused[1]:.100}" if refused else f"{error!r:.100}"
 
 # %% ../../nbs/2_train/14_teachers.ipynb #d59af481
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
@@ -141,14 +138,10 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict]:
         content = _load_plain(path)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as weights ({type(error).__name__}: {_reason(error)}). It is "
-            "damaged, of another format, or would need to run code. Save the weights alone, with "
-            f"{_SAVE_WEIGHTS}."
-        ) from error
-    weights = _state_dict(path, content)
-    if all(name.startswith("module.") for name in weights):  # saved from a parallel wrapper
-        weights = {name.removeprefix("module."): value for name, value in weights.items()}
-    return weights, {}
+            f"{path} cannot be read as weights ({_reason(error)}). It is damaged, of another "
+            "format, or would need to run code. Save the weights alone, with "
+            f"{_SAVE_WEIGHTS}.") from error
+    return _state_dict(path, content), {}
 
 # %% ../../nbs/2_train/14_teachers.ipynb #14c41907
 def _unwrapped(weights: Mapping[str, Tensor], names: list[str], origin: str):
@@ -170,16 +163,14 @@ def checked_cast(name: str, value: Tensor, dtype: torch.dtype, origin: str) -> T
     if not plain or (dtype.is_floating_point and not value.is_floating_point()):
         raise ValueError(f"{origin} holds {name} as {value.dtype}, {value.layout}; expected are "
                          "plain floating-point tensors.")
-    number, wrong = value.detach().to(dtype), ""
-    if dtype.is_floating_point and not number.isfinite().all():
-        wrong = "NaN or infinity"
-    elif not dtype.is_floating_point and (number != value).any():
-        wrong = "numbers that are not whole"
-    elif name.endswith(("running_var", "num_batches_tracked")) and (number < 0).any():
-        wrong = "a negative number"
-    if wrong:
-        raise ValueError(f"{origin} holds {wrong} in {name}, as {dtype}: its training has failed, "
-                         "or its numbers do not fit. Choose other weights.")
+    number = value.detach().to(dtype)
+    fits = number.isfinite() if dtype.is_floating_point else number == value
+    if name.endswith(("running_var", "num_batches_tracked")):
+        fits = fits & (number >= 0)
+    if not fits.all():
+        raise ValueError(f"{origin} holds NaN or infinity in {name}, or a fraction or a negative "
+                         f"number where there can be none, as {dtype}. Its training has failed, or "
+                         "its numbers do not fit; choose other weights.")
     return number
 
 # %% ../../nbs/2_train/14_teachers.ipynb #14c41909
@@ -188,21 +179,19 @@ def load_weights(
 ) -> nn.Module:
     """Load `weights` into `model` and return it.
 
-    Words that a wrapper puts before all names are left out. `ValueError` with the first differences
+    Words that a wrapper puts before all names are left out. `ValueError` with the first difference
     if the weights belong to another network or to other classes, or if `checked_cast` refuses them.
     """
     expected = model.state_dict()
     weights = _unwrapped(weights, list(expected), origin)
     ours, theirs = ({name: tuple(value.shape) for name, value in each.items()}
                     for each in (expected, weights))
-    differences = [
-        f"{name} is {theirs.get(name, 'missing')} and should be {ours.get(name, 'absent')}"
-        for name in ours | theirs if ours.get(name) != theirs.get(name)]
-    if differences:
-        raise ValueError(f"{origin} is not a checkpoint of this {type(model).__name__}: "
-                         f"{len(differences)} tensors differ, such as "
-                         f"{'; '.join(differences[:2])}. Choose the checkpoint of this network, "
-                         "trained on as many classes.")
+    wrong = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    if wrong:
+        found, wanted = theirs.get(wrong[0], "missing"), ours.get(wrong[0], "absent")
+        raise ValueError(f"{origin} is not a checkpoint of this network: {len(wrong)} tensors "
+                         f"differ; for example, {wrong[0]} is {found} and should be {wanted}. "
+                         "Choose the checkpoint of this network, trained on as many classes.")
     model.load_state_dict({name: checked_cast(name, weights[name], value.dtype, origin)
                            for name, value in expected.items()})
     return model
@@ -259,6 +248,8 @@ def load_teacher(
 # %% ../../nbs/2_train/14_teachers.ipynb #5921c810
 PUBLISHED_ARCHIVE = ("https://github.com/megvii-research/mdistiller/releases/download/checkpoints/"
                      "cifar_teachers.tar")
+
+# %% ../../nbs/2_train/14_teachers.ipynb #a53dffd1
 PUBLISHED_TOP1 = {
     "resnet56": 72.34,
     "resnet110": 74.31,
@@ -292,10 +283,9 @@ def fetch_published(folder: str | Path, url: str = PUBLISHED_ARCHIVE) -> None:
         with network_timeout(), urllib.request.build_opener(_SameScheme).open(url) as response:
             content = io.BytesIO(response.read())
         with tarfile.open(fileobj=content, mode="r:") as archive:
-            members = [each for each in archive if each.name in names
-                       and each.isreg() and not each.issparse()]
             contents = {each.name: cast(IO[bytes], archive.extractfile(each)).read()
-                        for each in members}
+                        for each in archive
+                        if each.name in names and each.isreg() and not each.issparse()}
     except (OSError, HTTPException, tarfile.TarError) as error:
         raise ConnectionError(
             f"the published teachers could not be downloaded from {url} ({error}).") from error
@@ -330,10 +320,11 @@ def find_teacher(
     published = Path(folder) / _published_member(architecture)
     if data.name == "cifar100" and published.is_file():
         return load_teacher(published, architecture, data.num_classes, "found")
-    texts = {path: _read_text(path)
-             for path in sorted(Path(folder).rglob("*.safetensors")) if path.is_file()}
-    candidates = [(text.get("top1", 0.0), path) for path, text in texts.items()
-                  if _serves(text, architecture, data, min_epochs, training)]
+    candidates = []
+    for path in Path(folder).rglob("*.safetensors"):
+        text = _read_text(path)
+        if _serves(text, architecture, data, min_epochs, training):
+            candidates.append((text.get("top1", 0.0), path))
     if not candidates:
         return None
     return load_teacher(max(candidates)[1], architecture, data.num_classes, "found")
@@ -363,10 +354,10 @@ def _fetched(architecture: str, folder: Path) -> bool:
 # %% ../../nbs/2_train/14_teachers.ipynb #921ce7e9
 def _make_teacher(architecture, data, folder, name, training, train, fetch) -> Teacher:
     "Fetch or train a teacher; no other job may be making the same one."
-    if fetch and data.name == "cifar100" and architecture in PUBLISHED_TOP1:
-        if _first_decides(lambda: _fetched(architecture, folder)):
-            path = folder / _published_member(architecture)
-            return load_teacher(path, architecture, data.num_classes, "fetched")
+    is_published = data.name == "cifar100" and architecture in PUBLISHED_TOP1
+    if fetch and is_published and _first_decides(lambda: _fetched(architecture, folder)):
+        path = folder / _published_member(architecture)
+        return load_teacher(path, architecture, data.num_classes, "fetched")
     remove_leftovers(folder / "local", f"{name}-")
     weights, more = train()
     text = {"architecture": architecture, "dataset": data.name, **training, **more}
@@ -416,6 +407,6 @@ def get_teacher(
             teacher = find() if found else _make_teacher(
                 architecture, data, folder, name, training, train, fetch)
     if teacher is None:
-        raise FileNotFoundError(f"the first process of this job has found a teacher {architecture}"
-                                f", but {folder} on this machine does not hold it.")
+        raise FileNotFoundError(f"the first process of this job found a teacher {architecture}; "
+                                f"{folder} on this machine does not hold it.")
     return teacher

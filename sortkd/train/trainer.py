@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'Evaluation', 'evaluate', 'Student', 'Outcome', 'Diverged', 'Learner', 'repair_block', 'train_epoch',
-           'end_epoch', 'state_of', 'load_state', 'resume', 'train_together', 'train']
+           'end_epoch', 'state_of', 'resume', 'train_together', 'train']
 
 # %% ../../nbs/2_train/16_trainer.ipynb #2aba5221
 import copy
@@ -15,7 +15,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,13 +65,8 @@ class Recipe:
         milestones = tuple(round(each * epochs / self.epochs) for each in self.milestones)
         return replace(self, epochs=epochs, milestones=milestones)
 
-    def create_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.SGD:
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum,
-                               weight_decay=self.weight_decay, fused=True)
-
 # %% ../../nbs/2_train/16_trainer.ipynb #35f0b86f
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """`top1` in percent, `loss` the mean cross-entropy in nats, over `images` test images.
     `correct`: whether each image was classified correctly, in the order of the test set (bool, on
     the CPU).
@@ -80,7 +75,7 @@ class Evaluation:
     top1: float
     loss: float
     images: int
-    correct: Tensor = field(repr=False, compare=False)
+    correct: Tensor
 
 # %% ../../nbs/2_train/16_trainer.ipynb #81ac05cb
 @torch.inference_mode()
@@ -171,13 +166,15 @@ class Learner:
     def __init__(self, student: Student, fabric: "Fabric", seed: int = 0):
         self.student, self.fabric, self.seed = student, fabric, seed
         self.method, self.recipe, self.ranks = student.method, student.recipe, Ranks(fabric)
-        self.outcome, self.epoch, device = Outcome(), 0, fabric.device
+        self.outcome, device = Outcome(), fabric.device
         self.diverged: Diverged | None = None
         self.checkpoint: Checkpoint | None = None
         model = synchronize_batch_norm(student.model, self.ranks)
         self.temperature = self.method.create_temperature()
         learned = [] if self.temperature is None else self.temperature.to(device).parameters()
-        optimizer = self.recipe.create_optimizer([*model.parameters(), *learned])
+        optimizer = torch.optim.SGD(
+            [*model.parameters(), *learned], lr=self.recipe.lr, momentum=self.recipe.momentum,
+            weight_decay=self.recipe.weight_decay, fused=True)
         if student.compile:
             model.compile(fullgraph=True)  # in place: names of weights, and what is saved, stay
         self.model, self.optimizer = fabric.setup(
@@ -228,9 +225,8 @@ class Learner:
 # %% ../../nbs/2_train/16_trainer.ipynb #9ae6f357
 def repair_block(learner: Learner, block: TeacherBlock) -> TeacherBlock:
     "The block with the logits as the learner's objective sees them; counts wrong and changed rows."
-    repaired = block.repaired(learner.method)
-    if block.teacher_logits is not None and repaired.teacher_logits is not None:
-        logits = block.teacher_logits
+    repaired, logits = block.repaired(learner.method), block.teacher_logits
+    if logits is not None and repaired.teacher_logits is not None:
         wrong = logits.amax(1) > logits.gather(1, block.target[:, None])[:, 0]
         changed = (repaired.teacher_logits != logits).any(1)
         learner.repairs += torch.stack([wrong.sum(), changed.sum()])
@@ -241,15 +237,14 @@ def train_epoch(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None, epoch: int,
 ) -> None:
     "All steps of an epoch. The learners must have one batch size."
-    groups = [[each for each in learners if each.seed == seed]
-              for seed in dict.fromkeys(each.seed for each in learners)]
-    streams = [teacher_blocks(
-        images, teacher if any(each.method.uses_teacher for each in group) else None,
-        group[0].recipe.batch_size, group[0].seed, epoch, group[0].ranks,
-        any(each.method.strong_views for each in group)) for group in groups]
-    for blocks in zip(*streams):
-        turns = [(learner, repair_block(learner, block))
-                 for block, group in zip(blocks, groups) for learner in group]
+    size, ranks = learners[0].recipe.batch_size, learners[0].ranks
+    teacher = teacher if any(each.method.uses_teacher for each in learners) else None
+    strong = any(each.method.strong_views for each in learners)
+    streams = {each.seed: teacher_blocks(images, teacher, size, each.seed, epoch, ranks, strong)
+               for each in learners}
+    for blocks in zip(*streams.values()):
+        of_seed = dict(zip(streams, blocks))
+        turns = [(each, repair_block(each, of_seed[each.seed])) for each in learners]
         for step in range(len(blocks[0].bounds)):
             for learner, block in turns:
                 learner.learn(block.batch(step))
@@ -273,15 +268,13 @@ def end_epoch(learner: Learner, images: ImageBatches) -> None:
     "Evaluate; add the epoch's row, without seconds, to the curve, if its losses are finite."
     test, outcome = evaluate(learner.model, images, learner.fabric), learner.outcome
     row = _epoch_row(learner, len(images.train_targets), test)
-    for kind in ("train", "test"):
-        if not math.isfinite(loss := row[f"{kind}_loss"]):
-            error = Diverged(
-                f"the {kind} loss of {learner.method.name} is {loss} in epoch {learner.epoch}; "
-                f"lower the learning rate ({learner.recipe.lr}) or use precision float32 "
-                f"({precision_of(learner.fabric)} was used).")
-            error.epoch, error.top1, error.curve = learner.epoch, test.top1, outcome.curve
-            learner.diverged = error
-            return
+    loss = row["train_loss"] + row["test_loss"]
+    if not math.isfinite(loss):
+        learner.diverged = error = Diverged(
+            f"the loss of {learner.method.name} is {loss} in epoch {learner.epoch}; lower the "
+            f"learning rate ({learner.recipe.lr}) or use precision float32.")
+        error.epoch, error.top1, error.curve = learner.epoch, test.top1, outcome.curve
+        return
     outcome.curve.append(row)
     outcome.correct = test.correct
     if learner.student.keep_best and outcome.best is row:
@@ -293,15 +286,8 @@ _RESUMED = ("curve", "best_weights", "correct", "seconds")  # of the outcome
 
 def state_of(learner: Learner) -> dict:
     "A copy of all that the next epoch needs."
-    state = {name: copy.deepcopy(part.state_dict()) for name, part in learner.parts.items()}
-    return state | {name: copy.copy(getattr(learner.outcome, name)) for name in _RESUMED}
-
-# %% ../../nbs/2_train/16_trainer.ipynb #f29c3bab
-def load_state(learner: Learner, state: dict) -> None:
-    "Continue from what `state_of` returned."
-    for name, part in learner.parts.items():
-        part.load_state_dict(state[name])
-    learner.outcome = Outcome(**{name: state[name] for name in _RESUMED})
+    state = {name: part.state_dict() for name, part in learner.parts.items()}
+    return copy.deepcopy(state | {name: getattr(learner.outcome, name) for name in _RESUMED})
 
 # %% ../../nbs/2_train/16_trainer.ipynb #803b4464
 def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None) -> None:
@@ -316,8 +302,10 @@ def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None
     checkpoint = Checkpoint(student.checkpoint, run, student.checkpoint_seconds)
     if (state := checkpoint.load()) is not None:
         try:
-            load_state(learner, state)
-            checkpoint.epochs = len(learner.outcome.curve)
+            for name, part in learner.parts.items():
+                part.load_state_dict(state[name])
+            learner.outcome = Outcome(**{name: state[name] for name in _RESUMED})
+            learner.epoch = len(learner.outcome.curve)
         except Exception as error:  # of another network of the same class, say
             raise ValueError(
                 f"the checkpoint {checkpoint.path} does not hold the state of this run "
@@ -331,10 +319,8 @@ def _save_all(learners: Sequence[Learner], title: str, error: BaseException) -> 
     for checkpoint in checkpoints:
         checkpoint.save()
     if checkpoints and not isinstance(error, Exception):
-        saved = min(checkpoint.epochs for checkpoint in checkpoints)
-        kept = f"all up to epoch {saved} is saved" if saved else "no epoch had been finished"
         with suppress(OSError):  # the terminal may be gone
-            print(f"{title}: stopped; {kept}.", flush=True)
+            print(f"{title}: stopped; all finished epochs are saved.", flush=True)
 
 # %% ../../nbs/2_train/16_trainer.ipynb #56e855f8
 def _run_epoch(
@@ -353,7 +339,7 @@ def _run_epoch(
         learner.outcome.last["seconds"] = seconds
         learner.outcome.seconds += seconds
         if learner.checkpoint is not None:
-            learner.checkpoint.keep(state_of(learner))
+            learner.checkpoint.kept = state_of(learner)
     return finite
 
 # %% ../../nbs/2_train/16_trainer.ipynb #bcc59f79
