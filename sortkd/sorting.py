@@ -79,7 +79,8 @@ def check_range(index: Tensor, logits: Tensor, dim: int) -> None:
         if not 0 <= outside < classes:
             raise ValueError(
                 f"target holds {outside}, but logits of shape {tuple(logits.shape)} have the "
-                f"classes 0 to {classes - 1} along dim={dim}; correct it, or name it as ignore_index.")
+                f"classes 0 to {classes - 1} along dim={dim}; correct it, or name it as "
+                "ignore_index.")
 
 # %% ../nbs/1_method/00_sorting.ipynb #79c40cb0
 def find_wrong_rows(
@@ -201,7 +202,8 @@ def sort_topk(
     Where it is not, the row is returned unchanged; with `insert`, the target takes the highest
     value, every other class the value one place below, and the target stands in the place of the
     lowest class, which drops out. A row whose target is `ignore_index`, or that holds a NaN, is
-    returned unchanged. Raises `TypeError` and `ValueError` as `sort_logits` does, and for a negative target.
+    returned unchanged. Raises `TypeError` and `ValueError` as `sort_logits` does, and for a
+    negative target.
     """
     sought, listed = target_index(values, target, -1), class_indices(classes, "classes").clone()
     if listed.shape != values.shape:

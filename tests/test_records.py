@@ -74,7 +74,7 @@ def test_every_bad_value_is_named(path, value):
 @pytest.mark.parametrize(("path", "value", "words"), [
     ("recipe.epochs", 4, "the number of epochs in curve"), ("method.repair", "sort", "method.name"),
     ("student", "resnet32", "teacher and student"),
-    ("about_teacher", None, "about_teacher is there is False, expected True"),
+    ("about_teacher", None, "about_teacher is None, expected 'a teacher"),
 ])
 def test_parts_that_disagree_are_found(path, value, words):
     with pytest.raises(RecordError, match=words):

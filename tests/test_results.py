@@ -54,7 +54,7 @@ def test_what_an_experiment_writes_is_valid(tmp_path):
     experiment = prepare_experiment(pair="r56_r20", methods="ce,kd+sort", epochs=1, **SMALL, **folders)
     file = experiment.records_file
     alone, taught = map(check_record, run_experiment(experiment, progress=False).records)
-    with pytest.raises(RecordError, match="about_teacher is there is False"):
+    with pytest.raises(RecordError, match="about_teacher is None, expected 'a teacher"):
         check_record(taught | {"about_teacher": None})
     frame, left_out = load_results(file)
     assert frame.method.tolist() == ["ce", "kd+sort"] and left_out.empty and len(select(frame)) == 2

@@ -189,6 +189,9 @@ def _lines(source) -> Iterator[tuple[Path, int, dict | str]]:
             if path.is_dir() and file.name == _DEMONSTRATION:
                 yield file, 0, "quick runs are no evidence; name the file to read it"
                 continue
+            if path.is_dir() and not file.is_file():
+                yield file, 0, "it is not a file"
+                continue
             number = 0
             for number, record in checked_lines(file):
                 yield file, number, record if isinstance(record, dict) else str(record)

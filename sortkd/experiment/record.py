@@ -163,12 +163,14 @@ def _disagreements(
         yield "result.last_top1", result.last_top1, tested[-1]
         yield "result.best_top1", result.best_top1, max(tested)
         yield "result.best_epoch", result.best_epoch, tested.index(max(tested)) + 1
-        yield "result.student_sha256 is there", result.student_sha256 != "", True
+        if not result.student_sha256:
+            yield "result.student_sha256", None, "the checksum of the student's weights"
     if method.objective in OBJECTIVES:
         yield "method.name", plain_name(method.name), method_name(method.objective, method.repair)
     if record.about_teacher:
         yield "about_teacher.architecture", record.about_teacher.architecture, record.teacher
-    yield "about_teacher is there", record.about_teacher is not None, method.objective != "ce"
+    elif method.objective != "ce":
+        yield "about_teacher", None, "a teacher, since the method uses one"
     if pair := PAIRS.get(record.pair):
         networks = (record.teacher, record.student)
         yield "teacher and student", networks, (pair.teacher, pair.student)
