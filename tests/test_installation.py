@@ -125,7 +125,7 @@ def test_what_is_imported_is_required(settings):
     assert all({each.lower() for each in providers[name]} & required for name in foreign)
 
 
-BASE = ["", ".sorting", ".topk", ".losses", ".methods", ".distillation",
+BASE = ["", ".sorting", ".losses", ".methods", ".distillation",
         ".utils.checks", ".utils.files"]
 # A package that is not installed: neither found nor imported.
 BLOCKED = f"""

@@ -525,19 +525,22 @@ def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
 
 
 def test_two_writers_of_the_same_bits_do_not_meet(tmp_path, monkeypatch):
-    "The second writes while the first is between its content and its name."
-    correct, fsync, nested = torch.arange(100) % 3 == 0, os.fsync, []
+    "The second comes while the first is between its content and its name, and waits."
+    correct, fsync, second = torch.arange(100) % 3 == 0, os.fsync, []
 
     def meet(opened):
-        if not nested:
-            nested.append(True)
-            nested.append(save_correct(tmp_path / "quick.jsonl", correct))
+        if not second:
+            second.append(threading.Thread(target=save_correct, args=(tmp_path / "quick.jsonl", correct)))
+            second[0].start()
+            second[0].join(0.2)
+            assert second[0].is_alive()
         fsync(opened)
 
     monkeypatch.setattr(os, "fsync", meet)
     checksum = save_correct(tmp_path / "quick.jsonl", correct)
+    second[0].join(60)
     read = read_correct(tmp_path / "quick.jsonl", checksum, 100)
-    assert nested[1] == checksum and read.tolist() == correct.tolist()
+    assert not second[0].is_alive() and read.tolist() == correct.tolist()
     kept = [path.name for path in (tmp_path / "quick.correct").glob("*.bits")]
     assert kept == [f"{checksum}.bits"]
 

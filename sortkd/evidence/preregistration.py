@@ -75,9 +75,9 @@ class Plan(Promise, frozen=True, eq=False):
         "What all its runs have in common, as columns of `load_results`."
         options = self.grid.options
         data = options.get("dataset", "cifar100")
-        first, last = part_in(data)[1]["train"] if "(" in data else (0, 50_000)
+        images = len(part_in(data)[1]["train"]) if "(" in data else 50_000
         changes = json.dumps(recipe_changes(options.get("recipe", "")), sort_keys=True)
-        return {"data": data, "train_images": options.get("train_size") or last - first,
+        return {"data": data, "train_images": options.get("train_size") or images,
                 "test_images": options.get("test_size") or 10_000, "recipe_changes": changes}
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #11941b7b

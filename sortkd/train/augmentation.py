@@ -17,13 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
-import pandas
 import torch
 from torch import Tensor
 
 from ..utils.checks import finite_number, need_experiments, whole_number
 
 need_experiments()
+
+import pandas
 
 # %% ../../nbs/2_train/11_augmentation.ipynb #5faf9dab
 class Views(NamedTuple):
