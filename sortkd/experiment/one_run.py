@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 
 from .provenance import describe_machine
@@ -33,6 +32,7 @@ from ..train.teacher_logits import TeacherLogits
 from ..train.teachers import weights_checksum
 from ..train.trainer import Diverged, Outcome, Student, evaluate, train_together
 from ..utils.files import exclusive, refuse_links, remove_leftovers, save_atomically
+import msgspec  # after our modules, which say what is not installed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

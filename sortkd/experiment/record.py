@@ -14,13 +14,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-import msgspec
-from msgspec import Meta, Struct
-
 from .pairs import PAIRS, has_published_length
 from ..methods import OBJECTIVES, method_name, plain_name
 from ..train.checkpoints import fingerprint
 from ..utils.checks import one_line, shown
+import msgspec  # after our modules, which say what is not installed
+from msgspec import Meta, Struct
 
 # %% ../../nbs/3_experiment/33_record.ipynb #194ff5eb
 SCHEMA_VERSION = 2
