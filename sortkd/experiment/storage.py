@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from .record import RecordError, check_record
 from ..utils.files import flush_folder, refuse_links, remove_leftovers, save_atomically
+import numpy as np  # after our modules, which say what is not installed
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #2d182feb
 def append_record(path: str | Path, record: dict) -> None:

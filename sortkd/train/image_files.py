@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from sortkd.train.augmentation import (
     Block, ImageBatches, ImageSet, batch_bounds, check_image_set, normalize, rank_bounds,
     seeded_generator,
 )
+import numpy  # after our modules, which say what is not installed
 
 # %% ../../nbs/2_train/13_image_files.ipynb #b84a848a
 _WORKERS = min(8, os.cpu_count() or 1)  # processes or threads that decode

@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from sortkd.train.augmentation import (
     Batches, ImageSet, balanced_order, check_image_set, check_tensor, normalize, number_of_views,
     seeded_generator,
 )
+import numpy  # after our modules, which say what is not installed
 
 # %% ../../nbs/2_train/12_images.ipynb #11ed60c3
 @dataclass(frozen=True, eq=False, repr=False)
