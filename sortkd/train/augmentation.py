@@ -24,8 +24,6 @@ from ..utils.checks import finite_number, need_experiments, whole_number
 
 need_experiments()
 
-import pandas
-
 # %% ../../nbs/2_train/11_augmentation.ipynb #5faf9dab
 class Views(NamedTuple):
     "Which crop of which image: two int64 tensors of shape (N,)."
@@ -187,6 +185,8 @@ def augment_strongly(images: Tensor, *key: str | int) -> Tensor:
 # %% ../../nbs/2_train/11_augmentation.ipynb #6e9423c0
 def balanced_order(targets: Tensor, generator: torch.Generator) -> Tensor:
     "All images in a random order, each beginning of which has its classes as equal as possible."
+    import pandas  # here, since loading it takes longer than a command that only continues
+
     order = torch.randperm(len(targets), generator=generator)
     classes = pandas.Series(targets[order].numpy())
     rank = torch.tensor(classes.groupby(classes).cumcount().to_numpy())  # within its class
