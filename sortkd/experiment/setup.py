@@ -171,7 +171,7 @@ _EVIDENCE |= dict.fromkeys(("cifar100", "cifar100-mini", "digits"), "CIFAR-100")
 
 
 def _demonstration(experiment: Experiment) -> tuple[str, str]:
-    "How a run that is no evidence about the published recipe is called, and what it shows."
+    "The name of a run that says nothing about the published recipe, and what it shows."
     preset, data = experiment.preset, experiment.data
     kind = "shortened" if experiment.preset_name == "paper" else experiment.preset_name
     evidence = "It shows how everything works; its numbers are not evidence about the methods."
