@@ -25,7 +25,7 @@ OURS = ("begin end centering caption label toprule midrule bottomrule cline mult
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_names_are_text_in_every_form_of_a_table(tmp_path, indexed):
-    import mistune
+    mistune = pytest.importorskip("mistune")
 
     table = pd.DataFrame({HOSTILE: [HOSTILE, "70.66"], "plain": ["1", "2"]})
     if indexed:
