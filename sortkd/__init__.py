@@ -17,10 +17,12 @@ __version__ = "0.1.0"
 
 def show_commands() -> None:
     "The command `sortkd`: the version, and the other commands."
-    print(f"sortkd {__version__}\nCommands: sortkd-run, sortkd-eval, sortkd-card, sortkd-grid; each explains itself with --help.")
+    print(f"sortkd {__version__}")
+    commands = "sortkd-run, sortkd-eval, sortkd-card, sortkd-grid"
+    print(f"Commands: {commands}; each explains itself with --help.")
 
 
 _all_ = [
-    "DistillationLoss", "create_method", "dist_loss", "dkd_loss", "kd_loss", "list_methods", "sort_logits", "sort_topk",
-    "swap_logits",
+    "DistillationLoss", "create_method", "dist_loss", "dkd_loss", "kd_loss", "list_methods",
+    "sort_logits", "sort_topk", "swap_logits",
 ]
