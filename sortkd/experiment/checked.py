@@ -60,8 +60,7 @@ def _check_loggers(given: Parameters) -> None:
         if not known:
             raise ValueError(
                 "wandb is 'online', but there is no key for it; run `wandb login`, set "
-                "WANDB_API_KEY, "
-                "or use wandb='offline'."
+                "WANDB_API_KEY, or use wandb='offline'."
             )
 
 # %% ../../nbs/3_experiment/31a_checked.ipynb #b6bb33f7
@@ -112,8 +111,7 @@ def check_together(given: Parameters, processes: int) -> None:
     elif "imagenet/" in given.pair and not given.dataset.startswith("folder:"):
         raise ValueError(
             f"pair is {given.pair!r:.200}, but imagenet/ is for ImageNet; its pairs are "
-            f"{', '.join(IMAGENET_PAIRS)}, "
-            "or give dataset='folder:PATH'."
+            f"{', '.join(IMAGENET_PAIRS)}, or give dataset='folder:PATH'."
         )
 
 # %% ../../nbs/3_experiment/31a_checked.ipynb #abe32d4c

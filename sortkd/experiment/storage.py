@@ -18,7 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from .record import RecordError, check_record
-from ..utils.files import flush_folder, refuse_links, remove_leftovers, save_atomically
+from sortkd.utils.files import (
+    exclusive, flush_folder, refuse_links, remove_leftovers, save_atomically,
+)
 import numpy as np  # after our modules, which say what is not installed
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #2d182feb
@@ -112,16 +114,11 @@ def save_correct(records_file: str | Path, correct: Tensor) -> str:
     checksum that names the file. `correct`: bool, one value for each test image, in the order of
     the test set.
     """
-    import fcntl  # not on Windows
-
     bits = np.packbits(correct.numpy()).tobytes()
     checksum = hashlib.sha256(bits).hexdigest()
     file = _correct_file(records_file, checksum)
-    lock = file.parent / ".lock"
-    refuse_links(file.parent, lock)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "w") as held:  # two runs may have the same bits
-        fcntl.flock(held, fcntl.LOCK_EX)
+    refuse_links(file.parent)
+    with exclusive(file.parent / ".lock", "keeping the same bits"):  # two runs may have them
         save_atomically(file, lambda temporary: temporary.write_bytes(zlib.compress(bits, 9)))
         remove_leftovers(file.parent, file.name)
     return checksum
