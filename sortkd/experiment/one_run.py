@@ -138,8 +138,8 @@ def time_after(last: str) -> str:
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #0a69ad7a
 def _start(run: Run, records: Iterable[dict]) -> Run:
-    """`run`, started now unless its folder tells that it was started before. `records`: of runs
-    that have ended, and whose times are taken.
+    """`run`, started now unless its folder tells that it was started before. `records`: those
+    that it has, whose times are taken.
     """
     taken, path = {each["run_id"] for each in records}, run.folder / "started"
     if path.exists():
@@ -160,18 +160,20 @@ def _start(run: Run, records: Iterable[dict]) -> Run:
     return run
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #8f5fabd3
-def record_of(run: Run, records: Iterable[dict], again: bool, waited: bool = False) -> dict | None:
-    """The record of `run` among `records`. With `again`, only one that this command has made,
-    before an interruption or, if it has `waited` for another process, in that one.
+def record_of(
+    run: Run, recorded: Mapping[str, list[dict]], again: bool, waited: bool = False
+) -> dict | None:
+    """The record of `run` in `recorded`. With `again`, only one that this command has made, before
+    an interruption or, if it has `waited` for another process, in that one.
     """
-    found = [each for each in records if run_key(each) == run.key]
+    found = recorded.get(run.key, [])
     if again and not waited:
         found = [each for each in found if each["started"] >= run.again_since]
     return found[-1 if waited else 0] if found else None
 
 
 def again_since(
-    experiment: Experiment, runs: Sequence[Run], records: Iterable[dict]
+    experiment: Experiment, runs: Sequence[Run], recorded: Mapping[str, list[dict]]
 ) -> tuple[str, Path]:
     """When the command that repeats `runs` was first given, and the file that tells it until the
     command has ended.
@@ -183,8 +185,8 @@ def again_since(
         return "", path
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        keys = {run.key for run in runs}
-        last = max((each["started"] for each in records if run_key(each) in keys), default="")
+        before = (each["started"] for run in runs for each in recorded.get(run.key, ()))
+        last = max(before, default="")
         save_atomically(path, lambda temporary: temporary.write_text(time_after(last)))
         remove_leftovers(path.parent, path.name)
     return path.read_text(), path
@@ -207,11 +209,9 @@ def _claim(
         record = record_of(run, before, experiment.again, waited[run.folder])
         if record:
             again = "" if experiment.again else " again=True repeats it."
-            print(
-                f"{run.method.name}, seed {run.seed}: already recorded, "
-                f"{record['finished']}.{again}"
-            )
-        claimed.append((run if record else _start(run, before), record))
+            title = f"{run.method.name}, seed {run.seed}"
+            print(f"{title}: already recorded, {record['finished']}.{again}")
+        claimed.append((run if record else _start(run, before.get(run.key, ())), record))
     return claimed
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #f6ffd627

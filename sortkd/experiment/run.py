@@ -7,7 +7,7 @@ __all__ = ['STUDENTS_AT_ONCE', 'Results', 'run_experiment']
 
 # %% ../../nbs/3_experiment/39_run.ipynb #6888d5c5
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -90,7 +90,7 @@ def _meet_teacher(
     experiment: Experiment,
     runs: Sequence[Run],
     teacher: Teacher,
-    before: Sequence[dict],
+    before: Mapping[str, list[dict]],
     shared: Resources,
 ) -> None:
     """Measure the teacher and fill the cache of its logits, if a run that uses it is not recorded
@@ -160,6 +160,7 @@ def run_experiment(
         command.unlink(missing_ok=True)  # from here on, `again` repeats these, too
     folders = [run.folder for group in groups for run in group]
     found = dict(zip(folders, chain.from_iterable(parts)))
-    records, known = [found[run.folder] for run in runs], {each["run_id"] for each in before}
+    records = [found[run.folder] for run in runs]
+    known = {each["run_id"] for own in before.values() for each in own}
     appended = sum(each["run_id"] not in known for each in records)
     return Results(experiment, records, teacher, batches, appended)

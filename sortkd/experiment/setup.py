@@ -27,6 +27,7 @@ from sortkd.experiment.checked import (
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
 from .provenance import warn_of_another_clone
+from .record import run_key
 from .storage import read_records
 from ..methods import Method, plain_name, try_out
 from ..train.augmentation import ImageSet
@@ -101,9 +102,14 @@ class Experiment:
     def records_file(self) -> Path:
         return self.results_dir / f"{self.preset_name}.jsonl"
 
-    def recorded(self) -> list[dict]:
-        "All records in `records_file` so far, of this experiment and of others."
-        return read_records(self.records_file) if self.records_file.exists() else []
+    def recorded(self) -> dict[str, list[dict]]:
+        """All records in `records_file` so far, of this experiment and of others, by the key of
+        their run.
+        """
+        found: dict[str, list[dict]] = {}
+        for record in read_records(self.records_file) if self.records_file.exists() else ():
+            found.setdefault(run_key(record), []).append(record)
+        return found
 
     def describe(self) -> str:
         "What this run is, and what its numbers are evidence of."

@@ -29,7 +29,7 @@ from ..train.networks import create_model
 from .grid import Grid, read_grid
 from .pairs import IMAGENET_PAIRS, pair_for
 from .provenance import describe_machine
-from .record import plain, run_key
+from .record import plain
 from .run import STUDENTS_AT_ONCE, run_experiment
 from .one_run import Run, prepare_run
 from .teacher import own_teacher, teacher_checkpoint
@@ -167,7 +167,7 @@ def read_state(grid: Grid, experiments: dict[str, Experiment] | None = None) -> 
     """
     state = State(grid, experiments or experiments_of(grid))
     state.processor = _processor(describe_machine(state.experiment.device))
-    records = {run_key(record): record for record in reversed(state.experiment.recorded())}
+    records = {key: own[0] for key, own in state.experiment.recorded().items()}
     jobs, teachers = list[tuple](), dict[str, dict]()
     for cell in in_order(grid.cells).itertuples(index=False):
         experiment = state.experiments[cell.pair]
