@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ..utils.checks import finite_number, need_experiments, whole_number
+from ..utils.checks import need_experiments, whole_number
 
 need_experiments()
 
@@ -263,14 +263,9 @@ class ImageSet(ABC):
 
 # %% ../../nbs/2_train/11_augmentation.ipynb #3c5a90de
 def check_image_set(data: ImageSet, train_images: int, test_images: int) -> None:
-    "`ValueError` or `TypeError` names the field of `data` that does not fit."
+    "`ValueError` names the field of `data` that does not fit."
     if data.num_classes < 2:
         raise ValueError(f"class_names is {data.class_names!r}; give at least two classes.")
-    for name, values in (("mean", data.mean), ("std", data.std)):
-        if len(values) != 3:
-            raise ValueError(f"{name} is {values!r:.200}; give three numbers, one per channel.")
-        for value in values:
-            finite_number(name, value, above=name == "std")
     for split, images in (("train", train_images), ("test", test_images)):
         targets = getattr(data, f"{split}_targets")
         check_tensor(f"{split}_targets", targets, torch.int64, (images,))

@@ -6,9 +6,6 @@
 __all__ = ['has_cifar100', 'read_cifar']
 
 # %% ../../nbs/2_train/12a_cifar.ipynb #10d4b2cb
-import shutil
-import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +20,6 @@ def has_cifar100(root: str | Path | None = None) -> bool:
     folder = data_folder(root) / "cifar-100-python"
     return folder.is_dir() or folder.with_suffix(".tar.gz").is_file()
 
-# %% ../../nbs/2_train/12a_cifar.ipynb #5488158d
-def _fetch(kind: Any, archive: Path, folder: Path) -> None:
-    "Place the files of `kind`, a class of torchvision, at `folder`, whole or not at all."
-    from torchvision.datasets.utils import check_integrity, download_url
-
-    prefix = f"{folder.name.removesuffix('-python')}-download-"
-    for left in folder.parent.glob(f"{prefix}*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as staging:
-        if not archive.is_file():
-            archive = Path(staging) / "archive.tar.gz"
-            download_url(kind.url, staging, archive.name, kind.tgz_md5)
-        elif not check_integrity(archive, kind.tgz_md5):
-            raise RuntimeError(f"its MD5 is not the published {kind.tgz_md5}; "
-                               "remove it to download another")
-        with tarfile.open(archive) as content:
-            content.extractall(staging, filter="data")  # refuses what would leave the folder
-        (Path(staging) / folder.name).rename(folder)
-
-# %% ../../nbs/2_train/12a_cifar.ipynb #83736907
-def _place(kind: Any, folder: Path, download: bool) -> None:
-    "See that `folder` exists, from an archive beside it or downloaded; else `FileNotFoundError`."
-    archive = folder.parent / kind.filename
-    found, cure = archive.is_file(), f"Set SORTKD_DATA to the folder that holds {folder.name}, or"
-    if not download and not found:
-        raise FileNotFoundError(f"{kind.__name__} is not at {folder}. {cure} allow the download.")
-    try:
-        with exclusive(folder.with_name(f".{folder.name}.lock"), f"placing {folder.name}"), \
-                network_timeout():
-            if not folder.exists():
-                _fetch(kind, archive, folder)
-    except Exception as error:  # networks, archives and disks fail in many ways
-        source = archive if found else kind.url
-        raise FileNotFoundError(
-            f"{kind.__name__} is not at {folder}, and {source} could not be used: "
-            f"{type(error).__name__}: {error}. {cure} use the digits, which need no download."
-        ) from error
-
-# %% ../../nbs/2_train/12a_cifar.ipynb #28a6182c
-def _check(kind: Any, folder: Path) -> None:
-    "`ValueError` unless each file's MD5 is the published one; no file is opened as a pickle."
-    from torchvision.datasets.utils import check_integrity
-
-    meta = kind.meta["filename"], kind.meta["md5"]
-    for name, md5 in (*kind.train_list, *kind.test_list, meta):
-        if not check_integrity(folder / name, md5):
-            raise ValueError(f"{folder / name} is missing or damaged: its MD5 is not the published "
-                             f"{md5}. Nothing was read. Delete the folder {folder} and load "
-                             f"{kind.__name__} again to download it.")
-
 # %% ../../nbs/2_train/12a_cifar.ipynb #5ce4f063
 def read_cifar(name: str, root: str | Path | None = None, download: bool = True) -> dict[str, Any]:
     """The images uint8 (N, 32, 32, 3), targets and class names of `CIFAR10` or `CIFAR100`.
@@ -83,11 +30,24 @@ def read_cifar(name: str, root: str | Path | None = None, download: bool = True)
 
     kind = getattr(datasets, name)
     folder = data_folder(root) / kind.base_folder
-    if not folder.exists():
-        _place(kind, folder, download)
-    _check(kind, folder)
 
-    train, test = (kind(folder.parent, train=is_train) for is_train in (True, False))
+    def splits(download: bool) -> list:
+        return [kind(folder.parent, train, download=download) for train in (True, False)]
+
+    try:
+        try:
+            train, test = splits(download=False)
+        except RuntimeError:  # a file is missing or damaged
+            if not download:
+                raise
+            with exclusive(folder.with_name(f".{folder.name}.lock"), f"downloading {name}"), \
+                    network_timeout():
+                train, test = splits(download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{name} is not whole at {folder}, and was not downloaded ({error}). Set SORTKD_DATA "
+            f"to the folder that holds {folder.name}, or use the digits, which need no download."
+        ) from error
     return dict(
         train_images=torch.from_numpy(train.data).contiguous(),
         train_targets=torch.tensor(train.targets),
