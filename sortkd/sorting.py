@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['described', 'check_floating', 'class_indices', 'target_index', 'can_read', 'check_range', 'find_wrong_rows',
-           'sort_logits', 'swap_logits', 'sort_topk']
+           'mark_moves', 'find_moves', 'sort_logits', 'swap_logits', 'sort_topk']
 
 # %% ../nbs/1_method/00_sorting.ipynb #8d4f50b9
 import torch
@@ -112,32 +112,48 @@ def _sort_whole_rows(logits: Tensor, index: Tensor, value: Tensor, dim: int) -> 
     return others.scatter(dim, index, ranked.narrow(dim, 0, 1))  # z̃_y = z_π(1)
 
 # %% ../nbs/1_method/00_sorting.ipynb #4831d033
-def _sort_highest(rows: Tensor, index: Tensor, value: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    "The classes of `rows` `(R, C)` that move, the target last, and their new values."
-    classes = rows.topk(k + 1).indices.sort().values
-    ranked, order = rows.gather(1, classes).sort(descending=True, stable=True)  # z_π(j)
-    classes = torch.cat([classes.gather(1, order)[:, :-1], index], 1)  # π(1), ..., π(k), y
-    return classes, torch.cat([_hand_out(ranked, value, 1)[:, :-1], ranked[:, :1]], 1)
+def mark_moves(rows: Tensor, index: Tensor, wrong: Tensor) -> Tensor:
+    """Which classes of `rows` `(N, C)` move, a mask: in wrong rows the target and all above it.
+
+    `index`, `wrong` `(N, 1)`: from `find_wrong_rows`.
+    """
+    threshold = rows.gather(1, index).masked_fill(~wrong, torch.inf)
+    return (rows > threshold).scatter_(1, index, wrong)
+
+
+def find_moves(rows: Tensor, marked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the classes that `mark_moves` marked take their new values from: `rows[row, classes]`
+    becomes `rows[row, source]`. Returns `row`, `classes` and `source`, one entry for each mark.
+    """
+    row, classes = marked.nonzero(as_tuple=True)
+    order = rows[row, classes].argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    row, classes = row[order], classes[order]  # row by row π(1), π(2), ..., π(r)
+    last = torch.ones_like(row, dtype=torch.bool)
+    last[:-1] = row[1:] != row[:-1]
+    source = classes.roll(-1)  # π(j+1)
+    source[last] = classes[last.roll(1)]  # the target's is π(1)
+    return row, classes, source
 
 # %% ../nbs/1_method/00_sorting.ipynb #1000000d
 def _sort_wrong_rows(
     logits: Tensor, index: Tensor, value: Tensor, wrong: Tensor, dim: int
 ) -> Tensor:
-    "Only the wrong rows sorted, and only the classes that move; for two dimensions or more."
-    repaired, where = logits.clone(), wrong.squeeze(dim).nonzero(as_tuple=True)
-    if not len(where[0]):
-        return repaired
-    inside = repaired.movedim(dim, -1)
-    rows, index, value = (each.movedim(dim, -1)[where] for each in (logits, index, value))
-    k = int((rows > value).sum(1, dtype=torch.int32).max())  # r - 1, where the target lies deepest
-    if 8 * k > rows.shape[1]:  # then one sort of the whole row is faster
-        inside[where] = _sort_whole_rows(rows, index, value, 1)
-    else:
-        classes, values = _sort_highest(rows, index, value, k)
-        inside[(*(each[:, None] for each in where), classes)] = values
+    "Only the classes that move, in the wrong rows alone; for two dimensions or more."
+    inside = logits.movedim(dim, -1)
+    rows, *which = (each.movedim(dim, -1).flatten(0, -2) for each in (logits, index, wrong))
+    marked = mark_moves(rows, *which)
+    if 8 * int(marked.count_nonzero()) > rows.numel():
+        return torch.where(wrong, _sort_whole_rows(logits, index, value, dim), logits)
+    row, classes, source = find_moves(rows, marked)
+    repaired, places = logits.clone(), torch.unravel_index(row, inside.shape[:-1])
+    repaired.movedim(dim, -1)[(*places, classes)] = rows[row, source]
     return repaired
 
 # %% ../nbs/1_method/00_sorting.ipynb #4ca87ce5
+_PIECE = 2**23  # logits
+
+
 def sort_logits(
     logits: Tensor, target: Tensor, dim: int = -1, ignore_index: int = -100
 ) -> Tensor:
@@ -160,6 +176,12 @@ def sort_logits(
     (arXiv 2508.16544).
     """
     index, value, _, wrong = find_wrong_rows(logits, target, dim, ignore_index)
+    if logits.numel() > _PIECE and logits.ndim > 2:
+        inside = logits.movedim(dim, -1)
+        number = max(_PIECE // inside.shape[-1], 1)  # of rows in a piece
+        pieces = inside.flatten(0, -2).split(number), target.flatten().split(number)
+        repaired = [sort_logits(*piece, -1, ignore_index) for piece in zip(*pieces)]
+        return torch.cat(repaired).view(inside.shape).movedim(-1, dim)
     if can_read(logits, target) and logits.numel() > 4096 and logits.ndim > 1:
         return _sort_wrong_rows(logits, index, value, wrong, dim)
     return torch.where(wrong, _sort_whole_rows(logits, index, value, dim), logits)
@@ -189,6 +211,28 @@ def _insert(values: Tensor, classes: Tensor, sought: Tensor, counts: Tensor) -> 
     unknown = ((classes == sought) | values.isnan()).any(-1, keepdim=True)
     return torch.where(counts & ~unknown, classes.scatter(-1, last, sought), classes)
 
+# %% ../nbs/1_method/00_sorting.ipynb #66a67c5c
+def _sort_descending(values: Tensor, listed: Tensor, sought: Tensor) -> tuple[Tensor, Tensor]:
+    "New values of lists `(N, k)`, and which of those that hold their target do not descend."
+    found = (listed == sought).flatten().nonzero()[:, 0]  # one dimension is twice as fast
+    row = found // values.shape[1]
+    target, top = values.flatten()[found], values[row, 0]
+    descend = values.detach().diff().amax(1, keepdim=True) < 0
+    rest = torch.zeros_like(descend).index_fill_(0, row, True) & ~descend
+    threshold = torch.full_like(values[:, :1], torch.inf)
+    threshold[row, 0] = target
+    repaired = torch.where(values > threshold, values.roll(-1, 1), values)
+    repaired.view(-1)[found] = torch.where(top > target, top, target)
+    return repaired, rest[:, 0]
+
+
+def _sort_in_any_order(values: Tensor, listed: Tensor, sought: Tensor) -> Tensor:
+    "New values of lists `(..., k)`, with shapes that do not depend on the values."
+    order = listed.argsort(-1)  # as in a whole row, so that ties rank by class index
+    found = listed.gather(-1, order) == sought
+    place = found.int().argmax(-1).masked_fill(~found.any(-1), -100)
+    return values.scatter(-1, order, sort_logits(values.gather(-1, order), place))
+
 # %% ../nbs/1_method/00_sorting.ipynb #10000011
 def sort_topk(
     values: Tensor, classes: Tensor, target: Tensor, insert: bool = False, ignore_index: int = -100
@@ -205,7 +249,7 @@ def sort_topk(
     returned unchanged. Raises `TypeError` and `ValueError` as `sort_logits` does, and for a
     negative target.
     """
-    sought, listed = target_index(values, target, -1), class_indices(classes, "classes").clone()
+    sought, listed = target_index(values, target, -1), class_indices(classes, "classes")
     if listed.shape != values.shape:
         raise ValueError(f"classes must have the shape of values, {tuple(values.shape)}, "
                          f"but they are {described(classes)}.")
@@ -215,7 +259,11 @@ def sort_topk(
                          "correct it, or name it as ignore_index.")
     if insert:
         listed = _insert(values, listed, sought, counts)
-    order = listed.argsort(-1)  # as in a whole row, so that ties rank by class index
-    found = counts & (listed.gather(-1, order) == sought)
-    place = found.int().argmax(-1).masked_fill(~found.any(-1), -100)
-    return values.scatter(-1, order, sort_logits(values.gather(-1, order), place)), listed
+    sought = sought.masked_fill(~counts, torch.iinfo(torch.int64).min)  # which no list holds
+    if values.shape[-1] < 2 or not can_read(values, listed):
+        return _sort_in_any_order(values, listed, sought), listed
+    rows = [each.reshape(-1, each.shape[-1]) for each in (values, listed, sought)]
+    repaired, rest = _sort_descending(*rows)
+    if rest.any():
+        repaired[rest] = _sort_in_any_order(*(each[rest] for each in rows))
+    return repaired.view_as(values), listed
