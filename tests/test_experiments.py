@@ -5,11 +5,10 @@ import json
 import resource
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
+from threading import Thread
 
 import pytest
 import torch
@@ -17,9 +16,9 @@ from conftest import QUICK_METHODS, needs_cifar100, save_sample_folder
 
 from sortkd.train.augmentation import Batches
 from sortkd.train.images import load_digits
-from sortkd.experiment.setup import describe_teacher_logits, prepare_experiment
+from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.pairs import PAIRS, method_for, published_recipe, recipe_for
-from sortkd.evidence.plots import conclude, plot_mistakes, summarize
+from sortkd.evidence.plots import conclude, summarize
 from sortkd.experiment.storage import append_record, read_lines, read_records
 from sortkd.experiment.record import compare_runs
 from sortkd.evidence.results import load_results
@@ -91,7 +90,7 @@ def test_the_notebook_through_papermill(folder):
     outputs = [output for each in shown for output in each]
     texts = "".join(str(output.get("data", {}).get("text/markdown", "")) for output in outputs)
     assert "This is a quick run" in texts and "not evidence" in texts
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 1
     first = shown[0]
     words = first[0]["data"]["text/markdown"]
     assert all(part in words for part in ("kd+sort minus kd", "(n = 2 seeds)", "Chance is 10 %"))
@@ -143,29 +142,19 @@ def test_every_pair_takes_a_step(pair):
 
 
 BAD = [  # name, value, part of the message
-    ("pair", "r56_r21", "r56_r20"), ("pair", 5, "pair is 5"), ("pair", "resnet20:", "TEACHER:ST"),
+    ("pair", "r56_r21", "r56_r20"), ("pair", "resnet20:", "TEACHER:STUDENT"),
     ("pair", "resnet20:resnet9", "no network 'resnet9'. Did you mean resnet8"),
-    ("pair", "timm:resnet8:resnet8", "timm"), ("pair", "imagenet/ResNet34:resnet8", "for ImageNet"),
-    ("methods", "kd,sort", r"kd\+sort"), ("methods", "kd,,dkd", "methods"),
-    ("methods", "", "methods"), ("methods", "kd,kd", "different"), ("methods", "kd-sort", "kd-sort"),
-    ("methods", "kd(temp=2)", "no setting .*temp"), ("methods", "kd(beta=1)", "no setting .*beta"),
-    ("methods", "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)", "each .*once"),
-    ("seeds", "-1", "seeds"), ("seeds", "4-0", "0-4"), ("seeds", "0-1000", "seeds"),
-    ("seeds", "0-2,1", "each number once"), ("seeds", "1.5", "seeds"), ("seeds", "", "seeds"),
-    ("seeds", "0,x", "0,x"), ("preset", "slow", "quick"), ("preset", "paper", "digits"),
-    ("dataset", "imagenet", "cifar100"), ("dataset", "cifar11", "Did you mean 'cifar10'"),
-    ("dataset", "folder:", "folder:PATH"), ("epochs", -3, "epochs is -3"),
-    ("epochs", "3", "epochs"), ("epochs", "many", "whole number"), ("epochs", True, "epochs"), ("train_size", 2000, "1437"),
-    ("train_size", 1.5, "train_size"), ("test_size", -1, "test_size"), ("device", "gpu", "cuda"),
-    ("precision", "float16", "bfloat16"), ("results_dir", str(NOTEBOOK), "folder"),
-    ("results_dir", "/proc/results", "nothing can be written"), ("teachers_dir", "", "folder"),
-    ("cache_dir", str(NOTEBOOK), "folder"), ("teacher", str(NOTEBOOK), "cannot be read"),
-    ("teacher", 3, "teacher is 3"), ("wandb", "on", "offline"), ("tensorboard", "yes", "True or"),
-    ("again", 1, "True or False"), ("cache", "on", "cache is 'on'"), ("workers", 0, "workers is 0"),
-    ("recipe", "lr", "give numbers, such as"), ("recipe", "lr=-1", "lr is -1"),
-    ("recipe", "batchsize=3", "mean 'batch_size'"), ("recipe", "epochs=3", "name in recipe"),
-    ("recipe", "batch_size=1.5", "give numbers"), ("seed", 1, "Did you mean 'seeds'"),
-    ("pairs", "r56_r20", "parameter is 'pairs'.*Did you mean 'pair'"),
+    ("methods", "kd,sort", r"kd\+sort"), ("methods", "kd,,dkd", "methods"), ("methods", "kd,kd", "different"),
+    ("methods", "kd(temp=2)", "no setting .*temp"),
+    ("methods", "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)", "different"),
+    ("seeds", "-1", "seeds"), ("seeds", "4-0", "0-4"), ("seeds", "0-2,1", "each number once"), ("seeds", "0,x", "0,x"),
+    ("preset", "slow", "quick"), ("preset", "paper", "digits"), ("dataset", "imagenet", "cifar100"),
+    ("dataset", "cifar11", "Did you mean 'cifar10'"), ("epochs", -3, "epochs is -3"), ("epochs", "3", "epochs"),
+    ("train_size", 2000, "1437"), ("device", "gpu", "cuda"), ("precision", "float16", "bfloat16"),
+    ("results_dir", str(NOTEBOOK), "folder"), ("results_dir", "/proc/results", "nothing can be written"),
+    ("cache_dir", str(NOTEBOOK), "folder"), ("again", 1, "True or False"), ("cache", "on", "cache is 'on'"),
+    ("recipe", "lr", "give numbers, such as"), ("recipe", "batchsize=3", "mean 'batch_size'"),
+    ("recipe", "batch_size=1.5", "give numbers"), ("pairs", "r56_r20", "parameter is 'pairs'.*Did you mean 'pair'"),
 ]
 
 
@@ -174,21 +163,6 @@ def test_bad_parameters_are_named(name, value, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         prepare_experiment(**SMALL | {"results_dir": str(tmp_path / "results"), name: value})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_teacher_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
-        small(tmp_path, teacher="nowhere.pth")
-    torch.save({"model": create_model("resnet32", 10).state_dict()}, tmp_path / "resnet32.pth")
-    with pytest.raises(ValueError, match="resnet32.pth is not a checkpoint"):
-        small(tmp_path, teacher=str(tmp_path / "resnet32.pth"))
-
-
-def test_records_of_different_settings_share_no_table(folder):
-    one = run_new(folder, methods="kd").records
-    two = run_new(folder, methods="kd", epochs=1).records
-    with pytest.raises(ValueError, match="2 different settings"):
-        summarize(one + two)
 
 
 def test_a_writer_waits_for_another(tmp_path):
@@ -201,14 +175,6 @@ def test_a_writer_waits_for_another(tmp_path):
         assert writer.is_alive() and not path.read_text()
     writer.join(60)
     assert [*read_lines(path)] == [(1, {"number": 1})]
-
-
-def test_a_mistyped_parameter_of_the_notebook_is_refused_before_any_work(tmp_path):
-    import papermill
-    with pytest.raises(papermill.PapermillExecutionError, match="Did you mean 'pair'"):
-        parameters = {"pairs": "r56_r20", "results_dir": str(tmp_path / "results")}
-        papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", parameters, progress_bar=False)
-    assert not (tmp_path / "results").exists()
 
 
 def test_the_result_in_words():
@@ -230,19 +196,6 @@ def test_the_result_in_words():
 
 
 @needs_cifar100
-def test_the_quick_preset_teaches_ten_classes(tmp_path):
-    experiment = prepare_experiment(
-        pair="r56_r20", preset="quick", teachers_dir=tmp_path / "teachers", results_dir=tmp_path
-    )
-    data = experiment.data
-    assert (data.name, data.num_classes, data.image_size) == ("cifar100-mini", 10, 16)
-    assert [method.name for method in experiment.methods] == ["ce", "kd", "kd+sort"]
-    assert "Expect" in experiment.describe()
-    with pytest.raises(ValueError, match="is for CIFAR-100"):
-        prepare_experiment(preset="short", dataset="cifar100-mini", results_dir=tmp_path)
-
-
-@needs_cifar100
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", ["r32x4_r8x4", "r56_r20", "vgg13_vgg8"])
 def test_the_first_run_convinces(pair, tmp_path):
@@ -261,87 +214,38 @@ def test_real_cifar100(tmp_path):
     assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0
 
 
-def test_runs_at_once_are_the_runs_alone(folder, tmp_path):
-    torch.set_num_threads(1)
-    settings = {"methods": "kd,dkd+sort", "seeds": "0,1"}
-    alone = run_new(folder, **settings, results_dir=tmp_path / "alone").records
-    at_once = run_new(folder, **settings, workers=2, results_dir=tmp_path / "at_once").records
-    assert names(at_once) == names(alone)
-    assert [record["seed"] for record in at_once] == [record["seed"] for record in alone]
-    assert weights(at_once) == weights(alone) and len({*weights(alone)}) == 4
-    written = read_records(tmp_path / "at_once" / "quick.jsonl")
-    assert {record["run_id"] for record in written} == {record["run_id"] for record in at_once}
-
-
-def test_runs_at_once_come_back_in_their_order(folder, tmp_path, monkeypatch):
-    "Whichever ends first: here the first of three, in a process of its own, ends after the others."
-    class Threads(ThreadPoolExecutor):
-        def __init__(self, workers, *of_processes):
-            super().__init__(workers)
-
-    def last_first(runs):
-        first, last = runs[0].seed == 0, runs[0].seed == 2
-        assert not first or others_ended.wait(20)
-        if last:
-            others_ended.set()
-        return [{"run_id": run.run_id, "seed": run.seed, "about_teacher": None} for run in runs]
-
-    others_ended = Event()
-    monkeypatch.setattr("sortkd.experiment.workers.ProcessPoolExecutor", Threads)
-    monkeypatch.setattr("sortkd.experiment.workers._run_in_worker", last_first)
-    records = run_new(folder, methods="ce", seeds="0,1,2", workers=2, results_dir=tmp_path).records
-    assert [record["seed"] for record in records] == [0, 1, 2]
-    assert all(f"-seed{record['seed']}-" in record["run_id"] for record in records)
-
-
 def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeypatch):
-    "At the published length, where MLKD has 480 epochs and the others have 240."
+    "At the published length, where MLKD has 480 epochs and KD has 240."
     def untrained(students, *arguments, **options):
         row = {"test_top1": 10.0, "test_loss": 1.0, "teacher_wrong_rows": images // 2, "changed_rows": 0}
         curves = [[{"epoch": number, **row} for number in range(1, each.recipe.epochs + 1)] for each in students]
         return [Outcome(curve, each.model.state_dict(), each.model.state_dict()) for curve, each in zip(curves, students)]
 
     run_new(folder, methods="kd", epochs=1)  # trains the teacher, if no other test has
-    plan = small(folder, methods="kd,mlkd,lskd_mlkd", train_size=0, test_size=0, results_dir=tmp_path)
+    plan = small(folder, methods="kd,mlkd", train_size=0, test_size=0, results_dir=tmp_path)
     plan, images = dataclasses.replace(plan, preset_name="paper", recipe=Recipe()), len(plan.full_data.train_targets)
     monkeypatch.setattr("sortkd.experiment.one_run.train_together", untrained)
     records = run(plan).records
-    rows = {record["method"]["name"]: record["result"]["training_rows"] for record in records}
-    assert rows == {"kd": images * 240, "mlkd": images * 480, "lskd_mlkd": images * 480}
+    assert [record["result"]["training_rows"] for record in records] == [images * 240, images * 480]
     assert {summarize([record])["teacher wrong"].item() for record in records} == {"50.0%"}
 
 
 PUBLISHED = {"pair": "r56_r20", "preset": "paper", "dataset": "cifar100", "epochs": 0, "train_size": 0, "test_size": 0}
-
-
 @pytest.mark.parametrize("changes,full", [
     ({}, True), ({"epochs": 240}, True), ({"train_size": 400, "test_size": 100}, True), ({"methods": "ce,mlkd"}, True),
-    ({"epochs": 239}, False), ({"epochs": 241}, False), ({"epochs": 480, "methods": "mlkd"}, False), ({"train_size": 399}, False),
-    ({"test_size": 99}, False), *(({"recipe": change}, False) for change in ("lr=0.1", "batch_size=128", "momentum=0", "weight_decay=0", "lr_decay=0.2")),
-    ({"preset": "short"}, False), ({"preset": "short", "epochs": 240, "train_size": 400}, False), ({"preset": "quick"}, False),
+    ({"epochs": 239}, False), ({"epochs": 480, "methods": "mlkd"}, False), ({"train_size": 399}, False),
+    ({"test_size": 99}, False), ({"recipe": "lr=0.1"}, False), ({"recipe": "weight_decay=0"}, False),
+    ({"preset": "short", "epochs": 240, "train_size": 400}, False), ({"preset": "quick"}, False),
 ])
 def test_a_changed_recipe_is_not_called_the_published_one(folder, monkeypatch, changes, full):
-    "On images that say that they are all of CIFAR-100."
+    "On images that say that they are all of CIFAR-100; nor is a pair or a number of one's own."
     data = dataclasses.replace(load_digits().subset(400, 100), name="cifar100")
     monkeypatch.setattr("sortkd.experiment.setup.load_data", lambda name: data)
     plan = small(folder, **PUBLISHED | changes)
-    described = plan.describe()
-    assert plan.is_full_recipe == full == described.startswith("This is a full run of the published recipe: ")
-    assert full == ("can be compared with published ones" in described)
-    run = prepare_run(plan, plan.methods[0], 0, "cached", None)
-    assert run.facts["full_recipe"] == full
-
-
-def test_a_failing_worker_says_why_and_loses_nothing(folder, tmp_path):
-    experiment = small(folder, methods="kd,kd+sort", seeds="0,1", workers=2, results_dir=tmp_path)
-    whole = run_new(folder, results_dir=tmp_path / "teacher_first")
-    assert whole.teacher.source in ("found", "trained")
-    (tmp_path / "quick.jsonl").mkdir()  # nothing can be appended here
-    with pytest.raises(OSError, match="quick.jsonl"):
-        run(experiment)
-    (tmp_path / "quick.jsonl").rmdir()
-    experiment = small(folder, methods="kd,kd+sort", seeds="0,1", results_dir=tmp_path)  # how many at once does not matter
-    assert len(run(experiment).records) == len(read_records(tmp_path / "quick.jsonl")) == 4
+    assert plan.is_full_recipe == full == ("can be compared with published ones" in plan.describe())
+    assert prepare_run(plan, plan.methods[0], 0, "cached", None).facts["full_recipe"] == full
+    for own in ({"pair": "resnet20:resnet8"}, {"methods": "ce,kd(temperature=2)"}):
+        assert "compared with published ones" not in small(folder, **PUBLISHED | changes | own).describe()
 
 
 def test_kept_and_computed_teacher_logits(folder, tmp_path):
@@ -362,8 +266,6 @@ def test_kept_and_computed_teacher_logits(folder, tmp_path):
     assert auto["result"]["teacher_wrong_rows"] == pytest.approx(off["result"]["teacher_wrong_rows"], abs=3)
     assert (tmp_path / "auto" / "teacher_logits").is_dir()
     assert not (tmp_path / "off" / "teacher_logits").exists()
-    said = {cache: describe_teacher_logits(each.experiment) for cache, each in results.items()}
-    assert "are cached" in said["auto"] and "every epoch" in said["off"]
 
 
 def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
@@ -426,37 +328,12 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
         done = run(alone)
         record, = done.records
         assert record["about_teacher"] is None and record["teacher"] == "resnet20" and not (tmp_path / "teachers").exists()
-        assert done.describe_teacher() == "No method used a teacher." and plot_mistakes(done) is None
-        assert "resnet8 is trained on" in alone.describe()
-        about = {"architecture": "resnet20", "source": "found", "file": "other.safetensors"}
-        about |= {"weights_sha256": "0" * 64, "training": {}, "top1": 50.0}
-        before = record | {"schema": 1, "about_teacher": about}  # as records were
-        del before["parameters"]
-        again, = run(prepare_repetition(before, results_dir=tmp_path / "repeated")).records
+        assert done.describe_teacher() == "No method used a teacher."
+        assert "nobody teaches resnet8" in alone.describe()
+        again, = run(prepare_repetition(record, results_dir=tmp_path / "repeated")).records
         assert compare_runs(record, again) == []
     beside = run_new(folder, methods="kd,ce", epochs=1, results_dir=results)
     assert beside.appended == 1 and beside.records[1]["run_id"] == record["run_id"] and "is right on" in beside.describe_teacher()
-
-
-def test_loggers_write_what_the_record_says(folder, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    run_new(folder, methods="ce", results_dir=tmp_path / "off")
-    assert not {"tensorboard", "wandb"} & {path.name for path in (tmp_path / "off").iterdir()}
-    results = tmp_path / "on"
-    loggers = {"tensorboard": True, "wandb": "offline"}
-    record, = run_new(folder, methods="kd+sort", results_dir=results, **loggers).records
-    folder = results / "tensorboard" / record["run_id"]
-    events = EventAccumulator(str(folder)).Reload()
-    for name in ("train_loss", "test_top1", "changed_rows"):
-        assert [event.step for event in events.Scalars(name)] == [1, 2]
-        values = [event.value for event in events.Scalars(name)]
-        assert values == pytest.approx(record["curve"][name])
-    text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "kd+sort" in text
-    file, = (results / "wandb").glob("offline-run-*/run-*.wandb")
-    content = file.read_bytes()
-    for part in ("kd+sort", "resnet20:resnet8", *map(str, record["curve"]["train_loss"])):
-        assert part.encode() in content
 
 
 @pytest.fixture(scope="module")
@@ -478,22 +355,13 @@ def test_imagenet_through_the_notebook(photographs, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(photographs))
     parameters = {"pair": "in_r34_r18", "preset": "quick", "epochs": 1, "results_dir": str(photographs / "results"),
                   "teacher": str(photographs / "in_r34_r18.safetensors"), "progress": False}
-    notebook = papermill.execute_notebook(NOTEBOOK, photographs / "out.ipynb", parameters, progress_bar=False)
-    assert "This is a quick run: imagenet/ResNet34 teaches imagenet/ResNet18" in str(notebook.cells)
-    alone, *records = read_records(photographs / "results" / "quick.jsonl")
-    assert [record["method"]["name"] for record in (alone, *records)] == ["ce", "kd", "kd+sort"] and not records[0]["full_recipe"]
-    assert records[0]["method"]["settings"] == {"temperature": 1.0} and records[0]["method"]["ce_weight"] == 0.5
-    assert records[0]["recipe"]["weight_decay"] == 1e-4 and records[0]["recipe"]["batch_size"] == 16
-    assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0 == records[0]["result"]["changed_rows"]
-    assert records[0]["teacher_logits"] == "computed" and records[0]["data"]["classes"] == 4
-
-
-def test_imagenet_of_the_other_pair(photographs, monkeypatch):
-    monkeypatch.setenv("SORTKD_DATA", str(photographs))
-    plan = prepare_experiment(pair="in_r50_mv1", methods="dkd+sort", preset="quick", epochs=1, train_size=8, test_size=4, results_dir=str(photographs / "other"),
-                           teacher=str(photographs / "in_r50_mv1.safetensors"))
-    record, = run(plan).records
-    assert record["method"]["settings"] == {"alpha": 1.0, "beta": 2.0, "temperature": 1.0} and record["data"]["train_images"] == 8
+    papermill.execute_notebook(NOTEBOOK, photographs / "out.ipynb", parameters, progress_bar=False)
+    alone, kd, sort = read_records(photographs / "results" / "quick.jsonl")
+    assert names((alone, kd, sort)) == ["ce", "kd", "kd+sort"] and not kd["full_recipe"]
+    assert kd["method"]["settings"] == {"temperature": 1.0} and kd["method"]["ce_weight"] == 0.5
+    assert kd["recipe"]["weight_decay"] == 1e-4 and kd["recipe"]["batch_size"] == 16
+    assert sort["result"]["changed_rows"] == sort["result"]["teacher_wrong_rows"] > 0 == kd["result"]["changed_rows"]
+    assert kd["teacher_logits"] == "computed" and kd["data"]["classes"] == 4
 
 
 def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
@@ -501,14 +369,12 @@ def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
     plan = prepare_experiment(pair="in_r34_r18", methods="kd,dkd", preset="paper")
     assert (plan.recipe.epochs, plan.recipe.batch_size, plan.recipe.lr, plan.recipe.milestones) == (100, 512, 0.2, (30, 60, 90))
     assert plan.methods[1].warmup_epochs == 1 and plan.preset.fetch_teacher
+    other, = prepare_experiment(pair="in_r50_mv1", methods="dkd+sort", preset="quick").methods
+    assert other.settings == {"alpha": 1.0, "beta": 2.0, "temperature": 1.0}
     assert not plan.is_full_recipe and "shortened" in plan.describe(), "twenty images are not ImageNet, whatever their folder is called"
-    for wrong, words in (({"methods": "mlkd"}, "strongly augmented"), ({"preset": "short"}, "CIFAR-100"), ({"dataset": "digits"}, "imagenet"),
-                         ({"cache": "full"}, "not cached")):
+    for wrong, words in (({"methods": "mlkd"}, "strongly augmented"), ({"preset": "short"}, "CIFAR-100"), ({"dataset": "digits"}, "imagenet")):
         with pytest.raises(ValueError, match=words):
             prepare_experiment(**({"pair": "in_r34_r18", "preset": "quick"} | wrong))
-    monkeypatch.setenv("SORTKD_DATA", str(photographs / "elsewhere"))
-    with pytest.raises(FileNotFoundError, match="SORTKD_DATA"):
-        prepare_experiment(pair="in_r34_r18", preset="quick")
 
 
 def stop_in(epochs):
@@ -520,7 +386,7 @@ def stop_in(epochs):
 def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
     settings = {"methods": "kd,kd+sort", "seeds": "0,1", "epochs": 3}
     whole = run_new(folder, **settings, results_dir=tmp_path / "whole").records
-    experiment = small(folder, **settings, results_dir=tmp_path / "broken", again=True)
+    experiment = small(folder, **settings, results_dir=tmp_path / "broken")
     for asked in (2, 1):  # in the second epoch of seed 0, then in the first of seed 1
         with pytest.raises(Stopped, match="after epoch"):
             run(experiment, stop=stop_in(asked))
@@ -534,12 +400,10 @@ def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
         assert times == sorted(times) and all(session["machine"] == whole[0]["machine"] for session in each.get("sessions", []))
     left = {path.name for path in (tmp_path / "broken" / "runs").rglob("*") if path.is_file()}
     assert left == {"last.safetensors", "best.safetensors", "run.lock"}
-    run(experiment)  # with `again`, a command that has ended is a new one
-    assert len(read_records(tmp_path / "broken" / "quick.jsonl")) == 8
 
 
 def test_the_first_start_survives_every_way_of_continuing(folder, tmp_path):
-    "Begun with two seeds and two methods, continued with one of each, by a worker, and with both: a record's training fits between its times."
+    "Begun with two seeds and two methods, continued with one of each and with both: a record's training fits between its times."
     def go_on(stop=None, **changes):
         experiment = small(folder, **({"methods": "kd,kd+sort", "seeds": "0,1", "epochs": 3, "results_dir": tmp_path} | changes))
         return run(experiment, stop=stop).records
@@ -559,33 +423,6 @@ def test_the_first_start_survives_every_way_of_continuing(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_while_the_teacher_is_trained(tmp_path):
-    whole = run_new(tmp_path / "whole")
-    experiment = small(tmp_path)
-    with pytest.raises(Stopped, match="ce was asked"):
-        run(experiment, stop=stop_in(2))
-    results = run(experiment)
-    assert results.teacher.as_record()["weights_sha256"] == whole.teacher.as_record()["weights_sha256"]
-    assert not any(map(compare_runs, whole.records, results.records)) and not list(tmp_path.rglob("teacher-*.pt"))
-
-
-class StopNow:
-    def __call__(self):
-        return True
-
-
-@pytest.mark.slow
-def test_workers_stop_too(folder, tmp_path):
-    run_new(folder, methods="kd", epochs=1, results_dir=tmp_path / "teacher_first")
-    experiment = small(folder, methods="kd,kd+sort", workers=2, results_dir=tmp_path)
-    with pytest.raises(Stopped):
-        run(experiment, stop=StopNow())
-    assert len(list(tmp_path.rglob("checkpoint.pt"))) >= 1 and not (tmp_path / "quick.jsonl").exists()
-    experiment = small(folder, methods="kd,kd+sort", results_dir=tmp_path)  # how many at once does not matter
-    assert len(run(experiment).records) == len(read_records(tmp_path / "quick.jsonl")) == 2
-
-
-@pytest.mark.slow
 def test_the_same_command_twice_at_once(folder, tmp_path):
     code = ("import sys, torch; torch.set_num_threads(1); from sortkd.fronts.commands import run\n"
             f"sys.exit(run('--pair resnet20:resnet8 --dataset digits --preset quick --methods kd,kd+sort --epochs 2 --train-size 100 --test-size 60 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")
@@ -596,20 +433,12 @@ def test_the_same_command_twice_at_once(folder, tmp_path):
     assert len({record["result"]["student_sha256"] for record in records}) == 2
 
 
-def test_a_clock_that_stands_still(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("sortkd.experiment.one_run.time_now", lambda: "2020-01-01T00-00-00.999999Z")
-    experiment = small(folder, methods="kd", results_dir=tmp_path, again=True)
-    started = [run(experiment).records[0]["started"] for _ in range(3)]
-    assert started == ["2020-01-01T00-00-00.999999Z", "2020-01-01T00-00-01.000000Z", "2020-01-01T00-00-01.000001Z"]
-    assert len(read_records(tmp_path / "quick.jsonl")) == 3
-
-
 def test_a_line_that_was_cut_hurts_no_other(tmp_path):
     file, record = tmp_path / "records.jsonl", {"place": "Zürich\u2028\x85", "top1": 70.0}
     append_record(file, record)
     file.write_bytes(file.read_bytes() + json.dumps(record, ensure_ascii=False).encode()[:13])  # in the middle of a letter
-    append_record(file, record | {"name": "\udc80"})
-    assert [*read_lines(file)] == [(1, record), (2, None), (3, record | {"name": "\udc80"})]
+    append_record(file, record)
+    assert [*read_lines(file)] == [(1, record), (2, None), (3, record)]
 
 
 def test_a_full_disk_leaves_the_records_as_they_were(tmp_path):
@@ -680,14 +509,11 @@ def test_another_run_than_the_recorded_one_is_refused(folder, tmp_path):
     record, = run_new(folder, methods="kd", results_dir=tmp_path / "results").records
     def repeat(**changes): return prepare_repetition(record | changes, teachers_dir=str(folder / "teachers"), results_dir=tmp_path / "repeated")
     for changes, words in (({"method": record["method"] | {"kd_weight": 0.5}}, "method.kd_weight is 0.9 here and 0.5 there"),
-                           ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"device": "tpu"}, "tpu"), ({"recipe": None}, "recipe is None: Expected `object`")):
+                           ({"data": record["data"] | {"checksum": "0" * 64}}, "data.checksum"), ({"recipe": None}, "Expected `object`, got `null`")):
         with pytest.raises(ValueError, match=words):
             repeat(**changes)
-    without_machine = {key: value for key, value in record.items() if key != "machine"}
-    with pytest.raises(ValueError, match="machine"):
-        prepare_repetition(without_machine)
     other = run_new(folder, methods="kd", seeds="1", results_dir=tmp_path / "results").records[0]
-    assert "weights differ; last top-1 was" in compare_runs(record, other)[0]
+    assert "weights differ" in compare_runs(record, other)[0]
 
 
 def test_a_compiled_run_says_so(folder, tmp_path, monkeypatch):
@@ -712,27 +538,18 @@ def test_deterministic_on_a_gpu(folder, tmp_path):
 
 NUMBERS = [  # pair, method, what it is trained with: LSKD's logs, SLD's code, MLKD's logs
     ("r56_r20", "lskd_dkd", dict(temperature=3, kd_weight=18, beta=2)),
-    ("r110_r32", "lskd_dkd", dict(temperature=2, kd_weight=15, beta=2)),
     ("wrn40_2_wrn16_2", "lskd_dkd", dict(temperature=2, kd_weight=12, beta=2)),
-    ("wrn40_2_wrn40_1", "lskd_dkd", dict(temperature=2, kd_weight=12, beta=2)),
-    ("vgg13_vgg8", "lskd_dkd", dict(temperature=2, kd_weight=15, beta=2)),
     ("vgg13_mv2", "lskd_dkd", dict(temperature=3, kd_weight=9, beta=2)),
-    ("r50_mv2", "lskd_dkd", dict(temperature=2, kd_weight=15, beta=2)),
     ("r32x4_shuv2", "lskd_dkd", dict(temperature=2, kd_weight=9, beta=8)),
     ("vgg13_vgg8", "lskd+sort", dict(temperature=3, kd_weight=9)),
-    ("vgg13_mv2", "lskd", dict(temperature=3, kd_weight=9)),
     ("r50_mv2", "lskd", dict(temperature=3, kd_weight=1)),
-    ("r56_r20", "lskd", dict(temperature=2, kd_weight=9)),
     ("vgg13_vgg8", "lskd_mlkd", dict(kd_weight=6, lr=0.01, epochs=480)),
-    ("vgg13_mv2", "lskd_mlkd", dict(kd_weight=6, lr=0.01, epochs=480)),
-    ("r32x4_shuv2", "lskd_mlkd", dict(kd_weight=6, epochs=960)),
     ("r32x4_shuv1", "lskd_mlkd", dict(kd_weight=9, epochs=960)),
     ("r56_r20", "lskd_mlkd", dict(kd_weight=9, lr=0.025, epochs=480)),
     ("r32x4_shuv1", "mlkd", dict(epochs=960)), ("r32x4_shuv2", "mlkd+sort", dict(epochs=960)),
     ("wrn40_2_shuv1", "mlkd", dict(epochs=480)), ("r56_r20", "sld", dict(lr=0.025, epochs=240)),
     ("r32x4_shuv1", "sld", dict(lr=0.009)), ("wrn40_2_shuv1", "sld+sort", dict(lr=0.01)),
-    ("r32x4_shuv2", "sld", dict(lr=0.008)), ("r50_mv2", "sld", dict(lr=0.008)),
-    ("vgg13_mv2", "sld", dict(lr=0.008)),
+    ("r50_mv2", "sld", dict(lr=0.008)),
     ("wrn40_2_wrn16_2", "dkd", dict(beta=6, kd_weight=1, temperature=4, lr=0.05)),
     ("r56_r20", "ctkd_dkd", dict(beta=2)), ("r32x4_r8x4", "ctkd_dkd", dict(beta=2)),
 ]
@@ -747,44 +564,13 @@ def test_numbers_of_a_pair(pair, name, numbers):
     assert {key: stated[key] for key in numbers} == numbers
 
 
-@pytest.mark.parametrize("changes", [{"pair": "resnet20:resnet8"}, {"methods": "kd(temperature=2)"}, {"methods": "ce,kd+revise(eta=0.9)"}])
-def test_numbers_and_pairs_of_ones_own_are_not_called_published(folder, monkeypatch, changes):
-    data = dataclasses.replace(load_digits().subset(400, 100), name="cifar100")
-    monkeypatch.setattr("sortkd.experiment.setup.load_data", lambda name: data)
-    described = small(folder, **PUBLISHED | changes).describe()
-    assert "not with published ones" in described and "full run" not in described
-
-
-def test_a_key_for_weights_and_biases_is_looked_for_before_the_work(folder, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": None}))
-    with pytest.raises(ValueError, match="there is no key for it; run `wandb login`"):
-        small(folder, wandb="online")
-    monkeypatch.setattr("wandb.api", type("Api", (), {"api_key": "0" * 40}))
-    assert small(folder, wandb="online").wandb == "online"
-
-
 def test_a_record_that_is_not_whole_blocks_no_run(folder, tmp_path):
     settings = {"methods": "ce", "epochs": 1, "results_dir": tmp_path}
     record, = run_new(folder, **settings).records
-    name = record["run_id"].removesuffix(f"-{record['started']}")
-    for line in ({"run_id": f"{name}-x"}, {key: value for key, value in record.items() if key != "curve"}):
-        (tmp_path / "quick.jsonl").write_text(json.dumps(line) + "\n")
-        with pytest.warns(UserWarning, match="line 1, was left out"):
-            results = run_new(folder, **settings)
-        assert results.appended == 1 and compare_runs(record, results.records[0]) == []
-        with pytest.raises(ValueError, match="`schema`|`curve`"):
-            prepare_repetition(line)
-
-
-def test_a_damaged_session_is_left_out_of_the_record(folder, tmp_path):
-    experiment = small(folder, methods="ce", epochs=3, results_dir=tmp_path)
-    with pytest.raises(Stopped):
-        run(experiment, stop=stop_in(1))
-    path, = tmp_path.rglob("sessions.jsonl")
-    path.write_text(path.read_text() + '{"first_epoch": 1, "machine": {"threads": NaN}}\n{"first_epoch": 1, "machine": 1e400}\n')
-    record, = run(experiment).records
-    assert [each["first_epoch"] for each in record["sessions"]] == [1, 2] and all(each["machine"] == record["machine"] for each in record["sessions"])
+    damaged = {key: value for key, value in record.items() if key != "curve"}
+    (tmp_path / "quick.jsonl").write_text(json.dumps(damaged) + "\n")
+    with pytest.warns(UserWarning, match="line 1, was left out"):
+        results = run_new(folder, **settings)
+    assert results.appended == 1 and compare_runs(record, results.records[0]) == []
+    with pytest.raises(ValueError, match="`curve`"):
+        prepare_repetition(damaged)

@@ -6,10 +6,6 @@
 __all__ = ['recipe_changes', 'checked_values', 'check_together', 'checked_folders']
 
 # %% ../../nbs/3_experiment/31a_checked.ipynb #5a1c0de3
-import importlib.util
-import io
-import os
-from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,48 +24,24 @@ def recipe_changes(text: str) -> dict[str, Any]:
     """The numbers in the parameter `recipe`, a text such as `lr=0.1,batch_size=128`; `ValueError`
     for anything else.
     """
-    known = vars(Recipe()).keys() - {"epochs", "milestones"}
+    known = sorted(vars(Recipe()).keys() - {"epochs", "milestones"})
     changes: dict[str, Any] = {}
     try:
         for part in listed_names("recipe", text) if text else ():
             name, _, value = part.partition("=")
-            default = getattr(Recipe, choice("the name in recipe", name, sorted(known)))
-            changes[name] = type(default)(value)
-        replace(Recipe(), **changes)
+            changes[name] = type(getattr(Recipe, choice("the name in recipe", name, known)))(value)
+        Recipe(**changes)
     except ValueError as error:
-        raise ValueError(
-            f"recipe is {shown(text)}; give numbers, such as 'lr=0.1,batch_size=128' ({error})."
-        ) from error
+        raise ValueError(f"recipe is {shown(text)}; give numbers, such as "
+                         f"'lr=0.1,batch_size=128' ({error}).") from error
     return changes
-
-# %% ../../nbs/3_experiment/31a_checked.ipynb #f6990dc4
-def _check_loggers(given: Parameters) -> None:
-    flag("tensorboard", given.tensorboard)
-    choice("wandb", given.wandb, ["off", "offline", "online"])
-    for package, wanted in (("tensorboard", given.tensorboard), ("wandb", given.wandb != "off")):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise ValueError(
-                f"{package} is not installed; pip install 'sortkd[{package}]', or do not log with "
-                "it."
-            )
-    if given.wandb == "online":
-        import wandb
-
-        with redirect_stderr(io.StringIO()):  # it warns of later versions
-            known = os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or wandb.api.api_key
-        if not known:
-            raise ValueError(
-                "wandb is 'online', but there is no key for it; run `wandb login`, set "
-                "WANDB_API_KEY, or use wandb='offline'."
-            )
 
 # %% ../../nbs/3_experiment/31a_checked.ipynb #b6bb33f7
 def checked_values(given: Parameters) -> Parameters:
     "The parameters, each checked by itself; whole numbers as `int`."
     pair_for(given.pair)
     names = [create_method(name).name for name in listed_names("methods", given.methods)]
-    if len(set(names)) < len(names):
-        raise ValueError(f"methods is {shown(given.methods)}; give each method once.")
+    listed_names("methods", names)  # kd(a=1,b=2) is kd(b=2,a=1)
     recipe_changes(given.recipe)
     listed_seeds("seeds", given.seeds)
     choice("preset", given.preset, ["auto", *dict.fromkeys(preset for preset, _ in PRESETS)])
@@ -78,57 +50,28 @@ def checked_values(given: Parameters) -> Parameters:
     check_dataset("dataset", given.dataset, refused)
     if not isinstance(given.teacher, str | Path):
         raise ValueError(
-            f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint."
-        )
+            f"teacher is {shown(given.teacher)}; give 'auto' or the path of a checkpoint.")
     choice("cache", given.cache, ["auto", "full", "off"])
     for name in ("again", "deterministic", "compile"):
         flag(name, getattr(given, name))
-    _check_loggers(given)
-    numbers: dict[str, Any] = {"epochs": 0, "train_size": 0, "test_size": 0, "workers": 1}
-    for name, minimum in numbers.items():
-        numbers[name] = whole_number(name, getattr(given, name), minimum)
+    numbers: Any = {name: whole_number(name, getattr(given, name))
+                    for name in ("epochs", "train_size", "test_size")}
     return replace(given, **numbers)
 
 # %% ../../nbs/3_experiment/31a_checked.ipynb #df4356d0
-def check_together(given: Parameters, processes: int) -> None:
-    "Refuse values that are allowed, but not together. `processes`: how many share every batch."
-    if processes > 1 and given.workers > 1:
-        raise ValueError(
-            f"workers is {given.workers}, but {processes} processes already share every batch; use "
-            "workers=1."
-        )
-    if given.pair in IMAGENET_PAIRS:
-        if given.preset == "short":
-            raise ValueError(
-                f"preset 'short' is for CIFAR-100, but pair {given.pair!r} is ImageNet's; use "
-                "'paper' or 'quick'."
-            )
-    elif given.preset != "quick" and given.dataset in ("digits", "cifar100-mini"):
-        raise ValueError(
-            f"preset {given.preset!r} is for CIFAR-100, but dataset is {given.dataset!r}; "
-            "use preset='quick' or dataset='cifar100'."
-        )
-    elif "imagenet/" in given.pair and not given.dataset.startswith("folder:"):
-        raise ValueError(
-            f"pair is {given.pair!r:.200}, but imagenet/ is for ImageNet; its pairs are "
-            f"{', '.join(IMAGENET_PAIRS)}, or give dataset='folder:PATH'."
-        )
+def check_together(given: Parameters) -> None:
+    "Refuse values that are allowed, but not together."
+    images = "ImageNet" if given.pair in IMAGENET_PAIRS else given.dataset
+    small = given.dataset in ("digits", "cifar100-mini") and given.preset != "quick"
+    if small or given.preset == "short" and images == "ImageNet":
+        raise ValueError(f"preset {given.preset!r} is for CIFAR-100, but the images are {images}; "
+                         "use another preset or data set.")
 
 # %% ../../nbs/3_experiment/31a_checked.ipynb #abe32d4c
 def checked_folders(given: Parameters) -> Parameters:
     "The parameters, with `cache_dir` in place of `auto` and every folder checked."
     folder_path("teachers_dir", given.teachers_dir, folders=["local"])
-    file = f"{given.preset}.jsonl"
-    inside = ["runs", "tensorboard", "wandb", f"{given.preset}.correct"]
-    records = (
-        folder_path("results_dir", given.results_dir, [file], written=True, folders=inside) / file
-    )
-    if records.exists() and not (records.is_file() and os.access(records, os.W_OK)):
-        raise ValueError(
-            f"results_dir is {str(given.results_dir)!r}, but nothing can be written to {records}; "
-            "name another folder."
-        )
-    if given.cache_dir == "auto":
-        given = replace(given, cache_dir=str(Path(given.results_dir) / "teacher_logits"))
-    folder_path("cache_dir", given.cache_dir)
-    return given
+    results = folder_path("results_dir", given.results_dir, [f"{given.preset}.jsonl"],
+                          written=True, folders=["runs", f"{given.preset}.correct"])
+    cache = results / "teacher_logits" if given.cache_dir == "auto" else given.cache_dir
+    return replace(given, cache_dir=str(folder_path("cache_dir", cache)))

@@ -56,43 +56,35 @@ class Grid:
 # %% ../../nbs/3_experiment/42_grid.ipynb #37f45b5b
 _OF_CELLS = {"pair", "methods", "seeds", "preset", "plan", "teachers_dir", "results_dir", "workers",
              "again"}
-_OPTIONS = {name: value for name, value in vars(Parameters()).items() if name not in _OF_CELLS}
-
-
-def _option(name: str, value: Any) -> Any:
-    "The value of an option; Snakemake's command line makes strings of numbers and truth values."
-    default = _OPTIONS[choice("an option", name, list(_OPTIONS))]
-    is_text = isinstance(default, str) or not isinstance(value, str)
-    return value if is_text else yaml.safe_load(value)
+_OPTIONS = [name for name in vars(Parameters()) if name not in _OF_CELLS]
 
 # %% ../../nbs/3_experiment/42_grid.ipynb #abb86e65
-def _options(given, plugin: str) -> dict:
+def _options(given: Any, plugin: str) -> dict:
     "The options of a grid, with the plugin, which is loaded."
     if not isinstance(given, Mapping):
         raise ValueError(f"options is {shown(given)}; give names with values: {{epochs: 1}}.")
-    options = {name: _option(name, value) for name, value in given.items()}
+    for name in given:
+        choice("an option", name, _OPTIONS)
     if (named := given.get("plugin") or plugin) != plugin:
         raise ValueError(
             f"the grid names the plugin {shown(named)}, which would run as a program; if you know "
             "it, name it on the command line: --plugin FILE (snakemake: --config plugin=FILE).")
     load_plugins(plugin)  # before the names that they register are checked
-    return options | {"plugin": plugin} if plugin else options
+    return {**given, "plugin": plugin} if plugin else {**given}
 
 # %% ../../nbs/3_experiment/42_grid.ipynb #3140e5ca
 def _cells(settings: Mapping) -> pd.DataFrame:
     chosen: dict[str, Sequence] = {}
-    for name in ("pairs", "methods", "seeds"):
-        if (given := settings[name]) == "paper":
-            continue
-        if name != "seeds":
-            chosen[name] = listed_names(name, given)
-        elif isinstance(given, int | float):
-            chosen[name] = range(whole_number(name, given, 1, 1000))
-        else:
-            chosen[name] = listed_seeds(name, given)
-    for check, name in ((pair_for, "pairs"), (create_method, "methods")):
-        for each in chosen.get(name, ()):
-            check(each)
+    for name, check in (("pairs", pair_for), ("methods", create_method)):
+        if settings[name] != "paper":
+            chosen[name] = listed_names(name, settings[name])
+            for each in chosen[name]:
+                check(each)
+    seeds = settings["seeds"]
+    if seeds != "paper":
+        is_number = isinstance(seeds, int | float)
+        chosen["seeds"] = (range(whole_number("seeds", seeds, 1, 1000)) if is_number
+                           else listed_seeds("seeds", seeds))
     return paper_grid(**chosen)
 
 # %% ../../nbs/3_experiment/42_grid.ipynb #47cd193f
@@ -121,31 +113,17 @@ def make_grid(settings: Mapping, plugin: str = "") -> Grid:
         results_dir=str(folder_path("results_dir", settings["results_dir"])),
     )
 
-# %% ../../nbs/3_experiment/42_grid.ipynb #b002fa29
-class _Loader(yaml.SafeLoader):
-    "YAML without aliases (`*name`), of which a few lines can stand for more than memory holds."
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise ValueError(f"it has the alias *{self.peek_event().anchor}; write it out")
-        return super().compose_node(parent, index)
-
 # %% ../../nbs/3_experiment/42_grid.ipynb #9326f51b
 def read_yaml(path: Path) -> dict:
-    "The names and values in a YAML file of at most 20,000 characters; `ValueError` for another."
+    "The names and values in a YAML file; `ValueError` for another."
     try:
-        if not path.is_file():  # nor is a pipe, which would be waited for
-            raise FileNotFoundError("there is no such file")
-        with open(path, encoding="utf-8") as file:
-            if len(text := file.read(20_001)) > 20_000:
-                raise ValueError("it has more than 20,000 characters")
-        content = _Loader(text).get_single_data()
-        if not isinstance(content, dict):
-            raise ValueError("give names with values, as in workflow/config.yaml")
-        return content
-    except Exception as error:  # the tags of YAML fail in many ways
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
-        raise ValueError(f"{path} is not a YAML file of a grid ({reason}).") from error
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {shown(content)}; give names with values, as in "
+                         "workflow/config.yaml.")
+    return content
 
 # %% ../../nbs/3_experiment/42_grid.ipynb #7df69b32
 def read_grid(path: str | Path, plugin: str = "") -> Grid:

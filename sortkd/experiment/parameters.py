@@ -41,7 +41,7 @@ class _Run:
     plugin: str = _parameter(
         "",
         "Python files that register own methods, networks or data",
-        "Such as mine.py, or the entry point of a package; see chapter 41.",
+        "Such as mine.py; see chapter 41.",
     )
     seeds: str = _parameter(
         "0", "random seeds, such as 0,1,2 or 0-4; every method runs once with each"
@@ -60,7 +60,7 @@ class _Data:
     )
     dataset: str = _parameter(
         "auto",
-        "cifar100, cifar10, tiny-imagenet, digits, folder:PATH; auto: by the preset",
+        "cifar100, cifar10, digits, folder:PATH; auto: by the preset",
         "auto: cifar100 for paper and short; for quick ten classes of it if it is on disk (in "
         "$SORTKD_DATA), else digits. "
         "folder:PATH holds train/CLASS and val/CLASS or test/CLASS. "
@@ -127,23 +127,10 @@ class _Computing:
         "auto: cached on first use, if the disk has room; full: all computed before training; off: "
         "computed in every epoch.",
     )
-    workers: int = _parameter(
-        1, "number of runs at once, each in a process with its share of the threads"
-    )
-
-# %% ../../nbs/3_experiment/31_parameters.ipynb #3d9d9aa5
-@dataclass(frozen=True, kw_only=True)
-class _Log:
-    "Also log"
-
-    tensorboard: bool = _parameter(False, "log every epoch for TensorBoard, in results_dir")
-    wandb: str = _parameter(
-        "off", "log every epoch to Weights & Biases: online, offline (in results_dir) or off"
-    )
 
 # %% ../../nbs/3_experiment/31_parameters.ipynb #18131669
 @dataclass(frozen=True, kw_only=True)
-class Parameters(_Log, _Computing, _Places, _Data, _Run):
+class Parameters(_Computing, _Places, _Data, _Run):
     """What an experiment depends on. Every field has a default; `prepare_experiment` checks the
     values.
     """
@@ -151,7 +138,7 @@ class Parameters(_Log, _Computing, _Places, _Data, _Run):
 # %% ../../nbs/3_experiment/31_parameters.ipynb #ef1f7ae4
 def parameter_groups() -> dict[str, list[Field]]:
     "The fields of `Parameters` by the titles of their groups, in order."
-    groups = (_Run, _Data, _Places, _Computing, _Log)
+    groups = (_Run, _Data, _Places, _Computing)
     return {str(group.__doc__): list(fields(group)) for group in groups}
 
 # %% ../../nbs/3_experiment/31_parameters.ipynb #7ec0281b
@@ -175,13 +162,10 @@ def parameter_cell() -> str:
 # %% ../../nbs/3_experiment/31_parameters.ipynb #fb459931
 def read_parameters(variables: Mapping[str, Any], before: Collection[str]) -> dict[str, Any]:
     """The values of the parameters among the `variables` of a notebook; `before`: names that it had
-    before its parameters.
-
-    `ValueError` for another plain value, such as a mistyped parameter, with the nearest name.
+    before its parameters. `ValueError` for a mistyped parameter, with the nearest name.
     """
     names = list(Parameters.__dataclass_fields__)
-    for name, value in variables.items():
-        new = name not in before and not name.startswith("_")
-        if new and isinstance(value, str | int | float | list | dict | None):
+    for name in variables.keys() - before:
+        if not name.startswith("_") and isinstance(variables[name], str | int | float):
             choice("parameter", name, [*names, "progress"])
     return {name: variables[name] for name in names}

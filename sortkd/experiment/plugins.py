@@ -9,15 +9,12 @@ __all__ = ['Plugin', 'register_repair', 'register_objective', 'register_model', 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #2b9255f4
 import hashlib
 import inspect
-import math
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib import metadata, util
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +29,7 @@ from ..train.architectures import NETWORKS
 # %% ../../nbs/3_experiment/41_plugins.ipynb #871ab011
 @dataclass(frozen=True)
 class Plugin:
-    "Where registered functions come from: a file or an installed package, with its SHA-256."
+    "Where registered functions come from: a file, with its SHA-256."
 
     file: str  # the name without the folder; `session:NAME` if registered in a notebook or script
     sha256: str
@@ -41,16 +38,12 @@ class Plugin:
     def as_record(self) -> dict[str, str]:
         return {"file": self.file, "sha256": self.sha256}
 
-    def __reduce__(self):
-        # A worker process that unpickles an experiment loads its plugins before it needs them.
-        return (load_plugin, (self.path,)) if self.path else (Plugin, (self.file, self.sha256))
-
 # %% ../../nbs/3_experiment/41_plugins.ipynb #a4878b7a
 _REGISTRIES: dict[str, MutableMapping[str, Any]] = {
     "repair": REPAIRS, "objective": OBJECTIVES, "network": NETWORKS,  # and, once needed, "data set"
 }
 _owners: dict[tuple[str, str], Plugin] = {}  # by kind and name
-_loading: list[Plugin] = []  # the plugins whose code is running
+_loading: list[Plugin] = []  # the plugin whose code is running
 
 
 def _register(
@@ -61,29 +54,22 @@ def _register(
     if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
         raise ValueError(f"{shown(name)} cannot be the name of a {kind}; "
                          "give letters, digits and underscores.")
-    if name in _REGISTRIES[kind] and owner.path != getattr(_owners.get((kind, name)), "path", None):
+    before = _owners.get((kind, name))  # what a file has registered, it may register anew
+    if name in _REGISTRIES[kind] and (before is None or before.path != owner.path):
         raise ValueError(f"the {kind} {name!r} exists already; choose another name.")
     _REGISTRIES[kind][name], _owners[kind, name] = entry_of(function), owner
     return function
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #156747b7
 def _source_checksum(function: Callable) -> str:
-    "SHA-256 of the source of a function, or of its bytecode where there is no source."
-    try:
-        source = inspect.getsource(function).encode()
-    except (OSError, TypeError):
-        source = function.__code__.co_code + repr(function.__code__.co_consts).encode()
-    return hashlib.sha256(source).hexdigest()
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #7800db37
 def _settings_of(kind: str, name: str, function: Callable, tensors: int) -> dict[str, float]:
     "The keyword arguments and their defaults; `tensors`: how many arguments come before them."
     signature = inspect.signature(function)
-    defaults = {each.name: each.default for each in signature.parameters.values()}
-    required, settings = list(defaults.values())[:tensors], dict(list(defaults.items())[tensors:])
-    if required != [inspect.Parameter.empty] * tensors or not all(
-            type(default) in (int, float) and math.isfinite(default)
-            for default in settings.values()):
+    settings = {each.name: each.default for each in [*signature.parameters.values()][tensors:]}
+    if not all(type(default) in (int, float) for default in settings.values()):
         raise ValueError(f"the {kind} {name} must take {tensors} arguments and then its settings, "
                          "each with a number as its default, but its signature is "
                          f"{name}{signature}.")
@@ -98,12 +84,11 @@ def _try_out(kind: str, name: str, function: Callable, tensors: tuple, wanted: t
     "What `function` returns for `tensors`: a finite tensor of the shape `wanted`."
     try:
         found = function(*tensors)
+        torch.testing.assert_close(found, torch.zeros(wanted), rtol=0, atol=1e30)
     except Exception as error:
-        raise ValueError(f"the {kind} {name} failed on logits (6, 5): "
-                         f"{type(error).__name__}: {error}") from error
-    if not isinstance(found, torch.Tensor) or found.shape != wanted or not found.isfinite().all():
+        reason = " ".join(str(error).split())
         raise ValueError(f"the {kind} {name} must return a finite tensor of shape {wanted} for "
-                         f"logits (6, 5), but returned {shown(found)}.")
+                         f"logits (6, 5), but: {type(error).__name__}: {reason}") from error
     return found
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #9b3d7b4f
@@ -153,74 +138,27 @@ def register_model(name: str) -> Callable:
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #d13f0d75
 def register_data(name: str) -> Callable:
-    "Make a function a data set, `dataset=NAME`: it returns an `ImageData` whose name is `name`."
+    "Make a function a data set, `dataset=NAME`: it returns an `ImageData`."
     from sortkd.train.images import DATASETS  # repairs and objectives need PyTorch alone
 
-    def load(function: Callable, root: object) -> Any:
-        data = function()
-        if (found := getattr(data, "name", type(data).__name__)) != name:
-            raise ValueError(f"the data set {name} must be an ImageData of that name, but the "
-                             f"function returned {shown(found)}.")
-        return data
-
     _REGISTRIES["data set"] = DATASETS
-    return partial(_register, "data set", name, lambda function: partial(load, function))
-
-# %% ../../nbs/3_experiment/41_plugins.ipynb #39fcc872
-def _find(path: str) -> tuple[Path, str]:
-    "The file to run, and for an entry point its name and the version of its package."
-    if os.path.isfile(path):
-        return Path(path), ""
-    for entry in metadata.entry_points(group="sortkd.experiment.plugins", name=path):
-        spec, package = util.find_spec(entry.module), entry.dist
-        if spec and spec.origin and package:
-            return Path(spec.origin), f"{path} ({package.name} {package.version})"
-    raise FileNotFoundError(f"plugin is {shown(path)}, but there is no such file, and no installed "
-                            "package offers one of that name.")
-
-# %% ../../nbs/3_experiment/41_plugins.ipynb #41593011
-def _execute(plugin: Plugin, file: str) -> None:
-    module = ModuleType(f"sortkd_plugin_{plugin.sha256[:16]}")
-    module.__file__ = file
-    sys.modules[module.__name__] = module  # where pickle looks for its classes
-    _loading.append(plugin)
-    try:
-        SourceFileLoader(module.__name__, file).exec_module(module)
-    except Exception as error:
-        _forget(plugin.path)
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = ["?", *(frame.lineno for frame in frames if frame.filename == file)]
-        line = getattr(error, "lineno", lines[-1])  # of a SyntaxError, which no frame has
-        raise ValueError(f"plugin {plugin.path}, line {line}: "
-                         f"{type(error).__name__}: {error}") from error
-    finally:
-        _loading.pop()
-
-
-
-def _forget(path: str) -> None:
-    "Take back what the plugin `path` has registered."
-    _loaded.pop(path, None)
-    for kind, name in [key for key, owner in _owners.items() if owner.path == path]:
-        del _REGISTRIES[kind][name], _owners[kind, name]
+    return partial(_register, "data set", name,
+                   lambda function: lambda root: replace(function(), name=name))
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #cb9f6c71
 _loaded: dict[str, Plugin] = {}  # by path
 
 
 def load_plugin(path: str | Path) -> Plugin:
-    """Run a Python file, or the entry point of that name in `sortkd.experiment.plugins`, once.
+    """Run a Python file; once, unless it has changed since.
 
-    A file that has changed since is run again and replaces what it had registered. Raises
-    `FileNotFoundError` if there is neither, and `ValueError` if the file fails (naming the line) or
-    registers nothing.
+    Raises `FileNotFoundError` if there is no such file, and `ValueError` if it fails, naming the
+    line, or registers nothing.
     """
     path = str(path)
-    file, package = _find(path)
-    plugin = Plugin(package or file.name, hashlib.sha256(file.read_bytes()).hexdigest(), path)
+    plugin = Plugin(Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest(), path)
     if _loaded.get(path) != plugin:
-        _forget(path)
-        _execute(plugin, str(file))
+        _execute(plugin)
         if plugin not in _owners.values():
             raise ValueError(f"plugin {path} registers nothing; see register_repair and its like "
                              "in sortkd.experiment.plugins.")
@@ -232,6 +170,22 @@ def load_plugins(paths: str) -> tuple[Plugin, ...]:
     "Load plugins, separated by commas; none for an empty text."
     return tuple(map(load_plugin, listed_names("plugin", paths))) if paths != "" else ()
 
+# %% ../../nbs/3_experiment/41_plugins.ipynb #f78ad595
+def _execute(plugin: Plugin) -> None:
+    module = ModuleType(f"sortkd_plugin_{plugin.sha256[:16]}")
+    sys.modules[module.__name__] = module  # where pickle looks for its classes
+    _loading.append(plugin)
+    try:
+        SourceFileLoader(module.__name__, plugin.path).exec_module(module)
+    except Exception as error:
+        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__)
+                 if each.filename == plugin.path]
+        line = getattr(error, "lineno", lines[-1] if lines else "?")  # of a SyntaxError
+        raise ValueError(f"plugin {plugin.path}, line {line}: "
+                         f"{type(error).__name__}: {error}") from error
+    finally:
+        _loading.pop()
+
 # %% ../../nbs/3_experiment/41_plugins.ipynb #54c790d6
 def owners_of(*names: tuple[str, str]) -> tuple[Plugin, ...]:
     "The plugins that registered these; each a kind (`repair`, `objective`, ...) and a name."
@@ -242,8 +196,7 @@ def check_recorded(recorded: Sequence[Mapping[str, str]], loaded: Sequence[Plugi
     """`ValueError` unless each plugin of a record is among `loaded`, or registered in this session,
     with the same content.
     """
-    session = (owner for owner in _owners.values() if not owner.path)
-    known = {each.sha256 for each in (*loaded, *session)}
+    known = {each.sha256 for each in (*loaded, *_owners.values())}
     for each in recorded:
         if each["sha256"] not in known:
             raise ValueError(

@@ -5,17 +5,14 @@
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'Text', 'Checksum', 'Time', 'Count', 'Rows', 'Seed', 'Number', 'Percent', 'MethodFields',
            'RecipeFields', 'DataFields', 'TeacherFields', 'CurveFields', 'DivergedFields', 'ResultFields', 'FileFields',
-           'MachineFields', 'Record', 'RecordError', 'parse_record', 'check_record', 'upgrade', 'run_key', 'plain',
-           'differences', 'compare_runs']
+           'MachineFields', 'Record', 'RecordError', 'parse_record', 'check_record', 'run_key', 'plain', 'differences',
+           'compare_runs']
 
 # %% ../../nbs/3_experiment/33_record.ipynb #830c39e8
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from .pairs import PAIRS, has_published_length
-from ..methods import OBJECTIVES, method_name, plain_name
 from ..train.checkpoints import fingerprint
 from ..utils.checks import one_line, shown
 import msgspec  # after our modules, which say what is not installed
@@ -134,45 +131,31 @@ class Record(Struct):
     compiled: bool = False
     synthetic: bool = False
     plugins: list[FileFields] = []  # those that registered something that the run uses
-    other_plugins: list[FileFields] = []  # those that were loaded besides
     plan: FileFields | None = None
     commit: str | None = None
     code_sha256: Checksum | None = None
 
 # %% ../../nbs/3_experiment/33_record.ipynb #b1d664fe
 class RecordError(ValueError):
-    """A record that cannot be used; the message names the record, the field, its value, and what
-    was expected.
-    """
+    "A record that cannot be used; the message names the record, the field, and what was expected."
 
 # %% ../../nbs/3_experiment/33_record.ipynb #9952462c
-def _disagreements(
-    record: Record, curve: Mapping[str, Any]
-) -> Iterator[tuple[str, object, object]]:
-    "Field, value and expected value wherever parts of the record should agree."
-    method, result, epochs = record.method, record.result, record.recipe.epochs
+def _disagreements(record: Record, curve: Mapping) -> Iterator[tuple[str, object, object]]:
+    "Field, value and expected value of parts that should agree."
+    result, tested, epochs = record.result, record.curve.test_top1, record.recipe.epochs
     if record.diverged:
         epochs = record.diverged.epoch - 1
-    needed = () if record.diverged else ("epoch", "train_loss", "test_top1")
-    for name in dict.fromkeys((*curve, *needed)):
-        yield f"the number of epochs in curve.{name}", len(curve.get(name, ())), epochs
+    for name, values in curve.items():
+        yield f"the number of epochs in curve.{name}", len(values), epochs
     if not record.diverged:
-        tested = record.curve.test_top1
         yield "curve.epoch", record.curve.epoch, list(range(1, epochs + 1))
+        yield "the number of epochs in curve.test_top1", len(tested), epochs
         yield "result.last_top1", result.last_top1, tested[-1]
         yield "result.best_top1", result.best_top1, max(tested)
         yield "result.best_epoch", result.best_epoch, tested.index(max(tested)) + 1
-        if not result.student_sha256:
-            yield "result.student_sha256", None, "the checksum of the student's weights"
-    if method.objective in OBJECTIVES:
-        yield "method.name", plain_name(method.name), method_name(method.objective, method.repair)
-    if record.about_teacher:
-        yield "about_teacher.architecture", record.about_teacher.architecture, record.teacher
-    elif method.objective != "ce":
-        yield "about_teacher", None, "a teacher, since the method uses one"
-    if pair := PAIRS.get(record.pair):
-        networks = (record.teacher, record.student)
-        yield "teacher and student", networks, (pair.teacher, pair.student)
+        yield "that result.student_sha256 is there", bool(result.student_sha256), True
+    uses_teacher = record.method.objective != "ce"
+    yield "that there is about_teacher", record.about_teacher is not None, uses_teacher
 
 # %% ../../nbs/3_experiment/33_record.ipynb #5edd2601
 def parse_record(record: Any) -> Record:
@@ -183,68 +166,18 @@ def parse_record(record: Any) -> Record:
     try:
         parsed = msgspec.convert(record, Record)
     except msgspec.ValidationError as error:
-        problem, _, place = str(error).partition(" - at ")
-        found = "" if "missing" in problem else f" is {shown(_value_at(record, place)):.80}"
-        where = place.strip("`$.") or "the record"
-        raise RecordError(f"record {name:.200}: {where}{found}: {problem}.") from error
+        raise RecordError(f"record {name:.200}: {error}.") from error
     for field, value, wanted in _disagreements(parsed, record["curve"]):
         if value != wanted:
-            raise RecordError(
-                f"record {name:.200}: {field} is {shown(value):.80}, expected {shown(wanted):.80}."
-            )
+            raise RecordError(f"record {name:.200}: {field} is {shown(value):.80}, "
+                              f"expected {shown(wanted):.80}.")
     return parsed
-
-# %% ../../nbs/3_experiment/33_record.ipynb #8efc285b
-def _value_at(value: Any, place: str) -> Any:
-    "The value at a place that msgspec names, such as `$.data.classes` or `$.curve.epoch[0]`."
-    try:
-        for key in re.findall(r"\w+", place):
-            value = value[int(key) if isinstance(value, list) else key]
-        return value
-    except (TypeError, LookupError, ValueError):
-        return "not known"
 
 # %% ../../nbs/3_experiment/33_record.ipynb #f656bb84
 def check_record(record: dict) -> dict:
-    """The record, if it is complete and its parts agree; else `RecordError`. A record of an earlier
-    version is brought into the present form.
-    """
-    if isinstance(record, dict) and record.get("schema") == 1:
-        record = upgrade(record)
+    "The record, if it is complete and its parts agree; else `RecordError`."
     parse_record(record)
     return record
-
-# %% ../../nbs/3_experiment/33_record.ipynb #2d3b62a0
-def upgrade(record: dict) -> dict:
-    "A record of version 1 in the present form. `RecordError` if its parameters cannot be told."
-    try:
-        data, method, recipe = record["data"], record["method"], record["recipe"]
-        whole = record["preset"] == "paper" and data["checksum"] == data["full_checksum"]
-        published = record["full_recipe"] or has_published_length(record)
-        changes = record.get("recipe_changes", {})
-        parameters = {
-            "pair": record["pair"],
-            "methods": method["name"],
-            "seeds": str(record["seed"]),
-            "preset": record["preset"],
-            "dataset": data["name"],
-            "epochs": 0 if published else recipe["epochs"],
-            "train_size": 0 if whole else data["train_images"],
-            "test_size": 0 if whole else data["test_images"],
-            "recipe": ",".join(f"{name}={value}" for name, value in changes.items()),
-            "device": record["device"],
-            "precision": record["precision"],
-            "deterministic": record.get("deterministic", False),
-            "compile": record.get("compiled", False),
-        }
-        # the earliest tell of a teacher that was not used
-        without = method["objective"] == "ce"
-    except (KeyError, TypeError, AttributeError) as error:
-        raise RecordError(f"a record of version 1 lacks {error}, or it is malformed.") from error
-    unused = {"about_teacher": None, "teacher_logits": None} if without else {}
-    head = {name: record[name] for name in ("run_id", "started", "finished") if name in record}
-    rest = record | unused | {"schema": SCHEMA_VERSION}
-    return {"schema": SCHEMA_VERSION, **head, "parameters": parameters, **rest}
 
 # %% ../../nbs/3_experiment/33_record.ipynb #59f1ef4b
 _IDENTITY = (
@@ -294,14 +227,8 @@ def compare_runs(first: dict, second: dict) -> list[str]:
     names = [name for name in was | now if was.get(name) != now.get(name)]
     if not names:
         return []
-    tops = [f"{record['result']['last_top1']:.2f}" for record in (first, second)]
-    around = {name: second.get(name) for name in ("machine", "versions", "commit")}
-    if teacher := second["about_teacher"]:
-        around["about_teacher"] = {"weights_sha256": teacher["weights_sha256"]}
-    return [
-        f"{', '.join(names)} differ; last top-1 was {tops[0]} and is {tops[1]}.",
-        *(
-            f"{name} was {then!r} and is {now!r}."
-            for name, (now, then) in differences(around, first).items()
-        ),
-    ]
+    around = {name: second.get(name) for name in (
+        "result", "about_teacher", "machine", "versions", "commit")}
+    return [f"{', '.join(names)} differ.", *(
+        f"{name} was {then!r} and is {now!r}."
+        for name, (now, then) in differences(around, first).items())]

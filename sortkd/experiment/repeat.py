@@ -6,7 +6,6 @@
 __all__ = ['prepare_repetition']
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #cc96c09d
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,42 +24,37 @@ def _dataset_of(record: dict, dataset: str) -> str:
     if not name.startswith("folder:"):
         choice("dataset", dataset, ["auto", name])
         return record["parameters"]["dataset"]
-    if not isinstance(dataset, str) or not dataset.startswith("folder:"):
-        raise ValueError(
-            f"the run used images in a folder called {name.removeprefix('folder:')!r:.80}; say "
-            "where they are: dataset='folder:PATH' (--dataset folder:PATH)."
-        )
+    if not dataset.startswith("folder:"):
+        raise ValueError(f"the run used images in {name!r:.80}; say where they are: "
+                         "dataset='folder:PATH' (--dataset folder:PATH).")
     return dataset
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #f0128fa5
 def _file_with_weights(about: dict, folder: str | Path, classes: int) -> Path | None:
     "The file under `folder` that has the name and the weights of the recorded teacher."
-    name = Path(about["file"]).name
-    for path in sorted(each for each in Path(folder).rglob("*") if each.name == name):
-        with suppress(ValueError, OSError):  # of another network, or no checkpoint
-            found = load_teacher(path, about["architecture"], classes).as_record()
-            if found["weights_sha256"] == about["weights_sha256"]:
-                return path
+    for path in sorted(Path(folder).rglob(Path(about["file"]).name)):
+        found = load_teacher(path, about["architecture"], classes).as_record()
+        if found["weights_sha256"] == about["weights_sha256"]:
+            return path
     return None
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #52a5d026
 def _check_same(experiment: Experiment, record: dict) -> None:
     "`ValueError`, naming the fields, if `experiment` would make another run than the recorded one."
-    about, pair = record["about_teacher"], experiment.pair
-    kind = record["teacher_logits"] or "cached"
+    about, data = record["about_teacher"], experiment.data
     if about and experiment.teacher_file is not None:
-        found = load_teacher(experiment.teacher_file, pair.teacher, experiment.data.num_classes)
+        found = load_teacher(experiment.teacher_file, about["architecture"], data.num_classes)
         about = about | {"weights_sha256": found.as_record()["weights_sha256"]}
-    facts = plain(prepare_run(experiment, experiment.methods[0], record["seed"], kind, about).facts)
-    for name in ("parameters", "plugins", "other_plugins"):
+    run = prepare_run(experiment, experiment.methods[0], record["seed"], record["teacher_logits"],
+                      about)
+    facts = plain(run.facts)
+    for name in ("parameters", "plugins"):
         facts.pop(name, None)
-    if record["data"]["name"].startswith("folder:"):  # it may have another name now
+    if data.name.startswith("folder:"):  # it may have another name now
         facts["data"]["name"] = record["data"]["name"]
     if changed := differences(facts, record):
-        which = "; ".join(
-            f"{name} is {now!r:.60} here and {then!r:.60} there"
-            for name, (now, then) in changed.items()
-        )
+        which = "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there"
+                          for name, (now, then) in changed.items())
         raise ValueError(f"this would be another run than the recorded one: {which}.")
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #0f2e0d8c
@@ -85,9 +79,7 @@ def prepare_repetition(
     """
     record = check_record(plain(record))
     parameters = record["parameters"] | {"dataset": _dataset_of(record, dataset)}
-    check_recorded(
-        record.get("plugins", []) + record.get("other_plugins", []), load_plugins(plugin)
-    )
+    check_recorded(record.get("plugins", []), load_plugins(plugin))
     torch.set_num_threads(record["machine"]["threads"])
     if teacher == "auto" and (about := record["about_teacher"]):
         teacher = str(_file_with_weights(about, teachers_dir, record["data"]["classes"]) or "auto")

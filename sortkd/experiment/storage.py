@@ -133,15 +133,11 @@ def read_correct(records_file: str | Path, checksum: str, images: int) -> np.nda
     file = _correct_file(records_file, checksum)
     if not file.is_file():
         return None
-    size = (images + 7) // 8
     try:
-        with open(file, "rb") as stored:  # of any size, if it is damaged
-            bits = zlib.decompressobj().decompress(stored.read(2 * size + 100), size + 1)
+        bits = zlib.decompress(file.read_bytes())
     except zlib.error:
         bits = b""
-    if hashlib.sha256(bits).hexdigest() != checksum or len(bits) != size:
-        raise ValueError(
-            f"{file} does not hold the {images} bits that its name promises; restore it from a "
-            "copy."
-        )
+    if hashlib.sha256(bits).hexdigest() != checksum or len(bits) != (images + 7) // 8:
+        raise ValueError(f"{file} does not hold the {images} bits that its name promises; restore "
+                         "it from a copy.")
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=images).astype(bool)
