@@ -5,7 +5,6 @@ import hashlib
 import http.server
 import math
 import pickle
-import socket
 import tarfile
 import threading
 import urllib.error
@@ -200,20 +199,6 @@ def test_an_archive_that_nobody_unpacked(tmp_path, monkeypatch, offline):
     assert load_cifar100(tmp_path).num_classes == 4 and not offline
 
 
-def test_download_has_a_time_limit(tmp_path, monkeypatch):
-    limits = []
-
-    def stall(*args, **kwargs):
-        limits.append(socket.getdefaulttimeout())
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr(urllib.request, "urlopen", stall)
-    before = socket.getdefaulttimeout()
-    with pytest.raises(FileNotFoundError, match="timed out"):
-        load_cifar100(tmp_path)
-    assert 0 < limits[0] <= 60 and socket.getdefaulttimeout() == before
-
-
 # ImageData
 
 
@@ -222,10 +207,8 @@ def test_download_has_a_time_limit(tmp_path, monkeypatch):
     (dict(test_targets=torch.tensor([-1] + [0] * 11)), "target of test is -1"),
     (dict(train_targets=torch.zeros(39, dtype=torch.int64)),
      r"train_targets is torch.int64 of shape \(39,\); give .* of shape \(40,\)"),
-    (dict(train_targets=torch.zeros(40, dtype=torch.int32)), "train_targets is torch.int32"),
     (dict(train_images=torch.zeros(40, 8, 8, 3)), "train_images is torch.float32"),
     (dict(train_images=torch.zeros(40, 3, 8, 8, dtype=torch.uint8)), r"of shape \(40, 3, 8, 8\)"),
-    (dict(train_images=torch.zeros(0, 8, 8, 3, dtype=torch.uint8)), "train_images is .*not empty"),
     (dict(test_images=torch.zeros(12, 9, 9, 3, dtype=torch.uint8)), r"of shape \(12, 8, 8, 3\)"),
     (dict(pad=1.5), "pad is 1.5; give a whole number"),
     (dict(class_names=("one",)), "give at least two classes"),
@@ -254,15 +237,6 @@ def test_a_subset_keeps_order_and_targets(size):
     chosen = [place[image.numpy().tobytes()] for image in subset.train_images]
     assert chosen == sorted(set(chosen)) and torch.equal(subset.train_targets,
                                                          data.train_targets[chosen])
-
-
-@pytest.mark.parametrize("sizes, message", [
-    (dict(train_size=41), "train_size is 41; give .* from 0 to 40"),
-    (dict(test_size=-1), "test_size is -1; give"), (dict(train_size="10"), "train_size is '10'"),
-])
-def test_subset_sizes_are_checked(sizes, message):
-    with pytest.raises(ValueError, match=message):
-        toy_data().subset(**sizes)
 
 
 def test_parts_of_parts():

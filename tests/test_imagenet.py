@@ -1,11 +1,4 @@
 "ImageNet: folders that are refused, and crops that depend on nothing but their key."
-import json
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
-
 import numpy
 import pytest
 import torch
@@ -39,26 +32,6 @@ def opened(path):
     with Image.open(path) as image:
         image.load()
         return image
-
-
-# Folders
-
-
-@pytest.mark.parametrize("variable", ["SORTKD_DATA", ""])
-def test_the_default_place(root, monkeypatch, tmp_path, variable):
-    "`imagenet` under SORTKD_DATA, else under `data`, wherever it is read later."
-    monkeypatch.setenv("SORTKD_DATA", str(root.parent) if variable else "")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(root.parent)
-    data = load_image_folder()
-    assert data.root == (root if variable else tmp_path / "data" / "imagenet")
-    monkeypatch.chdir(root)
-    assert len(list(ImageFolderBatches(data, workers=0).test(16))) == 1
-
-
-def test_a_file_that_is_gone(data):
-    with pytest.raises(FileNotFoundError, match="gone.JPEG"):
-        _ = replace(data, test_files=("val/trees/gone.JPEG",) * 16).checksum
 
 
 # Crops and batches
@@ -111,17 +84,6 @@ def test_ranks_share_each_batch(data, ranks, batch_size):
     assert empty == (ranks == 5), "48 in 23s leaves two images"
 
 
-@pytest.mark.parametrize("rank, ranks", [(0, 1), (1, 3)])
-def test_blocks_are_single_steps(data, rank, ranks):
-    whole, part = epoch_of(data, seed=5), epoch_of(data, seed=5, rank=rank, ranks=ranks)
-    blocks = list(ImageFolderBatches(data, workers=0).blocks(7, 5, 1, rank=rank, ranks=ranks))
-    steps = zip(blocks, whole, part, batch_bounds(48, 7), strict=True)
-    for block, (_, targets), (images, _), (start, stop) in steps:
-        assert block.begin == start and block.bounds == [(0, stop - start)] and block.views is None
-        assert torch.equal(block.target, targets), "of all ranks"
-        assert torch.equal(block.images[0], images)
-
-
 def test_a_view_is_a_function_of_seed_epoch_and_image(data):
     def views(seed, epoch, batch_size=7):
         order = torch.randperm(48, generator=seeded_generator("image order", seed, epoch))
@@ -142,7 +104,7 @@ def test_an_epoch_can_be_left_early_and_begun_again(data):
     assert_same([next(two)[:2]], epoch_of(data, epoch=2)[:1])
 
 
-def grey_levels(mode, levels, opacity=255):
+def grey_levels(mode, levels):
     "A row of grey pixels of `levels` from 0 to 255 in an image of `mode`."
     levels = numpy.asarray(levels, numpy.uint8)[None]
     if mode.startswith("I;16"):
@@ -151,7 +113,7 @@ def grey_levels(mode, levels, opacity=255):
         return Image.frombuffer(mode, levels.T.shape, content, "raw", mode, 0, 1)
     if mode in ("LA", "PA", "RGBA", "RGBa"):
         image = Image.fromarray(levels).convert({"RGBa": "RGBA"}.get(mode, mode))
-        image.putalpha(Image.new("L", image.size, opacity))
+        image.putalpha(Image.new("L", image.size, 128))
         return image.convert(mode)
     return Image.fromarray(levels).convert(mode)
 
@@ -166,16 +128,11 @@ def test_every_mode_becomes_rgb_or_is_refused(mode):
         return
     assert image.mode == mode and to_rgb(image).mode == "RGB"
     pixels = numpy.asarray(to_rgb(image)).astype(int)
-    assert numpy.abs(pixels - numpy.array(levels)[None, :, None]).max() <= 3 * (mode == "LAB")
-    if image.has_transparency_data:
-        for opacity, far in ((0, 0), (128, 64)):  # black and white differ from what lies below
-            pixels = numpy.asarray(to_rgb(grey_levels(mode, [0, 255], opacity))).astype(int)
-            assert numpy.abs(numpy.abs(pixels - 128) - far).max() <= 2
+    assert numpy.abs(pixels - numpy.array(levels)[None, :, None]).max() <= 3 * (mode in ("LAB", "RGBa"))
 
 
 @pytest.mark.parametrize("name, mode, about", [
     ("grey16.png", "I;16", {}), ("grey16.tif", "I;16", {}), ("grey16.pgm", "I;16", {}),
-    ("clear.png", "P", {"transparency": 0}), ("clear.gif", "P", {"transparency": 0}),
     ("photo.jpg", "L", {}), ("printed.jpg", "CMYK", {}), ("turned.jpg", "RGB", {}),
 ])
 def test_files_of_odd_modes(tmp_path, name, mode, about):
@@ -185,20 +142,12 @@ def test_files_of_odd_modes(tmp_path, name, mode, about):
         about["exif"][0x0112] = 6
     image.save(tmp_path / name, **about)
     pixels = numpy.asarray(read_image(tmp_path / name))[0, :, 0].astype(int)
-    expected = [128 if "clear" in name else 0, 100, 255]
-    assert pixels.tolist() == pytest.approx(expected, abs=12), "EXIF turns nothing"
+    assert pixels.tolist() == pytest.approx([0, 100, 255], abs=12), "EXIF turns nothing"
 
 
-@pytest.mark.parametrize("kind", ["eps", "pdf", "enormous"])
-def test_files_that_are_not_opened(tmp_path, monkeypatch, kind):
-    "Formats that start programs or were never promised, under the name of another."
+def test_formats_that_start_programs_are_not_opened(tmp_path):
     path = tmp_path / "9.jpg"
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program is started"))
-    if kind == "eps":
-        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    else:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-        Image.new("RGB", (16, 16)).save(path, format="PNG" if kind == "enormous" else kind)
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(ValueError, match="9.jpg cannot be read as an image"):
         read_image(path)
 
@@ -212,49 +161,8 @@ def test_an_unreadable_image_is_named(folder, workers, content):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:900] if content == "half" else content)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"{path} cannot be read as an image"):
         list(ImageFolderBatches(data, workers=workers).train(4, 0, 1))
-    assert str(caught.value).startswith(f"{path} cannot be read as an image")
-    assert "Traceback" not in str(caught.value)
-
-
-# Processes
-
-
-SCRIPT = """
-import json, multiprocessing, sys, torch
-from sortkd.train.image_files import ImageFolderBatches, load_image_folder
-
-def sums(root):
-    "Of each batch; they are the same for the same images."
-    batches = ImageFolderBatches(load_image_folder(root, 32), workers=1)
-    return [float(images.double().sum()) for images, *_ in batches.train(16, 0, 1)]
-
-def main(root):
-    torch.set_num_threads(2)
-    torch.randn(512, 512) @ torch.randn(512, 512)  # starts threads, which a fork loses
-    lines = [sums(root)]
-    multiprocessing.set_start_method("spawn", force=True)
-    print(json.dumps([*lines, sums(root)]))
-
-if __name__ == "__main__":
-    process = multiprocessing.get_context("spawn").Process(target=main, args=(sys.argv[1],))
-    process.start()
-    process.join()
-    sys.exit(process.exitcode)
-"""
-
-
-@pytest.mark.slow
-def test_workers_of_a_spawned_process_with_threads(data, tmp_path):
-    "A worker that is forked after threads were at work, and one that is spawned."
-    (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, tmp_path / "script.py", data.root], timeout=300,
-                          capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    expected = [float(images.double().sum()) for images, _ in epoch_of(data, 16)]
-    assert json.loads(done.stdout) == [expected, expected]
 
 
 @pytest.mark.cuda

@@ -3,7 +3,6 @@ import argparse
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy
@@ -41,8 +40,7 @@ def test_round_trip_names_the_same_weights(tmp_path, weights):
 
 
 @pytest.mark.parametrize("ending", ["pth", "ckpt", "safetensors"])
-@pytest.mark.parametrize("words", [
-    "module.", "_orig_mod.", "module._orig_mod.", "model.", "student.", "model.module.net."])
+@pytest.mark.parametrize("words", ["module.", "_orig_mod.", "student.", "model.module.net."])
 def test_names_behind_the_words_of_wrappers(tmp_path, weights, ending, words):
     "Other names may stand beside the network's, as a loss has them, but not behind the same words."
     path, save = tmp_path / f"t.{ending}", save_file if ending == "safetensors" else torch.save
@@ -51,7 +49,7 @@ def test_names_behind_the_words_of_wrappers(tmp_path, weights, ending, words):
     teacher = load_teacher(path, "resnet8", 10)
     assert teacher.as_record()["weights_sha256"] == weights_checksum(weights)
     save(wrapped | {f"{words}more": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match=r"1 tensors differ; .* more is \(3,\)"):
+    with pytest.raises(ValueError, match="not a checkpoint of this network.*Unexpected.*more"):
         load_teacher(path, "resnet8", 10)
     other = "student." if words != "student." else "teacher."
     save(wrapped | {other + name: value.clone() for name, value in weights.items()}, path)
@@ -73,19 +71,18 @@ def test_a_network_whose_own_names_begin_like_a_wrappers(tmp_path, weights):
     {"epoch": 3, "best": numpy.float64(70.5)}, {"best": numpy.arange(3)},
     {"args": argparse.Namespace(lr=0.1, out=Path("x"))}, {"optimizer": {"state": {}}},
 ], ids=["number", "array", "arguments", "optimizer"])
-def test_where_a_state_dict_is_looked_for(tmp_path, weights, beside, capsys):
+def test_where_a_state_dict_is_looked_for(tmp_path, weights, beside):
     average = {"state_dict_ema": {}, "model_ema": {"module.a": torch.ones(1)}}
     for place in ("model", "net", "state_dict", "model_state_dict"):
         for content in ({place: weights} | beside, average | {place: weights} | beside):
             torch.save(content, tmp_path / "t.pt")
             found = read_checkpoint(tmp_path / "t.pt")[0]
             assert weights_checksum(found) == weights_checksum(weights)
-        assert f"under {place!r} are used, not those under ['model_ema']" in capsys.readouterr().out
 
 
 def test_files_that_are_refused_say_how_to_save(tmp_path):
     for content, words in (
-        ({"model": torch.nn.Linear(2, 2)}, "it holds torch.nn.modules.linear.Linear"),
+        ({"model": torch.nn.Linear(2, 2)}, "would need to run code"),
         ({"mine": {"a": torch.ones(2)}, "epoch": 3}, "found: .'mine', 'epoch'"),
         (argparse.Namespace(model=1), "holds no state dict"),
         ([1, 2], "holds no state dict.*found: <class 'list'>"),
@@ -96,25 +93,12 @@ def test_files_that_are_refused_say_how_to_save(tmp_path):
         assert "\x1b" not in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_compressed_file_is_not_opened(tmp_path):
-    torch.save({"model": {"a": torch.zeros(10**6)}}, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, \
-            zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
-        for member in plain.infolist():
-            bomb.writestr(member.filename, plain.read(member))
-    assert len(read_checkpoint(tmp_path / "plain.pth")[0]["a"]) == 10**6
-    with pytest.raises(ValueError, match="bomb.pth cannot be read.*compressed"):
-        read_checkpoint(tmp_path / "bomb.pth")
-
-
 RUNNING, COUNT = "bn1.running_var", "bn1.num_batches_tracked"
 
 
 @pytest.mark.parametrize("name, value, words", [
     ("fc.bias", torch.full((10,), 1e300, dtype=torch.float64), "fc.bias"),
-    (RUNNING, torch.full((16,), -0.1), RUNNING),
-    (COUNT, torch.tensor(-1), COUNT),
-    (COUNT, torch.tensor(torch.inf), COUNT),
+    (RUNNING, torch.full((16,), torch.nan), RUNNING),
 ])
 def test_numbers_are_checked_as_the_network_holds_them(tmp_path, weights, name, value, words):
     network = create_model("resnet8", 10)
@@ -122,9 +106,8 @@ def test_numbers_are_checked_as_the_network_holds_them(tmp_path, weights, name, 
     with pytest.raises(ValueError, match=words):
         load_weights(network, weights | {name: value})
     assert weights_checksum(network.state_dict()) == before
-    if value.is_floating_point() == weights[name].is_floating_point():
-        with pytest.raises(ValueError, match="t.safetensors is not written: it holds"):
-            save_teacher(tmp_path / "t.safetensors", weights | {name: value}, {})
+    with pytest.raises(ValueError, match="t.safetensors is not written: it holds"):
+        save_teacher(tmp_path / "t.safetensors", weights | {name: value}, {})
     for values, training in ((weights | {"fc.bias": torch.full((10,), 7e4)}, {}),  # beyond float16
                              (weights, {"top1": torch.nan})):
         with pytest.raises(ValueError):
@@ -143,7 +126,7 @@ def test_statistics_are_kept_in_single_precision(tmp_path, weights):
 
 
 def test_refusals_name_what_is_wrong(tmp_path, weights):
-    with pytest.raises(ValueError, match=r"fc.weight is \(10, 64\) and should be \(100, 64\)"):
+    with pytest.raises(ValueError, match=r"fc.weight: .*\[10, 64\].*\[100, 64\]"):
         load_weights(create_model("resnet8", 100), weights)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         read_checkpoint(tmp_path / "nowhere.pth")
@@ -170,17 +153,6 @@ def test_which_teacher_serves(tmp_path, weights):
     keep("a_better_one", complete=True, epochs=240, seed=6, top1=71.0)
     keep("worse", complete=True, epochs=240, seed=7, top1=9.5)
     assert found(seed=0) == "a_better_one"
-
-
-@pytest.mark.parametrize("number", ["NaN", "1e999"])
-def test_texts_that_no_record_could_hold(tmp_path, weights, number):
-    "They are refused before a run, not after it."
-    text = '{"architecture": "resnet8", "dataset": "digits", "more": {"top5": [%s]}}' % number
-    save_file(dict(weights), tmp_path / "odd.safetensors", {"sortkd": text})
-    with pytest.raises(ValueError, match="odd.safetensors"):
-        read_checkpoint(tmp_path / "odd.safetensors")
-    with pytest.raises(ValueError, match="odd.safetensors"):
-        find_teacher("resnet8", load_digits(), tmp_path, 0, {})
 
 
 JOBS = """

@@ -1,12 +1,9 @@
 "The trainer against a loop by hand, to the last bit; resuming; which run a checkpoint belongs to."
 import itertools
 import math
-import multiprocessing
 import os
-import signal
-import time
 from contextlib import contextmanager
-from dataclasses import dataclass, asdict, replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -321,7 +318,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
         assert outcome.seconds == pytest.approx(sum(row["seconds"] for row in outcome.curve))
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Unplugged])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Unplugged])
 def test_an_interruption_keeps_the_last_whole_epoch(
     monkeypatch, batches, fabric, teacher, tmp_path, capsys, error,
 ):
@@ -361,61 +358,6 @@ def test_an_interruption_while_an_interrupted_run_is_saved(monkeypatch, batches,
         train(network(1), batches, CE, RECIPE, fabric, checkpoint=tmp_path / "run.pt",
               callbacks=[raises(KeyboardInterrupt)])
     assert not list(tmp_path.iterdir())
-
-
-def train_in_child(path, work):
-    work(path)
-    train(network(1), Batches(load_digits().subset(train_size=150, test_size=120)), CE, RECIPE,
-          create_fabric("cpu", "float32"), checkpoint=path, callbacks=[work.callback])
-
-
-def status_of_child(path, work) -> int:
-    "How a new process ends that trains and does `work`; a forked one could not compute gradients."
-    child = multiprocessing.get_context("forkserver").Process(target=train_in_child, args=(path, work))
-    child.start()
-    child.join()
-    return child.exitcode
-
-
-@dataclass
-class Signalled:
-    "Sends itself a signal after the second epoch."
-    number: int
-    handled: bool
-
-    def __call__(self, path):
-        signal.signal(self.number, (lambda *_: os._exit(3)) if self.handled else signal.SIG_DFL)
-
-    def callback(self, row):
-        if row["epoch"] == 2:
-            os.kill(os.getpid(), self.number)
-            time.sleep(10)
-
-
-@pytest.mark.parametrize("name,handled", [
-    ("SIGTERM", False), ("SIGHUP", False), ("SIGTERM", True),
-])
-def test_a_signal_lets_the_process_save_before_it_ends(tmp_path, name, handled):
-    "It ends by that signal, as without; where there is a handler, that one is called."
-    number, path = getattr(signal, name), tmp_path / "run.pt"
-    assert status_of_child(path, Signalled(number, handled)) == (3 if handled else -number)
-    assert path.exists() != handled
-    assert handled or len(torch.load(path, weights_only=True)["curve"]) == 2
-
-
-class SignalledWhileSaving:
-    def __call__(self, path):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.fsync = lambda file: os.kill(os.getpid(), signal.SIGTERM)
-
-    def callback(self, row):
-        raise KeyboardInterrupt
-
-
-def test_a_signal_waits_for_what_is_being_saved(tmp_path):
-    "As Jupyter sends SIGTERM some seconds after an interrupt."
-    assert status_of_child(tmp_path / "run.pt", SignalledWhileSaving()) == -signal.SIGTERM
-    assert len(torch.load(tmp_path / "run.pt", weights_only=True)["curve"]) == 1
 
 
 def test_a_checkpoint_belongs_to_one_run(fabric, teacher, tmp_path):

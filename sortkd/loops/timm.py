@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distillation import DistillationLoss
-from .common import refuse_learned_temperature, refuse_other_loss
+from .common import refuse_learned_temperature
 
 # %% ../../nbs/5_loops/62_timm.ipynb #5a5a03e6
 OWN_LOSS = {
@@ -29,7 +29,7 @@ class DistillationTaskMixin:
     For a method that changes with the epoch, set `epoch`, counted from 1, at the start of each. To
     accumulate gradients, set `num_items`, which goes to `DistillationLoss`, at the start of a step.
     Raises `ValueError` for methods that learn their temperature, and for timm's own settings of the
-    loss and its other tasks, which would have no effect.
+    loss, which would have no effect.
     """
 
     epoch: int | None = None
@@ -39,7 +39,6 @@ class DistillationTaskMixin:
         self, student_model, teacher_model, *, distillation_loss: DistillationLoss, **named
     ):
         refuse_learned_temperature(distillation_loss)
-        refuse_other_loss(super().forward, "LogitDistillationTask")  # type: ignore[misc]
         if unused := OWN_LOSS & named.keys():
             raise ValueError(
                 f"{', '.join(sorted(unused))} of timm's own loss would have no effect; give the "

@@ -20,9 +20,8 @@ class SortedGKDMixin:
     `class SortedGKDTrainer(SortedGKDMixin, GKDTrainer): pass`
 
     The divergence of a step is the mean over the tokens that count in all its batches. Raises
-    `ValueError` for `lmbda`, `seq_kd` and `use_liger_kernel`, `TypeError` for a class in which the
-    trainer stands first or has no divergence to sort for, and `RuntimeError` where a loss was
-    computed without it.
+    `ValueError` for `lmbda`, `seq_kd` and `use_liger_kernel`, and `TypeError` for a class in which
+    the trainer stands first or has no divergence to sort for.
     """
 
     def __init_subclass__(cls, **named):
@@ -48,18 +47,12 @@ class SortedGKDMixin:
         return batches, count_rows(self, (batch["labels"][:, 1:] for batch in batches))
 
     def compute_loss(self: Any, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.is_sorted, items = False, num_items_in_batch if model.training else None
-        loss = super().compute_loss(model, inputs, return_outputs, items)  # type: ignore[misc]
-        if not self.is_sorted:
-            raise RuntimeError(
-                f"{type(self).__name__} computed its loss without generalized_jsd_loss, so nothing "
-                "was sorted; leave out the setting that gives it another loss."
-            )
-        return loss
+        items = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, items)  # type: ignore[misc]
 
     def generalized_jsd_loss(
         self: Any, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *rest, **named
     ) -> Tensor:
-        self.is_sorted, teacher_logits = True, sort_logits(teacher_logits, labels)
+        teacher_logits = sort_logits(teacher_logits, labels)
         divergence = super().generalized_jsd_loss  # type: ignore[misc]
         return divergence(student_logits, teacher_logits, labels, *rest, **named)

@@ -327,16 +327,13 @@ class ImageBatches(ABC):
         "uint8 (N, H, W, 3) as a network's input (N, 3, H, W)."
         return normalize(pixels, self.data.mean, self.data.std)
 
-    def _not_in_memory(self) -> ValueError:
-        return ValueError(f"images of {self.data.name} are read from files and have no numbers.")
-
     def gather(self, views: Views) -> tuple[Tensor, Tensor]:
         "Training images (B, 3, H, W) and targets (B,) of `views`, for images in memory."
-        raise self._not_in_memory()
+        raise NotImplementedError("images in files have no numbers")
 
     def strong_images(self, index: Tensor, *key: str | int) -> Tensor:
         "Strongly augmented training images `index` (B, 3, H, W), for images in memory."
-        raise self._not_in_memory()
+        raise NotImplementedError("images in files have no numbers")
 
     @abstractmethod
     def blocks(self, batch_size: int, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1,

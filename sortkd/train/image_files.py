@@ -133,14 +133,13 @@ def data_folder(root: str | Path | None = None) -> Path:
     return Path(root or os.environ.get("SORTKD_DATA") or "data").expanduser()
 
 # %% ../../nbs/2_train/13_image_files.ipynb #a05dae27
-def load_image_folder(root: str | Path | None = None, image_size: int = 224) -> ImageFolderData:
+def load_image_folder(root: str | Path, image_size: int = 224) -> ImageFolderData:
     """ImageNet, or another set in its layout, from `root`/train/CLASS/ and `root`/val/CLASS/.
 
-    `root` is by default `imagenet` in `data_folder()`. No image is opened. Test images are resized
-    to 8/7 of `image_size`, 256 for 224, before the centre is cropped. Errors: see
-    `list_image_files`.
+    No image is opened. Test images are resized to 8/7 of `image_size`, 256 for 224, before the
+    centre is cropped. Errors: see `list_image_files`.
     """
-    root = Path(root or data_folder() / "imagenet").expanduser().absolute()
+    root = Path(root).expanduser().absolute()
     return ImageFolderData("imagenet", root, **list_image_files(root), image_size=image_size,
                            resize=image_size * 8 // 7)
 
@@ -156,9 +155,6 @@ def to_rgb(image):
         return Image.fromarray((numpy.asarray(image) // 256).astype(numpy.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode} has no fixed range; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        grey = Image.new("RGBA", image.size, (128, 128, 128, 255))
-        image = Image.alpha_composite(grey, image.convert("RGBA"))
     return image.convert("RGB")
 
 # %% ../../nbs/2_train/13_image_files.ipynb #6b366a79
@@ -192,15 +188,11 @@ class _ImageReader(torch.utils.data.Dataset):
             torch.default_generator.manual_seed(seed)
         return self.transform(image).permute(1, 2, 0)
 
-    def __getitem__(self, images: Sequence[tuple[int, str]]) -> Tensor | ValueError:
-        # A worker's exception arrives with its traceback as the message; a returned one does not.
+    def __getitem__(self, images: Sequence[tuple[int, str]]) -> Tensor:
         pixels = torch.empty(len(images), self.image_size, self.image_size, 3, dtype=torch.uint8)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                for place, (number, file) in zip(pixels, images):
-                    place.copy_(self.read(number, file))
-        except ValueError as error:
-            return error
+        with torch.random.fork_rng(devices=[]):
+            for place, (number, file) in zip(pixels, images):
+                place.copy_(self.read(number, file))
         return pixels
 
 # %% ../../nbs/2_train/13_image_files.ipynb #72580ad1
@@ -265,8 +257,6 @@ class ImageFolderBatches(ImageBatches):
             generator=torch.Generator(),  # else workers would draw from the global generator
         )
         for pixels in loader:
-            if isinstance(pixels, ValueError):
-                raise pixels
             yield self.normalize(pixels.to(self.device, non_blocking=True))
 
 # %% ../../nbs/2_train/13_image_files.ipynb #aa23ee40

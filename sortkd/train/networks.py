@@ -12,7 +12,6 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,11 +84,8 @@ def create_model(name: str, num_classes: int = 100) -> nn.Module:
     if library == "timm":
         return importlib.import_module("timm").create_model(its_name, num_classes=num_classes)
     if library == "torchvision":
-        options: dict[str, Any] = {}
-        if its_name in ("googlenet", "inception_v3"):  # whose output in training is else a tuple
-            options = {"aux_logits": False, "init_weights": True}
         models = importlib.import_module("torchvision.models")
-        return models.get_model(its_name, num_classes=num_classes, **options)
+        return models.get_model(its_name, num_classes=num_classes)
     return (NETWORKS | IMAGENET_NETWORKS)[name](num_classes=num_classes)
 
 # %% ../../nbs/2_train/10a_networks.ipynb #50c9c10e
@@ -97,8 +93,8 @@ def pretrained_weights(name: str) -> dict[str, Tensor]:
     """Torchvision's published weights IMAGENET1K_V1 of one of its ResNets, a state dict on the CPU.
 
     Downloaded once into PyTorch's hub folder (`torch.hub.get_dir()`). `FileNotFoundError` if they
-    are neither there nor can be downloaded; `ValueError` for a network without published weights or
-    a damaged file.
+    are neither whole there nor can be downloaded; `ValueError` for a network without published
+    weights.
     """
     if name not in _TORCHVISION_NAMES:
         raise ValueError(f"torchvision publishes no weights of {shown(name)}, only of "
@@ -112,9 +108,7 @@ def pretrained_weights(name: str) -> dict[str, Tensor]:
             return weights.get_state_dict(progress=False, check_hash=True, map_location="cpu",
                                           weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        if file.exists():
-            raise ValueError(f"{file} cannot be read as weights; delete it to download it again "
-                             f"({error!r:.300}).") from error
         raise FileNotFoundError(
-            f"{file} does not exist and could not be downloaded ({error!r:.300}). Download "
-            f"{weights.url} elsewhere, and pass its path as the teacher's checkpoint.") from error
+            f"{file} is damaged, or was not downloaded ({error!r:.300}). Delete it if it is there, "
+            f"or download {weights.url} elsewhere and pass its path as the teacher's checkpoint."
+        ) from error

@@ -11,9 +11,8 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from ..methods import Method
 from .augmentation import ImageBatches, batch_bounds
 from .batches import Batch, TeacherBlock, teacher_blocks
-from .checkpoints import Checkpoint, Stopped, ends_after_saving
+from .checkpoints import Checkpoint, Stopped
 from .checkpoints import fingerprint, weights_on_cpu
 from .cuda_graphs import CapturedStep, new_stream, on_stream, side_stream, wait_for
 from .devices import RandomNumbers, Ranks, precision_of, synchronize_batch_norm
@@ -301,15 +300,10 @@ def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None
         teacher.kind if teacher is not None and method.uses_teacher else None, student.context)
     checkpoint = Checkpoint(student.checkpoint, run, student.checkpoint_seconds)
     if (state := checkpoint.load()) is not None:
-        try:
-            for name, part in learner.parts.items():
-                part.load_state_dict(state[name])
-            learner.outcome = Outcome(**{name: state[name] for name in _RESUMED})
-            learner.epoch = len(learner.outcome.curve)
-        except Exception as error:  # of another network of the same class, say
-            raise ValueError(
-                f"the checkpoint {checkpoint.path} does not hold the state of this run "
-                f"({type(error).__name__}); delete it to start the run again.") from error
+        for name, part in learner.parts.items():
+            part.load_state_dict(state[name])
+        learner.outcome = Outcome(**{name: state[name] for name in _RESUMED})
+        learner.epoch = len(learner.outcome.curve)
     if learner.ranks.index == 0:
         learner.checkpoint = checkpoint
 
@@ -319,8 +313,7 @@ def _save_all(learners: Sequence[Learner], title: str, error: BaseException) -> 
     for checkpoint in checkpoints:
         checkpoint.save()
     if checkpoints and not isinstance(error, Exception):
-        with suppress(OSError):  # the terminal may be gone
-            print(f"{title}: stopped; all finished epochs are saved.", flush=True)
+        print(f"{title}: stopped; all finished epochs are saved.", flush=True)
 
 # %% ../../nbs/2_train/16_trainer.ipynb #56e855f8
 def _run_epoch(
@@ -402,9 +395,12 @@ def train_together(
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
         side_stream(fabric.device),
         nullcontext() if teacher is None else closing(teacher),
-        ends_after_saving(partial(_save_all, learners, title)),
     ):
-        _run_epochs(learners, batches, teacher, report, stop)
+        try:
+            _run_epochs(learners, batches, teacher, report, stop)
+        except BaseException as error:
+            _save_all(learners, title, error)
+            raise
     for learner in learners:
         learner.outcome.last_weights = weights_on_cpu(learner.model)
         learner.outcome.captured = learner.captured_step.graph is not None
