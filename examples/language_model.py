@@ -34,13 +34,13 @@ from sortkd import DistillationLoss, sort_logits
 
 settings = {
     "vocabulary": 1024, "context": 256, "head_width": 64,
-    "teacher_width": 256, "teacher_layers": 6, "teacher_steps": 2000, "teacher_lr": 1.5e-3,
-    "teacher_batch": 16, "teacher_dropout": 0.1, "teacher_seed": 2000,
-    "student_width": 128, "student_layers": 4, "student_steps": 2000, "student_lr": 2e-3,
-    "student_batch": 8, "student_dropout": 0.0,
+    "teacher_width": 256, "teacher_layers": 6, "teacher_steps": 3000, "teacher_lr": 1e-3,
+    "teacher_batch": 4, "teacher_dropout": 0.1, "teacher_seed": 2000,
+    "student_width": 128, "student_layers": 4, "student_steps": 1500, "student_lr": 2e-3,
+    "student_batch": 4, "student_dropout": 0.0,
     "warmup": 0.05, "last_lr": 0.1, "weight_decay": 0.1, "clip": 1.0,  # lr: shares of steps and lr
     "temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5, "first": 10,
-    "checks": 5,  # of the validation loss, the last one after the last step
+    "checks": 4,  # of the validation loss, the last one after the last step
     "bfloat16": True,
 }
 TEXT_SHA256 = "cd45f0c9cedab8e4439bd6486c8952c77cc8b0ecc5d1f6ae3513f2039f47229d"
@@ -138,6 +138,13 @@ def draw(tokens, context, batch, seed, steps):
         yield rows[:, :-1], rows[:, 1:]
 
 
+def create_loss(method, s):
+    if method == "ce":
+        return DistillationLoss("ce")
+    weights = {name: s[name] for name in ("temperature", "ce_weight", "kd_weight")}
+    return DistillationLoss("kd", **weights)  # of logits that `lessons` has sorted, or not
+
+
 def lessons(teacher_logits, target, methods, first):
     "What the teacher's logits become for each method, and the share of tokens that are changed."
     made, changed = {"ce": None, "kd": teacher_logits}, {"ce": 0.0, "kd": 0.0}
@@ -186,9 +193,7 @@ def train(networks, teacher, tokens, s, seed, kind):
     by step, and the share of the tokens that sorting changed.
     """
     steps, lr = s[f"{kind}_steps"], s[f"{kind}_lr"]
-    weights = {name: s[name] for name in ("temperature", "ce_weight", "kd_weight")}
-    losses = {each: DistillationLoss("ce") if each == "ce" else DistillationLoss("kd", **weights)
-              for each in networks}
+    losses = {each: create_loss(each, s) for each in networks}
     optimizers = {each: torch.optim.AdamW(network.parameters(), lr, (0.9, 0.95), fused=True,
                                           weight_decay=s["weight_decay"])
                   for each, network in networks.items()}
@@ -218,19 +223,13 @@ def train(networks, teacher, tokens, s, seed, kind):
     return curves, shares
 
 
-def settings_of(kind, s):
-    "Those that a network of this kind depends on."
-    other = {"teacher": "student_", "student": "teacher_"}[kind]
-    return {name: value for name, value in s.items() if not name.startswith(other)}
-
-
 def read_teacher(path, tokens, s, origin):
     "The teacher in the file at `path`, which is trained and written first if it is not there."
     text = checksum(torch.cat([*tokens.values()]).numpy().tobytes())
     if not Path(path).exists():
         began, network = time.monotonic(), create_network(s, "teacher", s["teacher_seed"])
         curves, _ = train({"ce": network}, None, tokens, s, s["teacher_seed"], "teacher")
-        about = {"tokens_sha256": text, "settings": settings_of("teacher", s),
+        about = {"tokens_sha256": text, "settings": s,
                  "validation_loss": curves["ce"], "seconds": round(time.monotonic() - began),
                  **origin}
         weights = {name: value.half() for name, value in network.state_dict().items()}
@@ -252,7 +251,8 @@ def source():
     "The commit and the checksum of this script."
     command = ["git", "-C", str(FOLDER), "rev-parse", "HEAD"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {"commit": done.stdout.strip() or None, "script_sha256": checksum(Path(__file__).read_bytes())}
+    return {"commit": done.stdout.strip() or None,
+            "script_sha256": checksum(Path(__file__).read_bytes())}
 
 
 def run_seed(teacher, tokens, s, seed, methods):
@@ -264,40 +264,28 @@ def run_seed(teacher, tokens, s, seed, methods):
             for method, network in networks.items()}
 
 
-def recorded(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def same_run(record):
+    "What tells a student from others: seed, method, settings, and the checksums of what made it."
+    return {name: value for name, value in record.items()
+            if name in ("seed", "method", "settings") or name.endswith("sha256")}
 
 
 def run(teacher, tokens, s, seeds, methods, out, known):
-    """Append a record of each student that `out` does not hold. `known` is what all have in common:
-    a student is the same as another if seed, method, settings and the checksums are.
-    """
-    common = {"settings": settings_of("student", s), **known}
-    same = ("seed", "method", "settings", *(name for name in known if name.endswith("sha256")))
+    "Append a record of each student that `out` does not hold; `known` is what all have in common."
     for seed in seeds:
-        found = [{name: each.get(name) for name in same} for each in recorded(out)]
-        missing = [method for method in methods if not any(
-            each == {name: ({"seed": seed, "method": method} | common)[name] for name in same}
-            for each in found)]
+        lines = out.read_text().splitlines() if out.exists() else []
+        done = [same_run(json.loads(line)) for line in lines]
+        wanted = {"seed": seed, "settings": s, **known}
+        missing = [each for each in methods if same_run({**wanted, "method": each}) not in done]
         if not missing:
             continue
         began, clock = now(), time.monotonic()
         measured = run_seed(teacher, tokens, s, seed, missing)
         times = {"began": began, "ended": now(), "seconds": round(time.monotonic() - clock),
-                 "together": missing}  # the seconds are of all students trained together
-        lines = [json.dumps({"seed": seed, "method": each, **times, **measured[each], **common})
-                 for each in missing]
+                 "together": missing}  # the seconds are those of all that were trained together
+        records = [{"method": each, **times, **measured[each], **wanted} for each in missing]
         with open(out, "a") as file:
-            file.write("".join(line + "\n" for line in lines))
-
-
-def processor():
-    "Its name, since another one rounds differently."
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if "model name" in line), "")
+            file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_arguments():
@@ -328,7 +316,7 @@ if __name__ == "__main__":
         "teacher_sha256": checksum(arguments.teacher.read_bytes()),
         "plan_sha256": checksum(arguments.plan.read_bytes()) if arguments.plan.exists() else None,
         "teacher_test": evaluate(teacher, tokens["test"], settings["context"]),
-        "torch": torch.__version__, "processor": processor(),
+        "torch": torch.__version__, "machine": platform.platform(),
     }
     run(teacher, tokens, settings, range(int(first), int(last or first) + 1),
         arguments.methods.split(","), arguments.out, known)
