@@ -278,7 +278,7 @@ def test_a_file_system_without_locks_is_found_before_any_work(tmp_path, monkeypa
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(ValueError, match="results_dir is .*no locks: .*name another folder"):
+    with pytest.raises(ValueError, match="results_dir is .*No locks available.*name another folder"):
         prepare_experiment(**SMALL, results_dir=str(tmp_path / "r"), teachers_dir=str(tmp_path))
 
 

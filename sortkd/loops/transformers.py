@@ -89,7 +89,8 @@ class DistillationTrainerMixin:
         refuse_learned_temperature(distillation_loss)
         owner = super().compute_loss.__qualname__.split(".")[-2]  # type: ignore[misc]
         if owner not in ("Trainer", "SFTTrainer"):
-            raise ValueError(f"{owner} has a loss of its own, which would not be called; use Trainer.")
+            raise ValueError(
+                f"{owner} has a loss of its own, which would not be called; use Trainer.")
         super().__init__(*arguments, **named)
         self.distillation_loss, self.causal_lm = distillation_loss, causal_lm
         self.teacher = None if teacher is None else FrozenTeacher(teacher).to(self.args.device)
@@ -118,9 +119,9 @@ class DistillationTrainerMixin:
         inputs, criterion = dict(inputs), self.distillation_loss
         target = take_target(self, inputs)
         if target.ndim == 2 and self.causal_lm is None:
-            raise ValueError("labels (B, T) need causal_lm: True for a language model, whose labels "
-                             "are those of the next position, False where labels stand at their "
-                             "own.")
+            raise ValueError(
+                "labels (B, T) need causal_lm: True for a language model, whose labels are those "
+                "of the next position, False where labels stand at their own.")
         inputs.pop("skip_logits", None)  # with which the Trainer asks Liger for its own loss
         outputs = as_mapping(model(**own_inputs(inputs, self.student_names, self.teacher_names)))
         if model.training:

@@ -195,9 +195,7 @@ def balanced_order(targets: Tensor, generator: torch.Generator) -> Tensor:
 # %% ../../nbs/2_train/11_augmentation.ipynb #8542488f
 def check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     "Refuse `value` unless it is a tensor of `dtype` and `shape`, and not empty."
-    found = f"of type {type(value).__name__}"
-    if isinstance(value, Tensor):
-        found = f"{value.dtype} of shape {tuple(value.shape)}"
+    found = f"{value.dtype} of shape {tuple(value.shape)}"
     if found != f"{dtype} of shape {shape}" or 0 in shape:
         raise ValueError(f"{name} is {found}; give a {dtype} tensor of shape {shape}, not empty.")
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from .augmentation import ImageBatches, Views, number_of_views
 from .teachers import weights_checksum
-from ..utils.checks import choice
 from ..utils.files import exclusive
 from ..utils.progress import Progress
 
@@ -34,8 +33,7 @@ class TeacherLogits:
     kind = "computed"
 
     def __init__(self, network: nn.Module, batches: ImageBatches, precision: str = "float32"):
-        self.precision = choice("precision", precision, ["float32", "bfloat16"])
-        self.batches, self.device = batches, batches.device
+        self.precision, self.batches, self.device = precision, batches, batches.device
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         # Larger batches leave a CPU's cache; smaller ones leave a GPU idle.
         self.batch_size = 2048 if self.device.type == "cuda" else 128

@@ -307,14 +307,6 @@ def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None
     if learner.ranks.index == 0:
         learner.checkpoint = checkpoint
 
-# %% ../../nbs/2_train/16_trainer.ipynb #fb1ec074
-def _save_all(learners: Sequence[Learner], title: str, error: BaseException) -> None:
-    checkpoints = [each.checkpoint for each in learners if each.checkpoint is not None]
-    for checkpoint in checkpoints:
-        checkpoint.save()
-    if checkpoints and not isinstance(error, Exception):
-        print(f"{title}: stopped; all finished epochs are saved.", flush=True)
-
 # %% ../../nbs/2_train/16_trainer.ipynb #56e855f8
 def _run_epoch(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None, epoch: int,
@@ -398,8 +390,10 @@ def train_together(
     ):
         try:
             _run_epochs(learners, batches, teacher, report, stop)
-        except BaseException as error:
-            _save_all(learners, title, error)
+        except BaseException as error:  # each student saves its last whole epoch
+            saved = [each.checkpoint.save() for each in learners if each.checkpoint is not None]
+            if saved and not isinstance(error, Exception):
+                print(f"{title}: stopped; all finished epochs are saved.", flush=True)
             raise
     for learner in learners:
         learner.outcome.last_weights = weights_on_cpu(learner.model)
