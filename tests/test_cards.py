@@ -1,6 +1,5 @@
 "Cards of weights, and networks that go to the Hugging Face Hub and back."
 import ast
-import json
 import re
 import shutil
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from sortkd.fronts.cards import card_command, model_card
 from sortkd.train.networks import create_model
@@ -41,9 +39,8 @@ def test_the_command(tmp_path, capsys):
     assert card_command(["--write", *files]) == 0
     assert (tmp_path / "b.md").read_text(encoding="utf-8") == model_card(files[1])
     (tmp_path / "c.safetensors").write_bytes(b"no weights")
-    (tmp_path / "a.md").unlink()
-    assert card_command(["--write", files[0], str(tmp_path / "c.safetensors")]) == 1
-    assert not (tmp_path / "a.md").exists() and "damaged" in capsys.readouterr().err
+    assert card_command([str(tmp_path / "c.safetensors")]) == 1
+    assert "damaged" in capsys.readouterr().err
 
 
 HOSTILE = ('x"); import os; os.system("touch planted") #`\n```\n# head\n---\n'
@@ -80,15 +77,6 @@ def test_texts_of_a_card_are_text(tmp_path, name):
     values = {node.value for node in ast.walk(code)
               if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     assert len(code.body) == 6 and values == {known["architecture"], known["dataset"], file}
-
-
-@pytest.mark.parametrize("changes", [{"top1": "x"}, {"train_images": []}, {"epochs": "x"},
-                                     {"recipe": "lr"}, {"note": 5}, {"command": {}, "note": []}])
-def test_a_file_with_malformed_text_is_named(tmp_path, changes):
-    path = tmp_path / "a.safetensors"
-    save_file({"w": torch.ones(2)}, path, {"sortkd": json.dumps(KNOWN | changes)})
-    with pytest.raises(ValueError, match="a.safetensors (has no card|is damaged|cannot be read)"):
-        model_card(path)
 
 
 # The Hub
@@ -134,14 +122,6 @@ def test_to_the_hub_and_back(hub, tmp_path, monkeypatch):
     card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
     assert f'PretrainedNetwork.from_pretrained("{name}")' in card
     assert f"{network.known['top1']:.2f} %" in card
-
-
-def test_trained_in_full_precision_stays_so(hub, tmp_path):
-    network = hub.PretrainedNetwork("resnet8", 10).eval()
-    network.save_pretrained(tmp_path / "network")
-    again = hub.PretrainedNetwork.from_pretrained(tmp_path / "network")
-    images = torch.randn(2, 3, 32, 32)
-    assert again(images).equal(network(images))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "README.md"])

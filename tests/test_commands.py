@@ -1,12 +1,9 @@
 "The commands do what the notebook does, and say what is wrong in one line."
 import ast
-import os
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import fields
-from inspect import signature
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
@@ -18,7 +15,6 @@ from papermill import inspect_notebook
 from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS
 from sortkd.experiment.parameters import Parameters, parameter_cell, parameter_groups
 from sortkd.experiment.storage import append_record, read_records
-from sortkd.experiment.setup import prepare_experiment
 from sortkd.fronts.cards import card_command
 from sortkd.fronts.commands import evaluate_checkpoint, evaluate_command, run
 from sortkd.methods import OBJECTIVES, REPAIRS
@@ -47,7 +43,7 @@ def test_the_notebook_has_the_parameters_of_the_dataclass():
     found = inspect_notebook(NOTEBOOK)
     assert found.pop("progress")["default"] == "True"
     assert list(found) == [each.name for group in parameter_groups().values() for each in group]
-    assert list(found) == list(signature(prepare_experiment).parameters)[:-1]
+    assert list(found) == list(Parameters.__dataclass_fields__)
     for each in fields(Parameters):
         shown = found[each.name]
         assert ast.literal_eval(shown["default"]) == each.default
@@ -94,7 +90,7 @@ def test_run_and_eval(tmp_path, capsys):
     assert "This is a quick run" in (shown := capsys.readouterr().out) and "kd+sort" in shown
     teacher, = (tmp_path / "teachers").rglob("*.safetensors")
     quality = evaluate_checkpoint(teacher, device="cpu")
-    assert quality.images == 360 and quality.top1 <= quality.top5 <= 100
+    assert quality["images"] == 360 and quality["top1"] <= quality["top5"] <= 100
     student, = (tmp_path / "results").rglob("last.safetensors")
     named = ["--architecture", "resnet8", "--dataset", "digits", "--device", "cpu"]
     assert evaluate_command([str(student), *named]) == 0
@@ -120,11 +116,11 @@ def test_eval_agrees_with_arithmetic(tmp_path):
     gaps = [(hits - confidence)[bins == each].sum().abs().item() for each in range(15)]
     best = logits.argsort(1, descending=True)[:, :5]
     five = (best == target[:, None]).any(1).double().mean().item()
-    assert quality.top1 == pytest.approx(100 * hits.mean().item())
-    assert quality.top5 == pytest.approx(100 * five)
-    assert quality.calibration_error == pytest.approx(100 * sum(gaps) / len(hits), rel=1e-3)
+    assert quality["top1"] == pytest.approx(100 * hits.mean().item())
+    assert quality["top5"] == pytest.approx(100 * five)
+    assert quality["calibration_error"] == pytest.approx(100 * sum(gaps) / len(hits), rel=1e-3)
     loss = torch.nn.functional.cross_entropy(logits, target).item()
-    assert quality.loss == pytest.approx(loss, rel=1e-4)
+    assert quality["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_from_record(tmp_path, capsys):
@@ -153,28 +149,17 @@ def test_from_record(tmp_path, capsys):
     (["--pair", "r56"], "r56_r20"), (["--methods", "kd+fix"], "kd"), (["--seeds", ""], "seeds"),
     (["--epochs", "-1"], "epochs"), (["--teacher", "nowhere.pth"], "nowhere.pth"),
     (["--dataset", "digits", "--preset", "paper"], "CIFAR-100"),
-    (["--notebook", "out.txt"], "path of an .ipynb file"),
-    (["--notebook", "nowhere/out.ipynb"], "in a folder that exists"),
-    (["--notebook", str(NOTEBOOK)], "outside of"), (["--notebook", "nbs/new.ipynb"], "outside of"),
-    (["--notebook", "out.ipynb", "--methods", "kdd"], "methods is 'kdd'"),
 ])
 def test_a_mistake_is_one_line_and_changes_nothing(arguments, words, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("sortkd.fronts.commands._run_papermill", None)  # nothing is started
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "out.ipynb").write_text("precious")
-    (tmp_path / "nbs").symlink_to(NOTEBOOK.parent)
-    source = NOTEBOOK.read_bytes()
     assert run([*SMALL, f"--results-dir={tmp_path / 'results'}", *arguments]) == 1
     error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1
-    assert (tmp_path / "out.ipynb").read_text() == "precious" and NOTEBOOK.read_bytes() == source
-    assert {path.name for path in tmp_path.iterdir()} == {"out.ipynb", "nbs"}
+    assert words in error and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command, arguments, words", [
     (run, ["--epoch", "3"], "Did you mean '--epochs'"), (run, ["--epochs", "three"], "three"),
     (run, ["--method=kd"], "Did you mean '--methods'"), (run, ["kd"], "unrecognized"),
-    (run, ["--notebook", "a.ipynb", "--from-record", "b"], "not allowed with"),
     (evaluate_command, ["a.pth", "--arch=resnet8"], "--arch"), (card_command, [], "FILE"),
     (card_command, ["a.safetensors", "--writ"], "Did you mean '--write'"),
 ])
@@ -208,69 +193,9 @@ def test_a_terminal_without_a_character_shows_another(monkeypatch, encoding):
     assert re.search("ValueError: .t. . .", err)
 
 
-# Interrupted commands, and notebooks
-
-
 def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupt(*arguments, **settings):
         raise KeyboardInterrupt
     monkeypatch.setattr("sortkd.experiment.run.run_experiment", interrupt)
     assert run([*SMALL, *folders_in(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("end, status", [("fails", 1), (KeyboardInterrupt, 130), ("ends", 0)])
-def test_an_earlier_notebook_is_kept_until_another_is_whole(
-        monkeypatch, capsys, tmp_path, end, status):
-    "What was executed of one that fails is beside it, in a file that is named."
-    def executed(_, path, *options):
-        Path(path).write_text("executed")
-        if end == KeyboardInterrupt:
-            raise end
-        return end == "fails", "it failed"
-    monkeypatch.setattr("sortkd.fronts.commands._run_papermill", executed)
-    out, unfinished = tmp_path / "out.ipynb", tmp_path / "out.unfinished.ipynb"
-    out.write_text("precious")
-    assert run([*SMALL, *folders_in(tmp_path), "--notebook", str(out)]) == status
-    said = capsys.readouterr()
-    assert (f"What was executed is in {unfinished}." in said.out) == unfinished.exists()
-    assert unfinished.exists() == (status != 0)
-    assert out.read_text() == ("precious" if status else "executed")
-    assert end != "fails" or said.err == "RuntimeError: it failed\n"
-
-
-@pytest.mark.slow
-def test_the_notebook_of_a_command(tmp_path, capfd):
-    "The same executed notebook as papermill's, with lines of progress."
-    small = [argument for argument in SMALL if argument != "--quiet"]
-    out = tmp_path / "out.ipynb"
-    command = [*small, *folders_in(tmp_path), "--methods", "kd", "--notebook", str(out)]
-    assert run(command) == 0
-    assert "kd, seed 0: epoch 1/1, loss" in capfd.readouterr().out
-    first = next(cell.outputs for cell in nbformat.read(out, 4).cells if cell.get("outputs"))
-    assert "Chance is 10 %" in first[0]["data"]["text/markdown"], "it begins with the result"
-    assert len(read_records(tmp_path / "results" / "quick.jsonl")) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_notebook_saves_and_ends(tmp_path, number):
-    """Ctrl-C at a terminal, which reaches all processes of the command; or a signal to the first
-    alone. The kernel ends, too.
-    """
-    start = "from sortkd.fronts.commands import run; raise SystemExit(run())"
-    command = [sys.executable, "-c", start, "--notebook", str(tmp_path / "out.ipynb"),
-               "--pair=r56_r20", "--dataset=digits", "--preset=quick", *folders_in(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, start_new_session=True, **pipes) as process:
-        assert "teacher resnet56, seed 0: epoch 1/4" in process.stdout.readline()
-        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-        out, said = process.communicate(timeout=120)  # until no process is left that could write
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    checkpoint, = (tmp_path / "results" / "runs").glob("teacher-*.pt")
-    assert 1 <= len(torch.load(checkpoint, weights_only=True)["curve"]) < 4
-    if number != signal.SIGKILL:
-        assert said.strip().endswith("stopped. To resume from what was saved, "
-                                     "give the same command again.")
-        assert re.search(r"What was executed is in .*out.unfinished.ipynb.\n$", out)
-    assert not (tmp_path / "out.ipynb").exists()

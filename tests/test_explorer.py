@@ -21,7 +21,7 @@ from sortkd.experiment.storage import append_record
 from sortkd.repairs import revise_logits
 from sortkd.evidence.results import load_results, select
 from sortkd.sorting import sort_logits, swap_logits
-from sortkd.evidence.statistics import compare_methods, verdicts
+from sortkd.evidence.statistics import compare
 from sortkd.train.teachers import load_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +179,7 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     assert count.text == f"0 of {len(runs)} runs" and "No run fits" in browser.find_element("id", "curves").text
 
     short = select(runs, preset="short", pair="r56_r20", method=["kd", "kd+sort"])
-    effect = verdicts(compare_methods(short, "kd+sort", "kd")).iloc[0]
+    effect = compare(short, "kd+sort", "kd").iloc[0]
     for first, second in (("kd+sort", "kd"), ("kd", "kd+sort")):
         choose(browser, "first", first), choose(browser, "second", second)
         difference, interval, seeds, verdict, plan, *_ = rows(browser, "effect-table")[1]

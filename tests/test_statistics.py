@@ -1,4 +1,4 @@
-"Whether the statistics hold what they promise; chapter 50 has simulations of its own."
+"Whether the statistics hold what they promise, by simulation; chapter 50 has more of it."
 import itertools
 import math
 from functools import partial
@@ -6,40 +6,54 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from sortkd.evidence.results import load_results, select
 from sortkd.evidence.statistics import (
-    compare_methods, confidence_sequence, crossed_interval, paired_effects, pool_effects,
-    seed_deviation, seeds_needed, sign_flip_test, smallest_number, t_test_power,
-    verdict_probabilities, verdicts,
+    compare, crossed_interval, paired_effects, pool_effects, seed_deviation, seeds_needed,
+    smallest_number, t_test_power, verdict_probabilities, verdicts,
 )
 from synthetic import synthetic_records, write_lines
 
+MEASURED = (0.64, 0.68)  # standard deviations of differences, in the plans few_steps and sorting
 
-def outcomes(effect, sets, seeds, deviation, seed):
-    "Plain and sorted runs of `sets` pairs, with a planted effect."
-    generator, parts = np.random.default_rng(seed), []
-    for repair, gain in (("none", 0.0), ("sort", np.reshape(effect, (-1, 1)))):
-        top1 = 70 + gain + generator.normal(0, deviation, (sets, seeds))
-        about = {"teacher": "resnet56", "student": "resnet20", "objective": "kd", "repair": repair}
-        numbers = {"pair": np.repeat(np.arange(sets), seeds), "seed": np.tile(np.arange(seeds), sets)}
-        parts.append(pd.DataFrame(numbers | {"last_top1": top1.ravel()}).assign(**about))
-    return pd.concat(parts)
+
+def simulated(effect, deviation, seeds, settings, seed=0, **options):
+    "Effects in `settings` settings; `effect` may be one for each, `deviation` is that of a difference."
+    noise = np.random.default_rng(seed).normal(0, deviation / math.sqrt(2), (2, seeds, settings))
+    return compare({"a": effect + noise[0], "b": noise[1]}, "a", "b", **options)
+
+
+def covered(low, high, value):
+    return ((low <= value) & (value <= high)).mean()
 
 
 def within_binomial_error(share, expected, count, sigmas=4):
     return abs(share - expected) < sigmas * math.sqrt(expected * (1 - expected) / count)
 
 
-def covered(effects, effect):
-    return ((effects.low <= effect) & (effect <= effects.high)).mean()
+@pytest.mark.parametrize("seeds, deviation", [*itertools.product((5, 8, 16, 60), MEASURED)])
+def test_every_printed_interval_covers(seeds, deviation):
+    "In 93 to 97 of 100 cases: over seeds, paired or not, of the deviation, and over settings."
+    for paired in (True, False):
+        effects = simulated(0.3, deviation, seeds, 3000, paired=paired)
+        assert 0.93 < covered(effects.low, effects.high, 0.3) < 0.97
+    effects = simulated(0.3, deviation, seeds, 2000)
+    found = pd.DataFrame([seed_deviation(row) for _, row in effects[:1500].groupby("pair")])
+    assert 0.93 < covered(found.low, found.high, deviation) < 0.97
+    # Studies of six settings that differ by as much as seeds do.
+    truth = np.random.default_rng(1).normal(0.3, 0.5, 9000)
+    effects = simulated(truth, deviation, seeds, 9000, seed=2)
+    studies = effects.assign(comparison=np.repeat(np.arange(1500), 6).astype(str))
+    pooled, improvement = pool_effects(studies), special.ndtr(0.3 / math.hypot(deviation, 0.5))
+    assert 0.93 < covered(pooled.low, pooled.high, 0.3) < 0.97
+    assert 0.925 < covered(pooled.better_low, pooled.better_high, improvement) < 0.97
 
 
-@pytest.mark.parametrize("effect, seeds, level", [(-0.4, 2, 0.95), (0.0, 5, 0.95), (1.0, 5, 0.5)])
-def test_intervals_cover_the_planted_effect_as_often_as_they_claim(effect, seeds, level):
-    effects = paired_effects(outcomes(effect, 400, seeds, 0.3, seed=seeds), level=level)
-    assert within_binomial_error(covered(effects, effect), level, 400)
+@pytest.mark.parametrize("seeds, level", [(2, 0.95), (5, 0.5)])
+def test_an_interval_has_its_level(seeds, level):
+    effects = simulated(-0.4, 0.3, seeds, 2000, level=level)
+    assert within_binomial_error(covered(effects.low, effects.high, -0.4), level, 2000)
 
 
 def test_intervals_cover_through_files(tmp_path):
@@ -48,57 +62,49 @@ def test_intervals_cover_through_files(tmp_path):
     frame = load_results(write_lines(tmp_path / "planted.jsonl", records), synthetic=True)[0]
     effects = paired_effects(select(frame))
     assert len(effects) == 150 and (effects.seeds == 5).all()
-    assert within_binomial_error(covered(effects, 0.3), 0.95, 150)
-    same = compare_methods(frame, "kd+sort", "kd")
-    pd.testing.assert_frame_equal(same, effects)
+    assert within_binomial_error(covered(effects.low, effects.high, 0.3), 0.95, 150)
+    assert (effects.objective == "kd").all() and effects.pair.tolist() == sorted(planted)
 
 
-def test_pairs_of_one_teacher_count_once():
+def test_arrays_and_runs_give_the_same():
+    scores = {name: np.random.default_rng(seed).normal(70, 1, (4, 3)) for seed, name in enumerate("ab")}
+    scores["a"][1, 0] = scores["b"][3, 0] = math.nan
+    rows = [{"pair": pair, "seed": seed, "method": name, "score": values[seed, pair]}
+            for name, values in scores.items() for seed in range(4) for pair in range(3)]
+    runs = pd.DataFrame(rows).dropna()
+    for paired in (True, False):
+        effects = compare(scores, "a", "b", paired=paired)
+        same = compare(runs, "a", "b", outcome="score", paired=paired)
+        pd.testing.assert_frame_equal(effects, same)
+    assert compare(scores, "a", "b").seeds.tolist() == [2, 4, 4], "seeds that both have"
+    assert effects.seeds.tolist() == [6, 8, 8], "runs of both"
+    values = scores["a"][[0, 2], 0] - scores["b"][[0, 2], 0]
+    assert compare(scores, "a", "b").differences[0] == tuple(values)
+    test = stats.ttest_ind(scores["a"][:, 1], scores["b"][:, 1], equal_var=False)
+    assert effects.loc[1, ["p", "freedom"]].tolist() == pytest.approx([test.pvalue, test.df])
+    assert compare(scores, "a", "c").empty and compare({"a": [1, 2], "b": [3, 4]}, "a", "b").pair[0] == 0
+
+
+def test_settings_are_pooled_and_pairs_of_one_teacher_count_once():
     means = [0.0, 0.2, 0.3, 0.2]
-    effects = pd.DataFrame({"objective": "kd", "teacher": list("aabc"), "mean": means})
+    effects = pd.DataFrame({"comparison": "a minus b", "teacher": list("aabc"), "mean": means,
+                            "better": [1.0, 0.5, 0.5, 0.75]})
     row = pool_effects(effects).iloc[0]
     interval = stats.ttest_1samp([0.1, 0.3, 0.2], 0).confidence_interval()
-    assert (row.teachers, row.pairs) == (3, 4) and (row.low, row.high) == pytest.approx(interval)
+    assert (row.settings, row.pairs, row.better) == (3, 4, pytest.approx(2 / 3))
+    assert (row.low, row.high) == pytest.approx(interval) and math.isnan(row.better_low)
     row = pool_effects(effects[:3]).iloc[0]
     assert row["mean"] == pytest.approx(0.2) and math.isnan(row.low), "two teachers give no interval"
 
 
-def test_only_shared_seeds_are_compared():
-    frame = outcomes(0.3, 1, 4, 0.2, seed=0)
-    absent = {("sort", 1), ("none", 3)}
-    frame = frame[[each not in absent for each in zip(frame.repair, frame.seed)]]
-    (row,) = paired_effects(frame).itertuples()
-    values = frame.set_index(["repair", "seed"]).last_top1
-    assert row.seeds == row.unmatched == 2
-    assert row.differences == tuple(values["sort", seed] - values["none", seed] for seed in (0, 2))
-
-
-def test_numbers_of_a_method_do_not_hide_its_effect():
-    "A sorted run is compared with its own objective, whatever the methods are called."
-    frame = outcomes(0.3, 1, 4, 0.2, seed=0)
-    names = {"none": "kd(temperature=2)", "sort": "kd(temperature=2)+sort"}
-    frame["method"] = frame.repair.map(names)
-    assert paired_effects(frame).seeds.tolist() == [4]
-
-
 def test_few_or_equal_seeds_have_an_effect():
-    (row,) = verdicts(paired_effects(outcomes(0.3, 1, 1, 0.2, seed=0))).to_dict("records")
-    assert row["p_flip"] == 1 and math.isnan(row["p"]) and math.isnan(row["low"])
-    assert math.isfinite(row["mean"]) and row["verdict"] == "inconclusive"
-    equal = outcomes(0.25, 1, 3, 0.0, seed=0)
-    (row,) = verdicts(paired_effects(equal)).to_dict("records")
+    (row,) = compare({"a": [0.3], "b": [0.1]}, "a", "b").to_dict("records")
+    assert math.isnan(row["p"]) and math.isnan(row["low"])
+    assert row["mean"] == pytest.approx(0.2) and row["verdict"] == "inconclusive"
+    (row,) = compare({"a": [0.25] * 3, "b": [0.0] * 3}, "a", "b").to_dict("records")
     assert row["low"] == row["high"] == 0.25 and (row["p"], row["verdict"]) == (0, "equivalent")
-    (row,) = paired_effects(equal.assign(last_top1=70.0)).to_dict("records")
+    (row,) = compare({"a": [70.0] * 3, "b": [70.0] * 3}, "a", "b").to_dict("records")
     assert (row["mean"], row["p"], row["better"]) == (0, 1, 0.5), "ties are halves"
-
-
-def test_the_sign_flip_test_of_many_seeds():
-    assert sign_flip_test([0.3]) == sign_flip_test([0.0, 0.0]) == 1
-    assert sign_flip_test([0.1] * 16 + [-0.1]) == pytest.approx(2 * 18 / 2**17)  # ties are counted
-    assert sign_flip_test([0.1] * 60) < 1e-4
-    differences = np.random.default_rng(0).normal(0.1, 0.6, 60)
-    p = stats.ttest_1samp(differences, 0).pvalue
-    assert sign_flip_test(differences) == pytest.approx(p, abs=0.01)
 
 
 def test_every_number_of_seeds_reaches_the_power_and_one_less_does_not():
@@ -107,33 +113,21 @@ def test_every_number_of_seeds_reaches_the_power_and_one_less_does_not():
         assert t_test_power(ratio, number) >= 0.8
         assert number == 2 or t_test_power(ratio, number - 1) < 0.8
     assert smallest_number(partial(t_test_power, 0.0)) == math.inf
+    needed = seeds_needed(0.68, gains=(0.2, 0.5))
+    assert needed == {"a gain of 0.2": 93, "a gain of 0.5": 17, "equivalence within ±0.5": 18}
 
 
-def test_each_objective_needs_its_own_number_of_seeds():
-    parts = [paired_effects(outcomes(0.3, 8, 5, deviation, seed=3)).assign(objective=name)
-             for name, deviation in (("kd", 0.2), ("dkd", 0.4))]
-    needed = seeds_needed(pd.concat(parts), gains=(0.1, 0.5))
-    kd, dkd = (group.set_index("to_find") for _, group in needed.groupby("objective", sort=False))
-    assert list(kd.index) == ["a gain of 0.1", "a gain of 0.5", "equivalence within ±0.5"]
-    assert (kd.seeds < dkd.seeds).all()
-    assert (kd.seeds_low <= kd.seeds).all() and (kd.seeds <= kd.seeds_high).all()
-    nothing = paired_effects(outcomes(0.3, 1, 1, 0.2, seed=0))
-    assert seeds_needed(nothing).empty and seed_deviation(nothing)["degrees_of_freedom"] == 0
-
-
-def test_the_deviation_is_pooled_and_its_interval_covers():
-    effects = paired_effects(outcomes(0.3, 8, 5, 0.25, seed=3))
+def test_the_deviation_is_pooled():
+    effects = simulated(0.3, 0.4, 5, 8)
     squares = [((np.array(each) - np.mean(each)) ** 2).sum() for each in effects.differences]
     deviation = seed_deviation(effects)
     assert deviation["degrees_of_freedom"] == 32
     assert deviation["std"] == pytest.approx(math.sqrt(sum(squares) / 32))
-    effects = paired_effects(outcomes(0.0, 600, 5, 0.3, seed=5))
-    each = pd.DataFrame([seed_deviation(effects.iloc[[number]]) for number in range(600)])
-    assert within_binomial_error(covered(each, 0.3 * math.sqrt(2)), 0.95, 600)
+    assert seed_deviation(compare({"a": [1], "b": [2]}, "a", "b"))["degrees_of_freedom"] == 0
 
 
 def test_wrong_verdicts_are_as_rare_as_the_level_says():
-    for std, seeds in itertools.product((0.1, 0.45, 2.0), (2, 5, 15)):
+    for std, seeds in itertools.product((0.1, *MEASURED, 2.0), (2, 5, 15)):
         nothing, edge = (verdict_probabilities(effect, std, seeds) for effect in (0.0, 0.5))
         assert sum(edge.values()) == pytest.approx(1) and edge["equivalent"] <= 0.05 + 1e-6
         assert nothing["gain"] <= 0.025 + 1e-6 and nothing["loss"] <= 0.025 + 1e-6
@@ -147,7 +141,7 @@ def test_verdicts_together_are_corrected_by_holm():
         return set(order[: next(too_large, len(values))])
 
     for gain in (0.3, 0.6):
-        alone = verdicts(paired_effects(outcomes(gain, 12, 6, 0.3, seed=2)))
+        alone = simulated(gain, 0.3, 6, 12, seed=2)
         assert ((alone.verdict == "equivalent") == (alone.p_equivalent <= 0.05)).all()
         effects = verdicts(alone, together=True)
         equivalent, different = (passes(effects[name].to_numpy()) for name in ("p_equivalent", "p"))
@@ -156,18 +150,6 @@ def test_verdicts_together_are_corrected_by_holm():
         assert different or equivalent
         alike = verdicts(alone.set_axis([0] * len(alone)), together=True)
         assert alike.verdict.tolist() == effects.verdict.tolist(), "rows may share a label"
-    one = effects.iloc[:1]
-    assert verdicts(one).verdict.tolist() == verdicts(one, together=True).verdict.tolist()
-
-
-def test_a_confidence_sequence_inverts_its_bayes_factor():
-    values = np.random.default_rng(3).normal(0.3, 0.4, 12)
-    sequence = confidence_sequence(values)
-    row = sequence.iloc[-1]
-    statistic = (values.mean() - row.low) / (values.std(ddof=1) / math.sqrt(12))
-    factor = ((1 + statistic**2 / 11) / (1 + statistic**2 / (11 * 13))) ** 6 / math.sqrt(13)
-    assert factor == pytest.approx(20), "at an end of the interval"
-    assert sequence.seeds.tolist() == list(range(2, 13)) and sequence.high[1:2].item() == math.inf
 
 
 def test_the_interval_over_seeds_and_images_is_that_of_two_random_effects():
@@ -182,3 +164,15 @@ def test_the_interval_over_seeds_and_images_is_that_of_two_random_effects():
     interval = crossed_interval(np.zeros((40, 500), bool), np.tile(helped, (40, 1)))
     of_images = stats.ttest_1samp(100.0 * helped, 0).confidence_interval()
     assert interval == pytest.approx(of_images, rel=1e-6)
+
+
+@pytest.mark.parametrize("seeds", [5, 8, 16, 60])
+def test_the_interval_over_seeds_and_images_covers(seeds):
+    "An effect of 0 with the deviations of seeds and images, in points, that runs have."
+    generator, hits = np.random.default_rng(5), []
+    for _ in range(1000):
+        drawn = sum(generator.normal(0, deviation / 100, shape) for deviation, shape in (
+            (0.66, (seeds, 1)), (5, (1, 200)), (12, (seeds, 200))))
+        low, high = crossed_interval(np.zeros_like(drawn), drawn)
+        hits.append(low <= 0 <= high)
+    assert 0.93 <= np.mean(hits) <= 0.97

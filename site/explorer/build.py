@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from sortkd.evidence.preregistration import Plan, describe_looks, describe_plans, mark_planned, planned_cells, planned_effects, read_plans
 from sortkd.evidence.results import load_results, select
-from sortkd.evidence.statistics import compare_methods, verdicts
+from sortkd.evidence.statistics import compare, verdicts
 from sortkd.evidence.tables import method_title
 
 HERE = Path(__file__).parent
@@ -61,14 +61,14 @@ def planned_comparisons(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFra
 
 def other_comparisons(runs: pd.DataFrame, planned: set[str]) -> pd.DataFrame:
     "The effects between any two methods that share a seed, as a plan has it or repaired minus plain; with a `reason` where they share no table."
-    parts = [compare_methods(runs, "", "")]
+    parts = [compare(runs, "", "")]
     for group in comparable(runs):
         known = {"length": group["length"].iloc[0], "teacher_file": max(group["teacher_file"]), "smallest_effect": 0.5, "level": 0.95, "plan": ""}
         for plain, repaired in combinations(sorted(group["method"].unique(), key=lambda name: ("+" in name, name)), 2):
             if f"{plain} minus {repaired}" in planned:
                 plain, repaired = repaired, plain
             try:
-                effects = compare_methods(select(group, method=[plain, repaired]), repaired, plain)
+                effects = compare(select(group, method=[plain, repaired]), repaired, plain)
             except ValueError as error:
                 effects = pd.DataFrame([{"comparison": f"{repaired} minus {plain}", "pair": group["pair"].iloc[0], "reason": str(error)}])
             parts.append(effects.assign(**known))

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['Look', 'Promise', 'Plan', 'split_comparison', 'read_plan', 'read_plans', 'planned_cells', 'mark_planned',
-           'describe_plans', 'planned_effects', 'describe_looks', 'committed', 'first_start']
+           'describe_plans', 'planned_effects', 'describe_looks']
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #cdbc0c2a
 import json
 import math
-import subprocess
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -29,7 +27,7 @@ from ..experiment.checked import recipe_changes
 from ..experiment.grid import Grid, make_grid, read_yaml
 from ..methods import create_method
 from .results import select
-from .statistics import compare_methods, crossed_interval, verdicts
+from .statistics import compare, crossed_interval, verdicts
 from ..train.teachers import read_checkpoint, weights_checksum
 from ..train.trainer import Recipe
 
@@ -128,14 +126,11 @@ def read_plans(folder: str | Path) -> list[Plan]:
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #b58b535e
 def _with_its_teacher(plan: Plan, runs: pd.DataFrame) -> pd.Series:
     "Whether runs learned from the plan's teacher (by name if its file is absent), or from none."
-    alone = runs["objective"] == "ce"
     if plan.teacher_sha256:
-        return alone | (runs["teacher_sha256"] == plan.teacher_sha256)
-    named = runs["teacher_file"] == Path(plan.grid.options.get("teacher", "")).name
-    if (teachers := runs.loc[named & ~alone, "teacher_sha256"].nunique()) > 1:
-        raise ValueError(f"runs of the plan {plan.name} have teachers of one name and {teachers} "
-                         "different weights.")
-    return alone | named
+        known = runs["teacher_sha256"] == plan.teacher_sha256
+    else:
+        known = runs["teacher_file"] == Path(plan.grid.options.get("teacher", "")).name
+    return known | (runs["objective"] == "ce")
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #9611ce49
 _CELL = ["pair", "method", "seed", "preset", "epochs"]
@@ -143,85 +138,76 @@ _CELL = ["pair", "method", "seed", "preset", "epochs"]
 
 def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
     """The cells of a plan, one row each: plan, pair, method, seed, preset, epochs, and the run_id
-    among `runs` (`load_results`) that fills it, or NaN. `ValueError` for two runs of one cell, or
-    with two teachers.
+    among `runs` (`load_results`) that fills it, or NaN. `ValueError` for two runs of one cell.
     """
     epochs = plan.grid.options.get("epochs") or Recipe().epochs
     cells = plan.grid.cells.assign(plan=plan.name, preset=plan.grid.preset, epochs=epochs)
     runs = runs[(runs[list(plan.same)] == pd.Series(plan.same)).all(axis=1)]
-    runs = runs.merge(cells[_CELL], on=_CELL)
-    runs = runs[_with_its_teacher(plan, runs)]
-    for cell, found in runs.groupby(_CELL):
-        if len(found) > 1:
-            raise ValueError(f"the cell {cell} of the plan {plan.name} has {len(found)} runs: "
-                             f"{', '.join(found['run_id'])}; leave out those that do not belong.")
+    runs = runs[_with_its_teacher(plan, runs)].merge(cells[_CELL], on=_CELL)
+    if len(again := runs[runs.duplicated(_CELL, keep=False)]):
+        raise ValueError(f"cells of the plan {plan.name} have several runs: "
+                         f"{', '.join(again['run_id'])}; leave out those that do not belong.")
     return cells.merge(runs[[*_CELL, "run_id"]], on=_CELL, how="left")[["plan", *_CELL, "run_id"]]
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #f4223e1a
 def mark_planned(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
     "`runs` with a column `plan`: the name of the plan that a run belongs to, or an empty string."
-    names: dict[str, str] = {}
-    for plan in plans:
-        names = dict.fromkeys(planned_cells(plan, runs)["run_id"].dropna(), plan.name) | names
-    return runs.assign(plan=[names.get(run, "") for run in runs["run_id"]])
+    names = {run: plan.name for plan in plans for run in planned_cells(plan, runs)["run_id"]}
+    return runs.assign(plan=runs["run_id"].map(names).fillna(""))
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #dbb09b78
 def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
     """For each plan its methods, how many runs were planned, how many of them exist, and how many
     name the plan by its checksum; last, all runs that no plan names.
     """
-    rows = []
+    marked, rows = mark_planned(runs, plans), []
     for plan in plans:
-        methods, planned = plan.grid.cells["method"].unique(), len(plan.grid.cells)
-        own = runs[mark_planned(runs, [plan])["plan"] == plan.name]
+        cells, own = plan.grid.cells, marked[marked["plan"] == plan.name]
         named = (own["plan_sha256"] != "").sum()
-        rows.append((plan.name, ", ".join(methods), planned, len(own), named))
-    others = (mark_planned(runs, plans)["plan"] == "").sum()
-    columns = ["plan", "methods", "planned", "exist", "name it"]
-    return pd.DataFrame([*rows, ("(not planned)", "", 0, others, 0)], columns=columns)
+        rows.append((plan.name, ", ".join(cells["method"].unique()), len(cells), len(own), named))
+    rows.append(("(not planned)", "", 0, (marked["plan"] == "").sum(), 0))
+    return pd.DataFrame(rows, columns=["plan", "methods", "planned", "exist", "name it"])
+
+# %% ../../nbs/4_evidence/54_preregistration.ipynb #7f3605c2
+def _seeds(table: pd.DataFrame, comparison: str) -> list[int]:
+    own = table[table["method"].isin(split_comparison(comparison))]
+    methods = own.groupby("seed")["method"].nunique()
+    return sorted(methods.index[methods == 2])
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #bff46c90
-def _cells_and_runs(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> list[pd.DataFrame]:
-    "The cells of a plan and of those beside it, and the runs that fill them."
+class _Comparison(NamedTuple):
+    name: str
+    runs: pd.DataFrame  # of this plan and those beside it
+    planned: int
+    seeds: list[int]  # that exist for both methods
+    looks: list[int]  # at the effect, in seeds
+
+
+def _comparisons(
+    plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame
+) -> Iterator[_Comparison]:
     known = {each.name: each for each in plans}
     beside = [known[choice("beside", name, list(known))] for name in plan.beside]
     cells = pd.concat([planned_cells(each, runs) for each in (plan, *beside)])
     found = runs[runs["run_id"].isin(cells["run_id"])].assign(device="")  # of whatever device
-    return [cells, select(found)]
-
-# %% ../../nbs/4_evidence/54_preregistration.ipynb #7f3605c2
-def _of_both(table: pd.DataFrame, comparison: str, seeds: int | None = None) -> pd.DataFrame:
-    "The rows of both methods, for the first `seeds` of the seeds that have both."
-    table = table[table["method"].isin(split_comparison(comparison))].sort_values("seed")
-    methods = table.groupby("seed")["method"].nunique()
-    return table[table["seed"].isin(methods.index[methods == 2][:seeds])]
-
-# %% ../../nbs/4_evidence/54_preregistration.ipynb #0d4f2487
-class _Seeds(NamedTuple):
-    "How many seeds of a comparison were planned and exist, and looks at its effect, in seeds."
-
-    planned: int
-    exist: int
-    look: int  # the last that was reached, or 0
-    following: int | None
-
-# %% ../../nbs/4_evidence/54_preregistration.ipynb #9b158343
-def _progress(plan: Plan, cells: pd.DataFrame, found: pd.DataFrame, comparison: str) -> _Seeds:
-    planned, exist = (_of_both(table, comparison)["seed"].nunique() for table in (cells, found))
-    looks = {min(look.after, planned) for look in plan.looks if not look.may}
-    return _Seeds(planned, exist, max((look for look in looks if look <= exist), default=0),
-                  min((look for look in looks if look > exist), default=None))
+    found = select(found)
+    for name in plan.all_comparisons:
+        planned = len(_seeds(cells, name))
+        looks = {min(look.after, planned) for look in plan.looks if not look.may}
+        yield _Comparison(name, found, planned, _seeds(found, name), sorted(looks))
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #67795536
-def _effect(plan: Plan, found: pd.DataFrame, comparison: str, seeds: int) -> pd.DataFrame:
-    runs, methods = _of_both(found, comparison, seeds), split_comparison(comparison)
-    effect = compare_methods(runs, *methods, plan.outcome, 1 - plan.level)
+def _effect(plan: Plan, comparison: _Comparison, seeds: int) -> pd.DataFrame:
+    "Of the first `seeds` seeds."
+    runs, methods = comparison.runs, split_comparison(comparison.name)
+    runs = runs[runs["seed"].isin(comparison.seeds[:seeds])].sort_values("seed")
+    effect = compare(runs, *methods, outcome=plan.outcome, level=1 - plan.level)
+    bits = [runs.loc[runs["method"] == method, "correct"] for method in methods]
     low = high = math.nan
-    if seeds > 1 and runs["correct"].notna().all():
-        repaired, plain = (np.stack([*runs.loc[runs["method"] == method, "correct"]])
-                           for method in methods)
+    if seeds > 1 and pd.concat(bits).notna().all():
+        repaired, plain = map(np.stack, bits)
         low, high = crossed_interval(plain, repaired, 1 - plan.level)
-    return effect.assign(images_low=low, images_high=high)
+    return effect.assign(images_low=low, images_high=high, planned=comparison.planned)
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #eda263a9
 def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
@@ -231,52 +217,31 @@ def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd
 
     The primary comparison comes first and has no p_holm. Empty before the first look.
     """
-    cells, found = _cells_and_runs(plan, plans, runs)
-    effects = []
-    for comparison in plan.all_comparisons:
-        planned, _, look, _ = _progress(plan, cells, found, comparison)
-        if look:
-            effects.append(_effect(plan, found, comparison, look).assign(planned=planned))
-    none = compare_methods(found, "", "").assign(planned=[])
-    table = pd.concat(effects or [none], ignore_index=True)
-    primary, effect, level = table["comparison"] == plan.primary, plan.smallest_effect, plan.level
-    alone = verdicts(table[primary], effect, level).assign(p_holm=math.nan)
-    others = verdicts(table[~primary], effect, level, together=True)
-    parts = [part for part in (alone, others) if len(part)] or [alone]
+    effects = [compare(runs[:0], "", "")]  # has the columns
+    for each in _comparisons(plan, plans, runs):
+        if reached := [look for look in each.looks if look <= len(each.seeds)]:
+            effects.append(_effect(plan, each, reached[-1]))
+    table = pd.concat(effects[1:] or effects, ignore_index=True)
+    primary, limits = table["comparison"] == plan.primary, (plan.smallest_effect, plan.level)
+    parts = [verdicts(table[primary], *limits).assign(p_holm=math.nan),
+             verdicts(table[~primary], *limits, together=True)]
+    parts = [part for part in parts if len(part)] or parts[:1]
     return pd.concat(parts, ignore_index=True).assign(plan=plan.name)
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #f9ee0573
 def describe_looks(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> list[str]:
     "For each comparison how many of its seeds exist, and when its effect was or will be looked at."
-    cells, found = _cells_and_runs(plan, plans, runs)
     lines = []
-    for comparison in plan.all_comparisons:
-        planned, exist, look, following = _progress(plan, cells, found, comparison)
-        line = f"{comparison}: {exist} of {planned} seeds"
-        line += f", looked at after {look}" if look else ""
-        line += f", to be looked at after {following}" if following else ""
-        reached = (each.after for each in plan.looks if each.may and each.after <= exist)
-        if blind := max(reached, default=0):
-            scatter = _effect(plan, found, comparison, blind)["std"].iloc[0]
-            line += f"; standard deviation of the first {blind} differences: {scatter:.2f}"
+    for each in _comparisons(plan, plans, runs):
+        exist = len(each.seeds)
+        line = f"{each.name}: {exist} of {each.planned} seeds"
+        reached = [look for look in each.looks if look <= exist]
+        following = each.looks[len(reached):]
+        line += f", looked at after {reached[-1]}" if reached else ""
+        line += f", to be looked at after {following[0]}" if following else ""
+        blind = (look.after for look in plan.looks if look.may and look.after <= exist)
+        if seeds := max(blind, default=0):
+            scatter = _effect(plan, each, seeds)["std"].iloc[0]
+            line += f"; standard deviation of the first {seeds} differences: {scatter:.2f}"
         lines.append(line)
     return lines
-
-# %% ../../nbs/4_evidence/54_preregistration.ipynb #c51e0e8e
-def committed(path: str | Path) -> datetime | None:
-    "When a file was first committed; None if the history of its repository does not tell."
-    path = Path(path).resolve()
-    command = ["git", "-C", str(path.parent), "log", "--diff-filter=A", "--format=%cI %P", "--",
-               path.name]
-    try:
-        log = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    date, *parents = log.partition("\n")[0].split() or [""]
-    return datetime.fromisoformat(date) if parents else None  # without, it imports a history
-
-# %% ../../nbs/4_evidence/54_preregistration.ipynb #40e8f194
-def first_start(plan: Plan, runs: pd.DataFrame) -> datetime | None:
-    "When the first run of a plan was started, or None before that."
-    started = runs.loc[mark_planned(runs, [plan])["plan"] == plan.name, "started"]
-    return datetime.strptime(started.min(), "%Y-%m-%dT%H-%M-%S.%f%z") if len(started) else None

@@ -19,7 +19,6 @@ from ..train.images import whole_set
 from ..train.teachers import BUFFERS, read_checkpoint, weights_checksum
 from ..train.trainer import Recipe
 from ..utils.checks import markdown_text, parse_options, printable
-from ..utils.files import save_atomically
 from ..utils.progress import ends_cleanly
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #913bd2b5
@@ -58,19 +57,20 @@ def _limits(text: Mapping, weights: Mapping[str, Tensor]) -> list[str]:
     "What a user should know before relying on the network."
     published = Recipe().epochs  # of the recipe for CIFAR-100 that papers on distillation share
     epochs = text.get("epochs", published)
-    limits = {  # each with the condition on which it holds
-        "It was trained for research on distillation, and has not been tested for any other use.":
-            True,
-        "It is one network of one seed; other seeds give other accuracies.": "seed" in text,
-        f"It was trained for {epochs} epochs, the published recipe has {published}: it is less "
-        "accurate than published networks of this architecture.":
-            text["dataset"] == "cifar100" and epochs < published,
-        "It was trained for a few epochs on part of the images: compare it only with networks "
-        "trained alike.": text.get("preset") == "short",
-        "The weights are stored in half precision; the accuracy was measured before they were "
-        "rounded.": torch.float16 in {value.dtype for value in weights.values()},
-    }
-    return [f"- {limit}" for limit, holds in limits.items() if holds]
+    limits = [  # each with the condition on which it holds
+        (True, "It was trained for research on distillation, and has not been tested for any other "
+         "use."),
+        ("seed" in text, "It is one network of one seed; other seeds give other accuracies."),
+        (text["dataset"] == "cifar100" and epochs < published,
+         f"It was trained for {epochs} epochs, the published recipe has {published}: it is less "
+         "accurate than published networks of this architecture."),
+        (text.get("preset") == "short", "It was trained for a few epochs on part of the images: "
+         "compare it only with networks trained alike."),
+        (torch.float16 in {value.dtype for value in weights.values()},
+         "The weights are stored in half precision; the accuracy was measured before they were "
+         "rounded."),
+    ]
+    return [f"- {limit}" for holds, limit in limits if holds]
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #5fe6472a
 _DATA_SETS = {  # title, name on the Hub
@@ -92,19 +92,16 @@ def _metadata(text: Mapping) -> str:
         "library_name": "sortkd", "license": "mit", "pipeline_tag": "image-classification",
         "tags": ["knowledge-distillation", "pytorch_model_hub_mixin"]}
     if on_hub and "top1" in text:
-        result = {
-            "task": {"type": "image-classification"},
-            "dataset": {"type": on_hub, "name": title, "split": "test"},
-            "metrics": [{"type": "accuracy", "name": "top-1 (%), last epoch",
-                         "value": text["top1"]}]}
+        metric = {"type": "accuracy", "name": "top-1 (%), last epoch", "value": text["top1"]}
+        result = {"task": {"type": "image-classification"},
+                  "dataset": {"type": on_hub, "name": title, "split": "test"}, "metrics": [metric]}
         metadata |= {"datasets": [on_hub], "metrics": ["accuracy"],
                      "model-index": [{"name": text["architecture"], "results": [result]}]}
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n"
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #d372e5f9
 def _block(code: str, language: str = "") -> str:
-    fence = max(["```", *(f"{ticks}`" for ticks in re.findall("`+", code))], key=len)
-    return f"{fence}{language}\n{code}\n{fence}\n"
+    return f"```{language}\n{code.replace('```', '')}\n```\n"
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #27106646
 def _use(dataset: str, module: str, loading: str) -> str:
@@ -124,8 +121,7 @@ def create_card(weights: Mapping[str, Tensor], text: Mapping, module: str, loadi
 
     `text`: what is known of their training, `architecture` and `dataset` at least; `note` is a
     sentence of one's own. `module` and `loading`: the import and the expression that load the
-    network, shown to users. `ValueError`, `TypeError` or `AttributeError` for a value of `text`
-    that is not as `save_teacher` writes it.
+    network, shown to users.
     """
     parts = [
         _metadata(text),
@@ -146,19 +142,15 @@ def model_card(path: str | Path) -> str:
     """The card of the weights in a `.safetensors` file.
 
     Raises what `read_checkpoint` raises, and `ValueError` for a file that does not name its
-    architecture and data set, or says something of itself that no card can show.
+    architecture and data set.
     """
     weights, text = read_checkpoint(path)
     if not {"architecture", "dataset"} <= text.keys():
         raise ValueError(f"{path} does not name its architecture and data set, so it has no card; "
                          "save weights with save_teacher.")
     names = f"{json.dumps(Path(path).name)}, {json.dumps(text['architecture'])}"
-    try:
-        return create_card(weights, text, "from sortkd.train.teachers import load_teacher",
-                           f"load_teacher({names}, data.num_classes).model")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has no card, since its text is not as save_teacher writes it: "
-                         f"{error}") from error
+    return create_card(weights, text, "from sortkd.train.teachers import load_teacher",
+                       f"load_teacher({names}, data.num_classes).model")
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #d42bec0a
 def card_command(arguments: Sequence[str] | None = None) -> int:
@@ -173,10 +165,10 @@ def card_command(arguments: Sequence[str] | None = None) -> int:
     given = parse_options(parser, arguments)
 
     def work() -> None:
-        cards = {path.with_suffix(".md"): model_card(path) for path in given["files"]}
-        for path, card in cards.items():  # all are made before one is written
+        for file in given["files"]:
+            card = model_card(file)
             if given["write"]:
-                save_atomically(path, lambda temporary: temporary.write_text(card, "utf-8"))
-            print(path if given["write"] else card)
+                file.with_suffix(".md").write_text(card, "utf-8")
+            print(file.with_suffix(".md") if given["write"] else card)
 
     return ends_cleanly(work, "")

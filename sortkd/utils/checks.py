@@ -111,9 +111,6 @@ def folder_path(
             check_writable(existing)
     except ValueError as error:
         raise ValueError(f"{name} is {str(folder)!r}: {error}") from error
-    except OSError as error:
-        raise ValueError(f"{name} is {str(folder)!r}, but nothing can be written in {existing} "
-                         f"({error.strerror}); name another folder.") from error
     return path
 
 # %% ../../nbs/7_utils/80_checks.ipynb #4474ff10

@@ -68,14 +68,15 @@ def refuse_links(*paths: str | Path) -> None:
 
 # %% ../../nbs/7_utils/81_files.ipynb #cb959f55
 def check_writable(folder: Path) -> None:
-    "`OSError` unless files can be made and locked in `folder`."
+    "`ValueError` unless files can be made and locked in `folder`."
     import fcntl  # not on Windows, where this module is imported, too
 
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise OSError(error.errno, f"its file system has no locks: {error.strerror}") from error
+    except OSError as error:
+        raise ValueError(f"nothing can be written and locked in {folder} ({error.strerror}); "
+                         "name another folder.") from error
 
 # %% ../../nbs/7_utils/81_files.ipynb #9fa82727
 @contextmanager
