@@ -8,9 +8,9 @@ from setuptools import find_packages, setup
 parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read("settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
-names = ("experiments", "tensorboard", "wandb", "hub", "workflow", "docs", "dev")
+names = ("experiments", "hub", "workflow", "docs", "dev")
 extras = {name: settings[f"{name}_requirements"].split() for name in names}
-extras["all"] = sum((extras[name] for name in ("tensorboard", "wandb", "hub", "workflow")), [])
+extras["all"] = sum((extras[name] for name in ("hub", "workflow")), [])
 extras["dev"] = extras["all"] + extras["docs"] + extras["dev"]
 for name in extras.keys() - {"experiments"}:
     extras[name] = extras["experiments"] + extras[name]

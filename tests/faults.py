@@ -4,10 +4,8 @@ A small real experiment (digits, two methods, two seeds, a checkpoint after ever
 runs:
 
 - SIGKILL at random moments; before any change that it makes to a file, and again while it resumes; with half of a file, of a
-  record or of the cache's rows written; while it trains a teacher; of a worker, or of the process with the workers; of one of
-  two processes that do the same, or fill one cache;
-- SIGTERM and Ctrl-C; a disk that is full, for one file or for all; folders and files that may only be read; a loss that is no
-  number; a clock that stands still or goes back.
+  record or of the cache's rows written; while it trains a teacher; of one of two processes that do the same, or fill one cache;
+- SIGTERM and Ctrl-C; a disk that is full, for one file or for all; a folder that may only be read.
 
 Then the same command is given once more, and must end as the experiment that nobody broke: exactly one record for each run, its
 curve and its weights the same to the bit, no half line, and nothing left lying around. Where a process can still speak it must
@@ -28,16 +26,15 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -156,13 +153,6 @@ def bound_by_permissions(folder):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def clock_that_jumps(hours, folder):
-    "Each look at the clock finds it `hours` before the last one; 0: it stands still."
-    from sortkd.experiment import one_run
-    looks = itertools.count()
-    one_run.time_now = lambda: (datetime(2030, 1, 1) - timedelta(hours=hours * next(looks))).strftime(one_run._TIME)
-
-
 # Running an experiment in a process of its own.
 
 
@@ -173,18 +163,10 @@ def _keep_every_epoch():
     one_run.Student = partial(one_run.Student, checkpoint_seconds=0)
 
 
-def _start_worker(*arguments):
-    "A worker of the experiment, which also keeps a checkpoint after every epoch."
-    from sortkd.experiment import workers
-    _keep_every_epoch()
-    workers._start_worker(*arguments)
-
-
 def _process(settings, break_it, log, folder, as_command):
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         import torch
 
-        from sortkd.experiment import workers
         from sortkd.experiment.run import run_experiment
         from sortkd.fronts.commands import run
         from sortkd.experiment.setup import prepare_experiment
@@ -193,7 +175,6 @@ def _process(settings, break_it, log, folder, as_command):
         quick = PRESETS["quick", "digits"]  # a teacher that has to be trained is trained for a few steps
         PRESETS["quick", "digits"] = replace(quick, teacher_train_size=50, teacher_recipe=quick.teacher_recipe.shortened(3))
         _keep_every_epoch()
-        workers._start_worker = _start_worker
         break_it(folder)
         if as_command:
             sys.exit(run([f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in settings.items()] + ["--quiet"]))
@@ -215,11 +196,9 @@ class Victim:
 
     @property
     def ended(self) -> bool:
-        "Whether all was done, even if the process was killed thereafter: then the command given again is a new one."
-        results = self.folder / "results"
-        if not (results / "quick.jsonl").exists() or any((results / "runs").glob("again-*")):
-            return False
-        recorded = (results / "quick.jsonl").read_text()
+        "Whether all was done, even if the process was killed thereafter."
+        records = self.folder / "results" / "quick.jsonl"
+        recorded = records.read_text() if records.exists() else ""
         methods, seeds = (self.settings[name].split(",") for name in ("methods", "seeds"))
         return all(f"-{method}-seed{seed}-" in recorded for method in methods for seed in seeds)
 
@@ -283,16 +262,13 @@ class Tally:
     harm: Counter = field(default_factory=Counter)
     damage: list[str] = field(default_factory=list)
 
-    def finish(self, victim: Victim, reference: list[dict], kind: str, faults: int = 1, expected: int = 1, again: bool = True):
-        """Give the command again (unless all of it had been done), unbroken, and look at what is there: `expected` records of
-        each run, and the weights.
-        """
+    def finish(self, victim: Victim, reference: list[dict], kind: str, faults: int = 1):
+        "Give the command again, unbroken, and look at what is there: one record of each run, and the weights."
         from sortkd.experiment.record import compare_runs
         from sortkd.experiment.storage import read_records
         self.faults[kind] += faults
         self.runs[kind] += len(reference)
-        status = victim.run() if again and not victim.ended else 0
-        if status:
+        if status := victim.run():
             self._note("lost", kind, f"the command given again ended with {status}: {victim.said[-2000:]}", len(reference))
             return
         with warnings.catch_warnings(record=True) as left_out:
@@ -305,7 +281,7 @@ class Tally:
             name = f"{wanted['method']['name']}, seed {wanted['seed']}"
             if not found:
                 self._note("lost", kind, f"{name} has no record")
-            elif len(found) != expected:
+            elif len(found) > 1:
                 self._note("doubled", kind, f"{name} has {len(found)} records: {[each['run_id'] for each in found]}")
             for record in found:
                 differences = compare_runs(wanted, record)
@@ -313,7 +289,7 @@ class Tally:
                     self._note("damaged", kind, f"{name}: {differences}")
                 elif kept_weights(victim.folder, record) != wanted["kept"]:
                     self._note("damaged", kind, f"{name}: the weights that are kept are others")
-        left = [path.name for path in victim.folder.rglob("*") if re.search(r"checkpoint.pt|\.tmp$|^started$|^again-|sessions|\.making|^teacher-", path.name)]
+        left = [path.name for path in victim.folder.rglob("*") if re.search(r"checkpoint.pt|\.tmp$|^started$|sessions|\.making|^teacher-", path.name)]
         if left:
             self._note("left over", kind, f"files: {left}")
         shutil.rmtree(victim.folder)
@@ -336,7 +312,6 @@ class Harness:
 
         from sortkd.train.networks import create_model
         self.folder, self.random, self.tally, self.number = Path(folder), random.Random(seed), Tally(), 0
-        self.mounted = False
         torch.manual_seed(0)
         save_file({name: value.contiguous() for name, value in create_model("resnet20", 10).state_dict().items()}, self.folder / "teacher.safetensors")
         self.victim().run()  # starts the server of processes, too
@@ -367,7 +342,7 @@ class Harness:
         self.number += 1
         folder = self.folder / f"experiment{self.number}"
         folders = {"teachers_dir": str(folder / "teachers"), "results_dir": str(folder / "results")}
-        return Victim(folder, SMALL | CELLS | {"teacher": str(self.folder / "teacher.safetensors"), "again": True} | folders | changes)
+        return Victim(folder, SMALL | CELLS | {"teacher": str(self.folder / "teacher.safetensors")} | folders | changes)
 
     def kill_at_random(self, kills: int, at_once: int = 6, **changes):
         "Each experiment is killed up to `at_once` times, wherever it is, before it may end."
@@ -422,56 +397,31 @@ class Harness:
         self._broken(full, partial(full_disk_at, "logits.bin"), 1, words, self.victim(cache="full"))
 
     def take_permissions(self):
-        "Nothing in the results may be changed; or only the records may not."
-        kind = "read-only folder or file"
-        for part in ("results", "results/quick.jsonl"):
-            victim = self.victim()
-            process = victim.start()
-            self.tally.expect(kind, victim.wait_for("quick.jsonl", process), "there was no first record")
-            process.kill()
-            victim.end(process)
-            there = victim.folder / part
-            paths = [there, *there.rglob("*")] if there.is_dir() else [there]
-            modes = {path: path.stat().st_mode for path in paths}
-            for path in paths:
-                path.chmod(0o555 if path.is_dir() else 0o444)
-            started, status = time.monotonic(), victim.run(bound_by_permissions)
-            self.tally.expect(kind, status == 1 and "written" in victim.said, f"{part}: ended with {status}: {victim.said[-1500:]}")
-            self.tally.expect(kind, time.monotonic() - started < self.seconds["{}"], f"{part}: it was not refused before long work")
-            for path, mode in modes.items():
-                path.chmod(mode)
-            self.tally.finish(victim, self.reference, kind)
+        "Nothing in the results may be changed."
+        kind, victim = "read-only folder", self.victim()
+        process = victim.start()
+        self.tally.expect(kind, victim.wait_for("quick.jsonl", process), "there was no first record")
+        process.kill()
+        victim.end(process)
+        results = victim.folder / "results"
+        modes = {path: path.stat().st_mode for path in (results, *results.rglob("*"))}
+        for path in modes:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        started, status = time.monotonic(), victim.run(bound_by_permissions)
+        self.tally.expect(kind, status == 1 and "written" in victim.said, f"ended with {status}: {victim.said[-1500:]}")
+        self.tally.expect(kind, time.monotonic() - started < self.seconds["{}"], "it was not refused before long work")
+        for path, mode in modes.items():
+            path.chmod(mode)
+        self.tally.finish(victim, self.reference, kind)
 
-    def fill_a_file_system(self) -> bool:
-        "A small disk that is full, and then a larger one; False where nothing may be mounted."
-        victim = self.victim(cache_dir=str(self.folder / "cache"))
-        with small_disk(victim.folder, "1m") as resize:
-            if resize is None:
-                return False
-            status = victim.run()
-            self.tally.expect("disk full", status == 1 and re.search("No space left.*Free space|free space", victim.said), victim.said[-1500:])
-            resize("60m")
-            self.tally.expect("disk full", victim.run() == 0, victim.said[-1500:])
-            resize("ro")
-            started, status = time.monotonic(), victim.run()
-            self.tally.expect("read-only folder or file", status == 1 and "nothing can be written" in victim.said and time.monotonic() - started < 10, victim.said[-1500:])
-            resize("rw")
-            results = victim.folder / "results"
-            shutil.copytree(results, self.folder / f"{victim.folder.name}-copy" / "results")
-        victim.folder = self.folder / f"{victim.folder.name}-copy"
-        self.mounted = True
-        self.tally.faults["read-only folder or file"] += 1
-        self.tally.finish(victim, self.reference, "disk full", again=False)
-        return True
-
-    def send_signals(self, times: int, workers: int = 1):
+    def send_signals(self, times: int):
         "Asked to end, at random moments."
         for number in range(times):
             name, status = (("SIGTERM", 143), ("SIGINT", 130))[number % 2]
             kind = f"{name} to sortkd-run"
-            victim = self.victim(workers=workers)
+            victim = self.victim()
             process = victim.start(as_command=True)
-            victim.wait_for("results" if workers == 1 else "sessions.jsonl", process)
+            victim.wait_for("results", process)
             process.join(self.random.uniform(0, 0.9) * self.seconds["{}"])
             with suppress(ProcessLookupError):  # it was too quick
                 os.kill(process.pid, getattr(signal, name))
@@ -490,35 +440,9 @@ class Harness:
             processes = first.start(log="first"), second.start(log="second")
             processes[0].join(self.random.uniform(0, 0.9) * self.seconds["{}"] / (1 + shares_cache))
             processes[0].kill()
-            killed = first.end(processes[0], "first") == -signal.SIGKILL
+            first.end(processes[0], "first")
             self.tally.expect(kind, second.end(processes[1], "second") == 0, second.said[-1500:])
-            if killed:  # the other one has ended its command
-                self.tally.finish(first, self.reference, kind, again=shares_cache)
-
-    def turn_clocks(self):
-        for hours in (0, 5):
-            victim = self.victim()
-            for _ in range(2):
-                assert victim.run(partial(clock_that_jumps, hours)) == 0, victim.said
-            self.tally.finish(victim, self.reference, "a clock that stands still or goes back", expected=2)
-
-    def kill_workers(self, times: int):
-        "Two runs at once, each in a process of its own; one of these is killed, or the process that they belong to."
-        for number in range(times):
-            victim = self.victim(workers=2)
-            process = victim.start()
-            victim.wait_for(self.random.choice(["run.lock", "checkpoint.pt", "quick.jsonl"]), process)
-            children = [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-            children = [each for each in children if "spawn_main" in Path(f"/proc/{each}/cmdline").read_text()]
-            kind = "a worker killed" if number % 2 == 0 else "a process with two workers killed"
-            with suppress(IndexError, ProcessLookupError):  # it was too quick
-                os.kill(self.random.choice(children) if number % 2 == 0 else process.pid, signal.SIGKILL)
-            status = victim.end(process)
-            if status == 0:
-                continue
-            victim.settings |= {"workers": 1 + number // 2 % 2}  # how many at once is no part of what a command is
-            self.tally.expect(kind, status == -9 or status == 1 and "a worker process died" in victim.said, victim.said[-1500:])
-            self.tally.finish(victim, self.reference, kind)
+            self.tally.finish(first, self.reference, kind)
 
     def kill_teachers(self, kills: int):
         "Killed while the teacher is trained: with half of it written, at random, or one of two that wait for the same."
@@ -539,22 +463,6 @@ class Harness:
                 self.tally.finish(victim, reference, kind)
 
 
-@contextmanager
-def small_disk(folder: Path, size: str):
-    "A file system of its own at `folder`; gives a function that changes its size or makes it read-only, or None."
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def mount(*arguments):
-        return subprocess.run(["mount", *arguments, folder], capture_output=True).returncode == 0
-    if os.geteuid() or not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs"):
-        yield None
-        return
-    try:
-        yield lambda new: mount("-o", f"remount,{new}" if new in ("ro", "rw") else f"remount,size={new}")
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
     "All kinds of faults; about `kills` of them are SIGKILL at a random moment or before a change of a file."
     started = time.monotonic()
@@ -566,13 +474,9 @@ def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
         partial(harness.kill_at_file_events, min(kills // 3, harness.file_events)),
         harness.kill_in_half_a_file,
         partial(harness.fill_the_disk, max(3, kills // 25)),
-        harness.fill_a_file_system,
         harness.take_permissions,
         partial(harness.send_signals, max(2, kills // 25)),
-        partial(harness.send_signals, 2, workers=2),
         partial(harness.run_two_at_once, max(2, kills // 50)),
-        harness.turn_clocks,
-        partial(harness.kill_workers, max(2, kills // 50)),
         partial(harness.kill_teachers, max(3, kills // 40)),
     ]
     for stage in stages:
@@ -584,7 +488,7 @@ def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
         print(f"{sum(tally.faults.values())} faults after {time.monotonic() - started:.0f} s", *tally.damage[known:], sep="\n", flush=True)
     return tally, {
         "faults": dict(tally.faults), "runs": dict(tally.runs), "harm": dict(tally.harm),
-        "file_systems_mounted": harness.mounted, "file_events": harness.file_events,
+        "file_events": harness.file_events,
         "seconds": round(time.monotonic() - started, 1),
     }
 

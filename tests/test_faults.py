@@ -51,12 +51,7 @@ def test_full_disk(harness):
     harness.fill_the_disk(1)
 
 
-def test_full_and_read_only_file_systems(harness):
-    if not harness.fill_a_file_system():
-        pytest.skip("no file system may be mounted here")
-
-
-def test_folders_and_files_that_may_only_be_read(harness):
+def test_a_folder_that_may_only_be_read(harness):
     harness.take_permissions()
 
 
@@ -67,16 +62,6 @@ def test_signals(harness):
 def test_two_processes_at_once(harness):
     "Which do the same, and which fill one cache."
     harness.run_two_at_once(1)
-
-
-def test_jumping_clocks(harness):
-    harness.turn_clocks()
-
-
-@few(1, 4)
-def test_killed_workers(harness, number):
-    "A worker alone, and among the slow tests also the process that has started it."
-    harness.kill_workers(number)
 
 
 @few(1, 3)

@@ -72,7 +72,7 @@ def test_everyone_promises_the_same(settings, package):
 def test_every_extra_runs_experiments_and_the_base_is_torch(settings, package):
     needed, extras = settings["experiments_requirements"].split(), package["extras_require"]
     assert [Requirement(each).name for each in package["install_requires"]] == ["torch"]
-    users = ("tensorboard", "wandb", "hub", "workflow")
+    users = ("hub", "workflow")
     assert extras.keys() == {"experiments", *users, "all", "docs", "dev"}
     assert extras["experiments"] == needed
     for name in (*users, "all", "docs"):
@@ -101,8 +101,7 @@ def test_the_package_page_and_citations(package, settings):
 
 
 # Asked for by name before they are imported, or done without.
-OPTIONAL = {"huggingface_hub", "papermill", "tensorboard", "timm", "torchdistill", "transformers",
-            "wandb"}
+OPTIONAL = {"huggingface_hub", "papermill", "timm", "torchdistill", "transformers"}
 
 
 def imports_of(path):

@@ -1,7 +1,6 @@
-"Own repairs, objectives, networks and data: in records, repetitions, workers and grids."
+"Own repairs, objectives, networks and data: in records, repetitions and grids."
 
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -20,10 +19,8 @@ from sortkd.experiment.record import check_record
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.slices import main
 from sortkd.fronts.commands import evaluate_command, run
-from sortkd.methods import OBJECTIVES, REPAIRS, create_method
+from sortkd.methods import create_method
 from sortkd.train.images import ImageData, load_digits
-from sortkd.train.architectures import NETWORKS
-from sortkd.train.networks import create_model
 
 SOURCE = '''
 import torch
@@ -112,9 +109,9 @@ def test_in_records_and_repeated(mine, tmp_path, places, through, capsys):
         source = f"--from-record={file}:{record['run_id']}"
         assert run([source, f"--plugin={mine}", *again]) == 0
     assert capsys.readouterr().out.count("The same: curve and weights agree to the bit.") == 3
-    assert run([source, *again]) == 1, "a record never loads a plugin"
     teacher, = Path(places["teachers_dir"]).rglob("*.safetensors")
     forget_plugins()
+    assert run([source, *again]) == 1, "a record never loads a plugin"
     assert evaluate_command([str(teacher), "--dataset=digits"]) == 1
     assert evaluate_command([str(teacher), f"--plugin={mine}"]) == 0
     mine.write_text(SOURCE + "\n# other content\n")
@@ -132,25 +129,6 @@ def test_a_run_that_uses_no_plugin_stays_the_same_run(mine, places):
     assert appended(methods="kd,mse", plugin=str(mine)) == 1
 
 
-def test_an_experiment_brings_its_plugins_to_another_process(mine, places):
-    "As if in a worker: nothing is registered there, and the module is unknown."
-    experiment = prepare_experiment(pair="tiny:tiny", methods="kd+boost,mse", plugin=str(mine),
-                                 **SIZES, **places)
-    sent = pickle.dumps((experiment, create_model("tiny", 10)))
-    forget_plugins()
-    assert "mse" not in OBJECTIVES and "tiny" not in NETWORKS
-    received, network = pickle.loads(sent)
-    assert received.plugins == experiment.plugins and "mse" in OBJECTIVES
-    assert isinstance(network, NETWORKS["tiny"])
-
-
-@pytest.mark.slow
-def test_in_workers(mine, places):
-    experiment = prepare_experiment(pair="tiny:tiny", methods="kd+boost,mse", plugin=str(mine),
-                                 workers=2, **SIZES, **places)
-    assert run_experiment(experiment, progress=False).appended == 2
-
-
 def test_in_a_session(tmp_path, places):
     "A function of a notebook is recorded by its source's checksum; its cell may be executed again."
     def twice(logits, target, factor=2.0):
@@ -163,8 +141,6 @@ def test_in_a_session(tmp_path, places):
     assert [each["file"] for each in record["plugins"]] == ["session:twice"]
     again = {**places, "results_dir": str(tmp_path / "again")}
     prepare_repetition(record, **again)
-    with pytest.raises(ValueError, match="other processes do not know session:twice"):
-        prepare_experiment(**given, workers=2)
     register_repair("twice")(lambda logits, target, factor=2.0: logits * factor)
     with pytest.raises(ValueError, match="register it in this session first"):
         prepare_repetition(record, **again)
@@ -182,50 +158,29 @@ def test_own_data(places):
     given = {"pair": "resnet8:resnet8", "methods": "kd", **SIZES, **places, "dataset": "pixels"}
     record, = run_experiment(prepare_experiment(**given), progress=False).records
     assert record["data"]["name"] == "pixels" and record["plugins"][0]["file"] == "session:pixels"
-    register_data("other")(pixels)
-    with pytest.raises(ValueError, match="must be an ImageData of that name.* returned 'pixels'"):
-        prepare_experiment(**given | {"dataset": "other"})
-
-
-def test_entry_point(tmp_path, monkeypatch):
-    package, about = tmp_path / "their_package", tmp_path / "their_package-1.2.dist-info"
-    package.mkdir(), about.mkdir()
-    (package / "__init__.py").write_text(SOURCE)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.2\n")
-    (about / "entry_points.txt").write_text("[sortkd.experiment.plugins]\ntheirs = their_package\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert load_plugin("theirs").file == "theirs (their-package 1.2)"
-    assert create_method("mse(scale=3)+boost").settings == {"scale": 3.0}
-    with pytest.raises(FileNotFoundError, match="no such file, and no installed package"):
-        load_plugin(tmp_path / "absent.py")
 
 
 REPAIR, OBJECTIVE = "register_repair('new')", "register_objective('new')"
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("def broken(:", "mine.py, line 2: SyntaxError"), ("x = 1", "registers nothing"),
+    ("def broken(:", "mine.py, line 2: .*SyntaxError"), ("x = 1", "registers nothing"),
     ("1 / 0", "mine.py, line 2: ZeroDivisionError: division by zero"),
     ("register_repair('sort')(lambda logits, target: logits)", "the repair 'sort' exists already"),
     ("register_repair('a+b')(lambda logits, target: logits)", r"'a\+b' cannot be the name"),
-    (f"{REPAIR}(lambda logits: logits)", "must take 2 arguments and then its settings"),
-    (f"{REPAIR}(lambda logits, eta=1.0: logits)", "must take 2 arguments"),
-    (f"{REPAIR}(lambda logits, target, eta: logits)", "a number as its default.*eta"),
+    (f"{REPAIR}(lambda logits: logits)", "takes 1 positional argument but 2 were given"),
     (f"{REPAIR}(lambda logits, target, eta='x': logits)", "a number as its default.*eta='x'"),
     (f"{REPAIR}(lambda logits, target: logits[:, 1:])", r"a finite tensor of shape \(6, 5\)"),
-    (f"{REPAIR}(lambda logits, target: None)", "but returned None"),
+    (f"{REPAIR}(lambda logits, target: None)", "must return a finite tensor"),
     (f"{REPAIR}(lambda logits, target: logits / 0)", "must return a finite tensor"),
-    (f"{REPAIR}(lambda logits, target: logits @ logits)", "failed on logits"),
     (f"{OBJECTIVE}(lambda s, t, y: s - t)", r"must return a finite tensor of shape \(\)"),
     (f"{OBJECTIVE}(lambda s, t, y: t.mean())", "has no gradient"),
 ])
 def test_refused(mine, content, message):
     mine.write_text(f"from sortkd.experiment.plugins import *\n{content}")
-    before = list(OBJECTIVES), list(REPAIRS)
     with pytest.raises(ValueError, match=message) as refusal:
         load_plugin(mine)
     assert "\n" not in str(refusal.value) and str(mine) in str(refusal.value)
-    assert (list(OBJECTIVES), list(REPAIRS)) == before
 
 
 def test_a_changed_file_replaces_what_it_had_registered(mine, tmp_path):
@@ -233,16 +188,10 @@ def test_a_changed_file_replaces_what_it_had_registered(mine, tmp_path):
     (tmp_path / "copy.py").write_text(SOURCE)
     with pytest.raises(ValueError, match="the repair 'boost' exists already"):
         load_plugin(tmp_path / "copy.py")
-    mine.write_text(SOURCE + "\nregister_repair('sort')(boost)\n")
-    with pytest.raises(ValueError, match="already"):
-        load_plugin(mine)
-    mine.write_text(SOURCE)
-    load_plugin(mine)
-    assert create_method("mse+boost").objective == "mse"
     mine.write_text("from sortkd.experiment.plugins import register_repair\n"
                     "register_repair('boost')(lambda logits, target: logits)\n")
     load_plugin(mine)
-    assert "mse" not in OBJECTIVES and create_method("kd+boost").repair_settings == {}
+    assert create_method("kd+boost").repair_settings == {}
 
 
 def test_gradients_of_an_own_objective_reach_the_student():
