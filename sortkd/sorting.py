@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['described', 'check_floating', 'class_indices', 'target_index', 'can_read', 'check_range', 'find_wrong_rows',
-           'mark_moves', 'find_moves', 'sort_logits', 'swap_logits', 'sort_topk']
+           'find_moving', 'find_sources', 'sort_logits', 'swap_logits', 'sort_topk']
 
 # %% ../nbs/1_method/00_sorting.ipynb #8d4f50b9
 import torch
@@ -111,21 +111,39 @@ def _sort_whole_rows(logits: Tensor, index: Tensor, value: Tensor, dim: int) -> 
     others = logits.scatter(dim, order, _hand_out(ranked, value, dim))
     return others.scatter(dim, index, ranked.narrow(dim, 0, 1))  # z̃_y = z_π(1)
 
+# %% ../nbs/1_method/00_sorting.ipynb #7cd10a42
+_BLOCK = 128  # classes
+
+
+def _find_in_blocks(rows: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    "Rows and classes of the values of `rows` `(N, C)` above `threshold` `(N, 1)`, by class."
+    inside = rows[:, : len(rows[0]) // _BLOCK * _BLOCK].unflatten(1, (-1, _BLOCK))
+    place, block = (inside.amax(2) > threshold).nonzero(as_tuple=True)
+    each, within = (inside[place, block] > threshold[place]).nonzero(as_tuple=True)
+    first = inside.shape[1] * _BLOCK  # of the classes after the last block
+    row, classes = (rows[:, first:] > threshold).nonzero(as_tuple=True)
+    return (torch.cat([place[each], row]),
+            torch.cat([block[each] * _BLOCK + within, classes + first]))
+
+
+def find_moving(
+    rows: Tensor, index: Tensor, value: Tensor, wrong: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Row and class of all that moves in logits `rows` `(N, C)`: in wrong rows the target and the
+    classes above it. The other arguments, `(N, 1)`, are what `find_wrong_rows` returns.
+    """
+    threshold = value.masked_fill(~wrong, torch.inf)
+    if rows.shape[1] < 32 * _BLOCK:
+        return (rows > threshold).scatter_(1, index, wrong).nonzero(as_tuple=True)
+    row, classes = _find_in_blocks(rows, threshold)
+    targets = wrong[:, 0].nonzero()[:, 0]
+    return torch.cat([row, targets]), torch.cat([classes, index[targets, 0]])
+
 # %% ../nbs/1_method/00_sorting.ipynb #4831d033
-def mark_moves(rows: Tensor, index: Tensor, wrong: Tensor) -> Tensor:
-    """Which classes of `rows` `(N, C)` move, a mask: in wrong rows the target and all above it.
-
-    `index`, `wrong` `(N, 1)`: from `find_wrong_rows`.
+def find_sources(rows: Tensor, row: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From which class each of those that `find_moving` returned takes its value: `row`, `classes`
+    and `source`, so that `rows[row, classes]` becomes `rows[row, source]`.
     """
-    threshold = rows.gather(1, index).masked_fill(~wrong, torch.inf)
-    return (rows > threshold).scatter_(1, index, wrong)
-
-
-def find_moves(rows: Tensor, marked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the classes that `mark_moves` marked take their new values from: `rows[row, classes]`
-    becomes `rows[row, source]`. Returns `row`, `classes` and `source`, one entry for each mark.
-    """
-    row, classes = marked.nonzero(as_tuple=True)
     order = rows[row, classes].argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]
     row, classes = row[order], classes[order]  # row by row π(1), π(2), ..., π(r)
@@ -141,12 +159,14 @@ def _sort_wrong_rows(
 ) -> Tensor:
     "Only the classes that move, in the wrong rows alone; for two dimensions or more."
     inside = logits.movedim(dim, -1)
-    rows, *which = (each.movedim(dim, -1).flatten(0, -2) for each in (logits, index, wrong))
-    marked = mark_moves(rows, *which)
-    if 8 * int(marked.count_nonzero()) > rows.numel():
+    rows, *which = (
+        each.movedim(dim, -1).flatten(0, -2) for each in (logits, index, value, wrong))
+    moving = find_moving(rows, *which)
+    if 8 * len(moving[0]) > rows.numel():
         return torch.where(wrong, _sort_whole_rows(logits, index, value, dim), logits)
-    row, classes, source = find_moves(rows, marked)
-    repaired, places = logits.clone(), torch.unravel_index(row, inside.shape[:-1])
+    row, classes, source = find_sources(rows, *moving)
+    repaired = logits.clone()
+    places = (row,) if inside.ndim == 2 else torch.unravel_index(row, inside.shape[:-1])
     repaired.movedim(dim, -1)[(*places, classes)] = rows[row, source]
     return repaired
 
@@ -206,12 +226,13 @@ def swap_logits(
 # %% ../nbs/1_method/00_sorting.ipynb #730011ef
 def _insert(values: Tensor, classes: Tensor, sought: Tensor, counts: Tensor) -> Tensor:
     "`classes` with `sought` in place of the lowest, in rows that count and do not list it."
-    lowest = values == values.amin(-1, keepdim=True)
+    padded = classes < 0
+    lowest = values == values.masked_fill(padded, torch.inf).amin(-1, keepdim=True)
     last = classes.masked_fill(~lowest, -1).argmax(-1, keepdim=True)  # of ties, the highest class
-    unknown = ((classes == sought) | values.isnan()).any(-1, keepdim=True)
-    return torch.where(counts & ~unknown, classes.scatter(-1, last, sought), classes)
+    left = ((classes == sought) | values.isnan()).any(-1, keepdim=True) | padded.all(-1, True)
+    return torch.where(counts & ~left, classes.scatter(-1, last, sought), classes)
 
-# %% ../nbs/1_method/00_sorting.ipynb #66a67c5c
+# %% ../nbs/1_method/00_sorting.ipynb #7213655f
 def _sort_descending(values: Tensor, listed: Tensor, sought: Tensor) -> tuple[Tensor, Tensor]:
     "New values of lists `(N, k)`, and which of those that hold their target do not descend."
     found = (listed == sought).flatten().nonzero()[:, 0]  # one dimension is twice as fast
