@@ -124,15 +124,6 @@ def test_to_the_hub_and_back(hub, tmp_path, monkeypatch):
     assert f"{network.known['top1']:.2f} %" in card
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "README.md"])
-def test_a_network_is_saved_through_no_link(hub, tmp_path, name):
-    (tmp_path / "network").mkdir()
-    (tmp_path / "network" / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(ValueError, match=f"{name} is a link to"):
-        hub.PretrainedNetwork("resnet8", 10).save_pretrained(tmp_path / "network")
-    assert not (tmp_path / "outside").exists()
-
-
 @pytest.mark.parametrize("config, words", [
     ('{"num_classes": "10"}', "num_classes is '10'"), ('{"num_classes": 11}', "11"),
     ("{}", "num_classes is 0")])

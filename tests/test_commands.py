@@ -51,19 +51,6 @@ def test_the_notebook_has_the_parameters_of_the_dataclass():
         assert shown["help"] == each.metadata["help"]
 
 
-def test_the_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        run(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
-    for title, group in parameter_groups().items():
-        assert f"{title}: --{group[0].name.replace('_', '-')}" in shown
-        for each in group:
-            assert f"--{each.name.replace('_', '-')} " in shown and each.metadata["help"] in shown
-            assert each.metadata["more"].strip(".") in shown
-            assert each.default in ("", False) or f"(default: {each.default})" in shown
-    assert "(default: )" not in shown and "sortkd-run --pair r56_r20 --methods" in shown
-
-
 def test_the_help_names_every_pair_objective_and_repair():
     pair, methods = (Parameters.__dataclass_fields__[name].metadata["more"]
                      for name in ("pair", "methods"))
@@ -178,9 +165,8 @@ def test_eval_mistakes(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp437", "utf-8"])
-def test_a_terminal_without_a_character_shows_another(monkeypatch, encoding):
-    streams = [TextIOWrapper(BytesIO(), encoding, write_through=True) for _ in range(2)]
+def test_a_terminal_without_a_character_shows_another(monkeypatch):
+    streams = [TextIOWrapper(BytesIO(), "ascii", write_through=True) for _ in range(2)]
     for name, stream in zip(("stdout", "stderr"), streams):
         monkeypatch.setattr(sys, name, stream)
 
@@ -188,9 +174,8 @@ def test_a_terminal_without_a_character_shows_another(monkeypatch, encoding):
         print("kd 70.1 ± 0.2, 16×16, –")
         raise ValueError("été – 名")
     assert ends_cleanly(work, "") == 1
-    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
-    assert re.fullmatch("kd 70.1 [±?] 0.2, 16[×?x]16, [–?]\n", out)
-    assert re.search("ValueError: .t. . .", err)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
+    assert out == "kd 70.1 ? 0.2, 16?16, ?\n" and "ValueError: ?t? ? ?" in err
 
 
 def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):

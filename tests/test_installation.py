@@ -1,7 +1,6 @@
-"What is promised of installations is what was tried, and an audit is made or says that it was not."
+"What is promised of installations is what was tried."
 import ast
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -187,33 +186,3 @@ def test_windows_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/sortkd-run"])
     with pytest.raises(SystemExit, match="Windows Subsystem"):
         need_experiments()
-
-
-def test_the_container_does_not_run_as_root():
-    "And owns what it writes: git reads no repository of another user."
-    text = (ROOT / "workflow" / "Dockerfile").read_text()
-    before, user, after = text.partition("\nUSER 1000:1000\n")
-    assert user and "pip install" not in before and "\nUSER" not in after
-    copies = [line for line in (before + after).splitlines() if line.startswith("COPY")]
-    assert copies and all("--chown=1000:1000" in line for line in copies)
-
-
-FLAW = {"id": "GHSA-0000", "description": "runs what it reads", "fix_versions": ["4.67"]}
-KNOWN = {"name": "tqdm", "version": "4.66.0", "vulns": []}
-UNKNOWN = {"name": "tqdm", "skip_reason": "not found on PyPI"}
-
-
-@pytest.mark.parametrize("package, code, status, said", [
-    (KNOWN, 0, 0, "1 packages audited, 0 vulnerabilities known"),
-    (KNOWN | {"vulns": [FLAW]}, 1, 1, "tqdm 4.66.0: GHSA-0000, mended in 4.67: runs what it reads"),
-    (UNKNOWN, 0, 3, "The audit was NOT made: of 1 packages the service knows none."),
-    (None, 1, 3, "The audit was NOT made: no connection"),
-])
-def test_an_audit_that_nobody_answers_is_no_clean_audit(tmp_path, package, code, status, said):
-    "To pip-audit itself, a mirror of PyPI without advisories looks like a clean audit."
-    answer = "" if package is None else json.dumps({"dependencies": [package]})
-    code = f"import sys; print({answer!r}); print('no connection', file=sys.stderr); exit({code})"
-    (tmp_path / "pip_audit.py").write_text(code)
-    done = subprocess.run([sys.executable, ROOT / ".ci" / "audit"], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert done.returncode == status and said in done.stdout, done.stderr

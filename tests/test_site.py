@@ -9,7 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "site"))
 import check_links  # noqa: E402
-import conf  # noqa: E402
 import stage  # noqa: E402
 
 PLAN = "results/plans/sorting.yaml"
@@ -93,14 +92,6 @@ def test_cells_are_folded_and_say_what_they_hold():
     assert prepared("def f(): pass\n" + "f()\n" * stage.LONG)[1:] == (["hide-input"], "Code: f")
     assert stage.cell_label("import math\nclass A: pass") == "Code: imports, A"
     assert stage.cell_label("%timeit f()") == "Code"
-
-
-def test_what_a_docstring_says_of_each_parameter_is_a_paragraph():
-    first, second = ["`logits`: any shape", "of one dtype."], ["`target`: indices."]
-    third = ["Raises `TypeError` for integers,", "`ValueError` for shapes."]
-    lines = ["Sort.", "", *first, *second, *third]
-    conf.separate_statements(None, "function", "", None, None, lines)
-    assert lines == ["Sort.", "", *first, "", *second, "", *third]
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path):
