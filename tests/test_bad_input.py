@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 from conftest import EVERY_METHOD
@@ -21,7 +20,6 @@ from sortkd.experiment.run import run_experiment
 from sortkd.experiment.parameters import Parameters
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.fronts.commands import evaluate_command, run
-from sortkd.losses import dist_loss, dkd_loss, kd_loss, mlkd_loss
 from sortkd.methods import REPAIRS, create_method
 from sortkd.train.devices import create_fabric
 from sortkd.train.augmentation import Batches
@@ -133,14 +131,10 @@ def test_in_a_process_of_its_own(tmp_path):
 # Data
 
 
-BYTES = functools.partial(torch.zeros, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize("data, batch_size", [
     (toy_data(), 10**6), (toy_data(train=1, test=1), 16),
-    (toy_data(train_targets=BYTES(40).long(), test_targets=BYTES(12).long()), 16),
-    (toy_data(train_images=BYTES(3, 8, 8, 40).permute(3, 1, 2, 0)), 16),
-], ids=["batch beyond the data", "one image", "one class", "not contiguous"])
+    (toy_data(train_images=torch.zeros(3, 8, 8, 40, dtype=torch.uint8).permute(3, 1, 2, 0)), 16),
+], ids=["batch beyond the data", "one image", "not contiguous"])
 def test_odd_data_is_trained_on(data, batch_size):
     torch.manual_seed(0)
     recipe = Recipe(epochs=1, batch_size=batch_size, lr=0.01, milestones=())
@@ -304,41 +298,7 @@ def test_repairs_of_rows_that_are_not_finite(name, label):
             assert after[label] >= after.max() and not after.isnan().any()
 
 
-@pytest.mark.parametrize("name", REPAIRED)
-def test_repairs_of_odd_shapes_and_dtypes(name):
-    repair, good, target = REPAIRS[name], torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
-    for arguments in ((good.long(), target), (good.tolist(), target), (good, target.float()),
-                      (good, target + 1), (good, target[:2]), (good[:, :0], target),
-                      (torch.tensor(1.0), torch.tensor(0)), (good, target - 1)):
-        with pytest.raises((ValueError, TypeError)):
-            repair(*arguments)
-    assert repair(good[:0], target[:0]).shape == (0, 3)
-    assert torch.equal(repair(good[:, :1], target * 0), good[:, :1])
-    assert torch.equal(repair(good.t().contiguous().t(), target), repair(good, target))
-    followed = good.clone().requires_grad_()
-    repair(followed, target).clamp(-10, 10).sum().backward()
-    assert followed.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", [
-    kd_loss, dist_loss,
-    lambda s, t, **more: dkd_loss(s, t, torch.zeros(len(s), dtype=torch.int64), **more),
-    lambda s, t, **more: mlkd_loss(s, t, s, t, **more)], ids=["kd", "dist", "dkd", "mlkd"])
-def test_temperatures(loss):
-    student, teacher, _ = some_logits()
-    for temperature in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="temperature must be greater than 0"):
-            loss(student, teacher, temperature=temperature)
-    assert loss(student, teacher, temperature=numpy.float32(4)).isfinite()
-
-
 # Records that are to be repeated
-
-NEEDED = [
-    "run_id", "pair", "method", "method.name", "seed", "preset", "full_recipe", "recipe",
-    "recipe.epochs", "data", "data.name", "data.train_images", "device", "precision",
-    "teacher_logits", "about_teacher", "about_teacher.weights_sha256", "machine.threads"]
-
 
 @pytest.fixture(scope="module")
 def recorded(place):
@@ -363,12 +323,11 @@ def test_records_with_other_values(tmp_path, recorded, monkeypatch, capsys):
     "Each field that a repetition needs, as what it should not be: one line, or the repetition."
     monkeypatch.setattr(sortkd.experiment.run, "run_experiment", stop)
     record, options = recorded
-    path, refused = tmp_path / "records.jsonl", 0
-    for field in NEEDED:
-        for value in (None, {"a": 1}):
-            path.write_text(json.dumps(changed(record, field, value)) + "\n")
-            refused += "this would run" not in one_line(run, [*options, str(path)], capsys)
-    assert refused > len(NEEDED)
+    path = tmp_path / "records.jsonl"
+    for field in ("run_id", "pair", "method.name", "seed", "preset", "recipe.epochs", "data.name",
+                  "device", "about_teacher", "about_teacher.weights_sha256", "machine.threads"):
+        path.write_text(json.dumps(changed(record, field, {"a": 1})) + "\n")
+        assert "this would run" not in one_line(run, [*options, str(path)], capsys)
     path.write_text(json.dumps(record) + "\n")
     assert "this would run" in one_line(run, [*options, str(path)], capsys), "it is repeated"
 
