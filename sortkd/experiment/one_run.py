@@ -148,24 +148,22 @@ def _claim(
     """Each run with its record, or started now if it has none. Waits until no other process is at
     one of them.
     """
-    waited = {}
     # one order, so that no two wait for each other
     for run in sorted(runs, key=lambda run: run.folder):
         refuse_links(run.folder, *run.folder.glob("*"))
-        lock = exclusive(run.folder / "run.lock", f"training {run.method.name}, seed {run.seed}")
-        waited[run.folder] = locks.enter_context(lock)
+        activity = f"training {run.method.name}, seed {run.seed}"
+        locks.enter_context(exclusive(run.folder / "run.lock", activity))
     recorded, claimed = experiment.recorded(), list[tuple[Run, dict | None]]()
     for run in runs:
         records, begun = recorded.get(run.key, []), _start(run)
         if begun.run_id in {each["run_id"] for each in records}:  # killed after its record
             _clear(run)
             begun = _start(run)
-        if records and (waited[run.folder] or not experiment.again):
-            print(f"{run.method.name}, seed {run.seed}: already recorded, "
-                  f"{records[-1]['finished']}; again=True repeats it.")
-            claimed.append((run, records[-1 if waited[run.folder] else 0]))
-        else:
-            claimed.append((begun, None))
+        record = records[0] if records and not experiment.again else None
+        if record:
+            print(f"{run.method.name}, seed {run.seed}: already recorded, {record['finished']}; "
+                  "again=True repeats it.")
+        claimed.append((begun, record))
     return claimed
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #f6ffd627

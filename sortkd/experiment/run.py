@@ -55,12 +55,11 @@ def _groups(experiment: Experiment, runs: Sequence[Run], students: int) -> list[
 # %% ../../nbs/3_experiment/39_run.ipynb #2e983d74
 @dataclass(frozen=True, eq=False)
 class Results:
-    "What an experiment leaves in memory: its records, as written, and the teacher with the data."
+    "What an experiment leaves in memory: its records, as written, and the teacher."
 
     experiment: Experiment
     records: list[dict]
     teacher: Teacher | None
-    batches: ImageBatches
     appended: int  # how many of the records are new
 
     def describe_teacher(self) -> str:
@@ -138,4 +137,4 @@ def run_experiment(
     records = [found[run.folder] for run in runs]
     known = {each["run_id"] for own in before.values() for each in own}
     appended = sum(each["run_id"] not in known for each in records)
-    return Results(experiment, records, teacher, batches, appended)
+    return Results(experiment, records, teacher, appended)

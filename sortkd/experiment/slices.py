@@ -90,7 +90,7 @@ def read_state(experiments: Mapping[str, Experiment], cells: pd.DataFrame) -> pd
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #330956a3
 def forecast(state: pd.DataFrame) -> pd.DataFrame:
-    "For each pair in a `read_state`: cells, how many are finished, epochs that are left, and hours."
+    "For each pair of a state: cells, how many are finished, epochs that are left, and hours."
     table = state.assign(left=state["epochs"] - state["trained"]).groupby("pair", sort=False).agg(
         cells=("left", "size"), finished=("finished", "sum"), epochs_left=("left", "sum"),
         hours=("seconds", "median"))
