@@ -196,7 +196,8 @@ def check_recorded(recorded: Sequence[Mapping[str, str]], loaded: Sequence[Plugi
     """`ValueError` unless each plugin of a record is among `loaded`, or registered in this session,
     with the same content.
     """
-    known = {each.sha256 for each in (*loaded, *_owners.values())}
+    session = [each for each in _owners.values() if not each.path]
+    known = {each.sha256 for each in (*loaded, *session)}
     for each in recorded:
         if each["sha256"] not in known:
             raise ValueError(
