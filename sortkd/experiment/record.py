@@ -14,9 +14,12 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from ..train.checkpoints import fingerprint
-from ..utils.checks import one_line, shown
-import msgspec  # after our modules, which say what is not installed
-from msgspec import Meta, Struct
+from ..utils.checks import need_experiments, one_line, shown
+
+need_experiments()
+
+import msgspec  # noqa: E402 (first it is said what is not installed)
+from msgspec import Meta, Struct  # noqa: E402
 
 # %% ../../nbs/3_experiment/33_record.ipynb #194ff5eb
 SCHEMA_VERSION = 2
