@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'SORTED', 'BARS', 'LINES', 'STYLE', 'mean_and_std', 'summarize', 'conclude', 'plot_mean', 'plot_curves']
 
 # %% ../../nbs/4_evidence/53_plots.ipynb #f20805cf
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from ..experiment.pairs import has_published_length
 
@@ -100,10 +100,11 @@ def conclude(records: Sequence[dict]) -> str:
                      f"Chance is {100 / data['classes']:.3g} %."])
 
 # %% ../../nbs/4_evidence/53_plots.ipynb #bea6e55a
-def _line_styles(names: Iterable[str]) -> dict[str, dict]:
+def _line_styles(names: Collection[str]) -> dict[str, dict]:
     other = {"color": "black", "linestyle": ":"}
-    return {name: {**LINES.get(name.partition("+")[2] or "none", other), "marker": "osD^vPX*"[place % 8]}
-            for place, name in enumerate(names)}
+    looks = (LINES.get(name.partition("+")[2] or "none", other) for name in names)
+    marked = zip(names, looks, "osD^vPX*" * 9)
+    return {name: {**look, "marker": mark} for name, look, mark in marked}
 
 # %% ../../nbs/4_evidence/53_plots.ipynb #aa7ebe38
 def plot_mean(axis, epochs, curves, **style) -> None:

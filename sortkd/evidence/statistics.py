@@ -89,7 +89,7 @@ def compare(
         p=np.where((found["mean"] == 0) & (found["error"] == 0), 1.0, p))
     return verdicts(effects.reset_index(drop=True), smallest_effect, 1 - level)
 
-# %% ../../nbs/4_evidence/50_statistics.ipynb #7ac126d6
+# %% ../../nbs/4_evidence/50_statistics.ipynb #7fd68b9a
 def paired_effects(frame: pd.DataFrame, **settings) -> pd.DataFrame:
     "`compare` sorted with plain, for each method of a frame that has runs of both."
     methods = frame["method"].unique()

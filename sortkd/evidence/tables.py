@@ -93,7 +93,8 @@ def comparison_table(
         "reported, best": _by_pair(reported, _theirs),
         "ours, last": _by_pair(runs, lambda own: _ours(own, "last_top1")),
         "ours, best": _by_pair(runs, lambda own: _ours(own, "best_top1")),
-        "difference, best": _by_pair(both, lambda own: signed((own["best_top1"] - own["top1"]).mean())),
+        "difference, best": _by_pair(
+            both, lambda own: signed((own["best_top1"] - own["top1"]).mean())),
     }).swaplevel().reindex(columns=names).dropna(how="all")
     order = dict.fromkeys((*methods, *others, *sorted({*runs["method"]})))
     parts = [table.loc[[name]].fillna("") for name in order if name in table.index]
@@ -155,7 +156,8 @@ def _to_latex(table: pd.DataFrame, name: str, caption: str, notes: Sequence[str]
                           label=f"tab:{name}", position="t")
     below = "".join(f"{_latex(note)}\n\n" for note in notes)
     end = "\\end{table}\n"
-    return f"% needs booktabs and multirow\n{text.removesuffix(end)}\\footnotesize\n{below}{end}"
+    begin = f"% needs booktabs and multirow\n{text.removesuffix(end)}"
+    return f"{begin}\\footnotesize\n{below}{end}"
 
 # %% ../../nbs/4_evidence/52_tables.ipynb #8793ac5b
 def _to_markdown(table: pd.DataFrame, caption: str, notes: Sequence[str]) -> str:
@@ -170,8 +172,8 @@ def _to_markdown(table: pd.DataFrame, caption: str, notes: Sequence[str]) -> str
 def write_table(
     table: pd.DataFrame, name: str, caption: str, notes: Sequence[str], folder: str | Path
 ) -> str:
-    """Write a table of texts as NAME.md and NAME.tex into `folder`, and return the Markdown. No text
-    is read as markup.
+    """Write a table of texts as NAME.md and NAME.tex into `folder`, and return the Markdown. No
+    text is read as markup.
 
     `ValueError` for a table without rows, and for a name not made of letters, digits and `-+._`.
     """

@@ -101,7 +101,8 @@ def _metadata(text: Mapping) -> str:
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #d372e5f9
 def _block(code: str, language: str = "") -> str:
-    return f"```{language}\n{code.replace('```', '')}\n```\n"
+    fence = max(["```", *(f"{ticks}`" for ticks in re.findall("`+", code))], key=len)
+    return f"{fence}{language}\n{code}\n{fence}\n"
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #27106646
 def _use(dataset: str, module: str, loading: str) -> str:

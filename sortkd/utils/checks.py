@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT_PACKAGES', 'shown', 'did_you_mean', 'choice', 'flag', 'whole_number', 'finite_number', 'listed_names',
-           'listed_seeds', 'folder_path', 'short_enough', 'parse_options', 'printable', 'one_line', 'markdown_text',
-           'need_experiments']
+           'listed_seeds', 'folder_path', 'parse_options', 'printable', 'one_line', 'markdown_text', 'need_experiments']
 
 # %% ../../nbs/7_utils/80_checks.ipynb #aec22568
 import argparse
@@ -112,13 +111,6 @@ def folder_path(
     except ValueError as error:
         raise ValueError(f"{name} is {str(folder)!r}: {error}") from error
     return path
-
-# %% ../../nbs/7_utils/80_checks.ipynb #4474ff10
-def short_enough(name: str, value, part: str) -> None:
-    "`ValueError` if `part`, made of `value`, is too long to begin the name of a file."
-    if len(part.encode()) > 190:  # leaves room for checksums, times and endings
-        raise ValueError(f"{name} is {shown(value)}, too long for the name of a file; "
-                         "give a shorter one.")
 
 # %% ../../nbs/7_utils/80_checks.ipynb #cd2bcbcd
 def parse_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> dict:
