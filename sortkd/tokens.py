@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['LinearDistillationLoss']
 
-# %% ../nbs/1_method/06_vocabulary.ipynb #3685cdd6
+# %% ../nbs/1_method/06_vocabulary.ipynb #a21ea452
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .distillation import DistillationLoss, cut, differentiate, sum_in_chunks
+from .distillation import RowLoss, add_to, cut, differentiate, sum_in_chunks
 from .sorting import described, find_wrong_rows
 
-# %% ../nbs/1_method/06_vocabulary.ipynb #5ca2730c
+# %% ../nbs/1_method/06_vocabulary.ipynb #debf236b
 def _hidden_of(name: str, hidden: Tensor, target: Tensor) -> Tensor:
     "`hidden`, if they are hidden states `(..., H)` of which each has a target."
     if not isinstance(hidden, Tensor) or hidden.shape[:-1] != target.shape:
@@ -30,7 +30,7 @@ def _head_of(name: str, head: nn.Linear | Tensor, hidden: Tensor) -> list[Tensor
                          f"shape {tuple(hidden.shape)}, but it is {described(parts[0])}.")
     return [each for each in parts if each is not None]
 
-# %% ../nbs/1_method/06_vocabulary.ipynb #9ff9d208
+# %% ../nbs/1_method/06_vocabulary.ipynb #978b0e16
 def _add_head_gradients(
     gradients: list[Tensor], chunk: slice, of_logits: Tensor, hidden: Tensor, head: list[Tensor]
 ) -> None:
@@ -45,8 +45,8 @@ def _add_head_gradients(
     if len(head) > 1:
         gradients[2][:classes] += of_logits.sum(0)
 
-# %% ../nbs/1_method/06_vocabulary.ipynb #e9f23c67
-class LinearDistillationLoss(DistillationLoss):
+# %% ../nbs/1_method/06_vocabulary.ipynb #be22c599
+class LinearDistillationLoss(RowLoss):
     """`DistillationLoss` of the logits that output heads make of hidden states; no more of them are
     held than those of `chunk_tokens` tokens, by default eight million.
 
@@ -57,9 +57,9 @@ class LinearDistillationLoss(DistillationLoss):
     def __init__(self, method: str = "kd+sort", **settings):
         super().__init__(method, **settings)
         self.in_chunks = True
-        self._refuse_parts("LinearDistillationLoss")
+        self.refuse_parts("LinearDistillationLoss")
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, student_hidden: Tensor, student_head: nn.Linear | Tensor,
         teacher_hidden: Tensor, teacher_head: nn.Linear | Tensor, target: Tensor,
         epoch: int | None = None, num_items: float | Tensor | None = None,
@@ -71,13 +71,13 @@ class LinearDistillationLoss(DistillationLoss):
         student's hidden states and head. Tokens that do not count are left out before any logit
         is computed. `epoch` and `num_items` as in `DistillationLoss`.
         """
-        self._check_call(epoch, num_items)
+        self.check_call(epoch, num_items)
         counts = target != self.ignore_index
         student = _hidden_of("student_hidden", student_hidden, target)[counts]
         teacher = _hidden_of("teacher_hidden", teacher_hidden, target)[counts].detach()
         head = _head_of("student_head", student_head, student)
         fixed = [each.detach() for each in _head_of("teacher_head", teacher_head, teacher)]
-        divisor, target, wrong = self._divisor(counts, num_items), target[counts], []
+        divisor, target, wrong = self.divisor(counts, num_items), target[counts], []
         own = list(self.parameters())
 
         def of_chunk(chunk: slice, gradients: list[Tensor]) -> Tensor:
@@ -87,13 +87,12 @@ class LinearDistillationLoss(DistillationLoss):
             *_, is_counted, is_wrong = find_wrong_rows(of_teacher, target[chunk], 1, -100)
             wrong.append(is_wrong[:, 0])
             with torch.set_grad_enabled(bool(gradients)):
-                value = self._loss(
+                value = self.loss_of_rows(
                     logits, of_teacher, target[chunk], is_counted[:, 0], epoch, divisor)
             if gradients:
                 of_logits, *others = differentiate(value, (logits, *own))
                 _add_head_gradients(gradients, chunk, of_logits, hidden, head)
-                for gradient, other in zip(gradients[1 + len(head) :], others):
-                    gradient += other
+                add_to(gradients[1 + len(head) :], others)
             return value.detach()
 
         size = self.chunk_tokens or max(2**23 // len(head[0]), 1)
