@@ -29,7 +29,7 @@ from sortkd.tokens import LinearDistillationLoss
 from sortkd.train.devices import create_fabric
 
 FROM_LOGITS = [(1024, 151936, 6), (1024, 32000, 24)]  # tokens, classes, and tokens in a chunk
-FROM_HIDDEN_STATES = [(128, 151936, 4), (128, 151936, 32), (512, 32000, 32)]
+FROM_HIDDEN_STATES = [(64, 151936, 4), (128, 151936, 32), (512, 32000, 32)]
 WIDTH = 512  # of hidden states
 LISTS = [50, 64, 128]
 PLAIN, SORTED = "kd(temperature=1)", "kd(temperature=1)+sort"

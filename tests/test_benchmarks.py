@@ -78,12 +78,14 @@ def test_the_script_runs_and_records(tmp_path):
     assert all(len(times) == 2 for row in record["rows"] for times in row["ms"].values())
 
 
-def test_tokens_are_compared_with_the_loss_and_two_full_sorts(capsys):
-    rows = tokens.measure([(2, 8, 500)], 1, "cpu")
-    tokens.print_ratios(rows)
-    ways = ["sort_logits", "KD loss, forward and backward", "two full sorts"]
-    assert [list(row["ms"]) for row in rows] == [ways] * 3
-    assert capsys.readouterr().out.count("the KD loss") == 3
+def test_tokens_with_sorting_stand_beside_the_same_without(capsys):
+    rows = tokens.measure([(16, 500, 4)], [(16, 500, 4)], 1, "cpu")
+    rows += tokens.measure_lists(64, [50], 1, "cpu") + tokens.measure_sorting(16, 500, 1, "cpu")
+    tokens.print_rows(rows)
+    ways = [["KL", "KL with sorting"]] * 2 + [["descending", "in any order"], ["sort_logits", "a copy"]]
+    assert [list(row["ms"]) for row in rows] == ways
+    assert rows[0]["extra_bytes"]["KL"] > 4 * 500 * 4  # a chunk in float32 is held at least
+    assert capsys.readouterr().out.count("of the logits") == 6
 
 
 def test_what_runs_first_on_a_gpu_is_rehearsed(monkeypatch, tmp_path):

@@ -38,7 +38,7 @@ SMALL = {"preset": "quick", "dataset": "digits", "train_size": 100, "test_size":
 
 def test_what_an_experiment_writes_is_valid(tmp_path):
     folders = {"teachers_dir": f"{tmp_path}/teachers", "results_dir": f"{tmp_path}/results"}
-    experiment = prepare_experiment(pair="r56_r20", methods="ce,kd+sort", epochs=1, **SMALL, **folders)
+    experiment = prepare_experiment(pair="r56_r20", methods="ce,kd+sort", epochs=4, **SMALL, **folders)
     file = experiment.records_file
     alone, taught = map(check_record, run_experiment(experiment, progress=False).records)
     with pytest.raises(RecordError, match="about_teacher"):
