@@ -111,7 +111,7 @@ def _sort_whole_rows(logits: Tensor, index: Tensor, value: Tensor, dim: int) -> 
     others = logits.scatter(dim, order, _hand_out(ranked, value, dim))
     return others.scatter(dim, index, ranked.narrow(dim, 0, 1))  # z̃_y = z_π(1)
 
-# %% ../nbs/1_method/00_sorting.ipynb #7cd10a42
+# %% ../nbs/1_method/00_sorting.ipynb #b883df2b
 _BLOCK = 128  # classes
 
 
@@ -134,7 +134,8 @@ def find_moving(
     """
     threshold = value.masked_fill(~wrong, torch.inf)
     if rows.shape[1] < 32 * _BLOCK:
-        return (rows > threshold).scatter_(1, index, wrong).nonzero(as_tuple=True)
+        marked = (rows > threshold).scatter_(1, index, wrong).nonzero()
+        return marked[:, 0], marked[:, 1]
     row, classes = _find_in_blocks(rows, threshold)
     targets = wrong[:, 0].nonzero()[:, 0]
     return torch.cat([row, targets]), torch.cat([classes, index[targets, 0]])
@@ -232,7 +233,7 @@ def _insert(values: Tensor, classes: Tensor, sought: Tensor, counts: Tensor) -> 
     left = ((classes == sought) | values.isnan()).any(-1, keepdim=True) | padded.all(-1, True)
     return torch.where(counts & ~left, classes.scatter(-1, last, sought), classes)
 
-# %% ../nbs/1_method/00_sorting.ipynb #7213655f
+# %% ../nbs/1_method/00_sorting.ipynb #469cb9cf
 def _sort_descending(values: Tensor, listed: Tensor, sought: Tensor) -> tuple[Tensor, Tensor]:
     "New values of lists `(N, k)`, and which of those that hold their target do not descend."
     found = (listed == sought).flatten().nonzero()[:, 0]  # one dimension is twice as fast

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sortkd.loops.common import FrozenTeacher
 from sortkd.loops.lightning import DistillationModuleMixin
 from sortkd.loops.modelopt import ModelOptLoss
 from sortkd.loops.timm import DistillationTaskMixin
+from sortkd.loops.trl import SortedGKDMixin
 from sortkd.losses import dkd_loss, kd_loss
 
 CLASSES, BATCH = 5, 16
@@ -302,3 +304,19 @@ def test_modelopt_itself():
     model(tokens)
     with pytest.raises(ValueError, match="passed no labels"):
         model.compute_kd_loss()
+
+
+@pytest.mark.parametrize("setting", ["use_liger_kernel", "use_uld_loss", "lmbda", "seq_kd"])
+def test_trl_paths_in_which_nothing_would_be_sorted_are_refused(setting):
+    class Trainer:  # as TRL's GKDTrainer and GOLDTrainer, which need models
+        def __init__(self, **given):
+            self.args = SimpleNamespace(**given)
+            self.lmbda, self.seq_kd = given.get("lmbda", 0.0), given.get("seq_kd", False)
+
+        def generalized_jsd_loss(self, *logits): ...
+
+    class Sorted(SortedGKDMixin, Trainer): ...
+
+    Sorted()
+    with pytest.raises(ValueError, match=setting):
+        Sorted(**{setting: 1})

@@ -1,5 +1,7 @@
 "Losses in chunks, from logits and from hidden states, equal those of whole logits in float64."
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ def test_chunks_equal_whole_logits_in_float64(method):
     for make, from_hidden in ((DistillationLoss, False), (LinearDistillationLoss, True)):
         for chunk in (10, 7):
             loss = make(method, vocabulary=CLASSES, chunk_tokens=chunk)
-            for given, tolerance in ((batch, 2e-5), (wide, 1e-8)):
+            for given, tolerance in ((batch, 2e-4), (wide, 1e-8)):
                 found, wrong_found = results_of(loss.double() if given is wide else loss, *given,
                                                 from_hidden=from_hidden)
                 for one, other in zip(found, expected, strict=True):
@@ -181,3 +183,23 @@ def test_a_vocabulary_that_targets_exceed_is_named():
         with pytest.raises(ValueError, match=words):
             LinearDistillationLoss(vocabulary=vocabulary)(
                 hidden, head, teacher_hidden, teacher_head, target)
+
+
+def test_the_plain_trainer_of_transformers(tmp_path, monkeypatch):
+    "The example's loss is that of whole logits, and batches with unequal counts weigh by token."
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import token_distillation
+
+    trainer = token_distillation.main(str(tmp_path))
+    losses = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    whole = DistillationLoss(
+        "kd(temperature=1,ce_weight=0.5,kd_weight=0.5)+sort", vocabulary=300, reduction="sum")
+    model, batch = trainer.model.eval(), next(iter(trainer.get_train_dataloader()))
+    batch["labels"][0, :20] = -100
+    count, target = (batch["labels"] != -100).sum(), F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    with torch.no_grad():
+        logits = [each(batch["input_ids"]).logits for each in (model, trainer.teacher)]
+        found = trainer.compute_loss(model, batch, num_items_in_batch=count)
+    torch.testing.assert_close(found, whole(*logits, target) / count)

@@ -169,7 +169,7 @@ def _claim(
 # %% ../../nbs/3_experiment/37_one_run.ipynb #f6ffd627
 def _noting(run: Run, about: dict) -> Callable[[dict], None]:
     "A callback that notes the first epoch of a session with `about`, which tells the machine."
-    began, noted = time_now(), []
+    began, noted = time_now(), list[dict]()
 
     def note(row):
         if not noted:

@@ -156,7 +156,7 @@ def describe_teacher_logits(experiment: Experiment) -> str:
         return "No method uses a teacher."
     if experiment.cache == "off":
         return "The teacher runs in every epoch."
-    views = len(experiment.data.train_targets) * experiment.data.views_per_image
+    views = len(experiment.data.train_targets) * (experiment.data.views_per_image or 0)
     size = views * experiment.data.num_classes * 2 / 1e6
     return f"Teacher logits are cached ({size:,.2f} MB for {views:,} augmented images)."
 

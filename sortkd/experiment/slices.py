@@ -57,7 +57,7 @@ def _state_of(
     trained = epochs if found else max(_epochs_in(run.folder / "checkpoint.pt") for run in runs)
     for record in found:
         if record["machine"].items() >= machine.items():
-            *_, seconds = math.nan, *record["curve"].get("seconds", ())
+            seconds = [math.nan, *record["curve"].get("seconds", [])][-1]
     return {**cell._asdict(), "finished": bool(found), "trained": trained, "epochs": epochs,
             "seconds": seconds}
 

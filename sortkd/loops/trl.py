@@ -35,10 +35,12 @@ class SortedGKDMixin:
 
     def __init__(self: Any, *arguments, **named):
         super().__init__(*arguments, **named)
-        if self.lmbda or self.seq_kd or self.args.use_liger_kernel:
+        own_losses = [each for each in ("use_liger_kernel", "use_uld_loss")
+                      if getattr(self.args, each, False)]
+        if self.lmbda or self.seq_kd or own_losses:
             raise ValueError(
                 "sorting needs true tokens, not sampled ones, and whole rows of logits; set "
-                "lmbda=0.0, seq_kd=False and use_liger_kernel=False."
+                "lmbda=0.0, seq_kd=False, use_liger_kernel=False and use_uld_loss=False."
             )
         self.model_accepts_loss_kwargs = True  # so that the Trainer does not divide by the batches
 
