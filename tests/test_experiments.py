@@ -501,7 +501,9 @@ def test_a_pair_and_numbers_of_one_s_own(folder, tmp_path):
 @pytest.mark.parametrize("library, name", [("timm", "resnet10t"), ("torchvision", "mobilenet_v3_small")])
 def test_a_student_from_another_library(library, name, folder, tmp_path):
     pytest.importorskip(library)
-    record, = run_new(folder, pair=f"resnet20:{library}:{name}", methods="kd", epochs=1, train_size=20, test_size=10, results_dir=tmp_path / "results").records
+    # float32: oneDNN's bfloat16 gradient of a strided convolution of one pixel is NaN now and then
+    record, = run_new(folder, pair=f"resnet20:{library}:{name}", methods="kd", epochs=1, train_size=20, test_size=10,
+                      precision="float32", results_dir=tmp_path / "results").records
     assert record["student"] == f"{library}:{name}"
 
 

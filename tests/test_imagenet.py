@@ -104,7 +104,7 @@ def test_an_epoch_can_be_left_early_and_begun_again(data):
     assert_same([next(two)[:2]], epoch_of(data, epoch=2)[:1])
 
 
-def grey_levels(mode, levels):
+def grey_levels(mode, levels, opacity=255):
     "A row of grey pixels of `levels` from 0 to 255 in an image of `mode`."
     levels = numpy.asarray(levels, numpy.uint8)[None]
     if mode.startswith("I;16"):
@@ -113,7 +113,7 @@ def grey_levels(mode, levels):
         return Image.frombuffer(mode, levels.T.shape, content, "raw", mode, 0, 1)
     if mode in ("LA", "PA", "RGBA", "RGBa"):
         image = Image.fromarray(levels).convert({"RGBa": "RGBA"}.get(mode, mode))
-        image.putalpha(Image.new("L", image.size, 128))
+        image.putalpha(Image.new("L", image.size, opacity))
         return image.convert(mode)
     return Image.fromarray(levels).convert(mode)
 
@@ -128,7 +128,11 @@ def test_every_mode_becomes_rgb_or_is_refused(mode):
         return
     assert image.mode == mode and to_rgb(image).mode == "RGB"
     pixels = numpy.asarray(to_rgb(image)).astype(int)
-    assert numpy.abs(pixels - numpy.array(levels)[None, :, None]).max() <= 3 * (mode in ("LAB", "RGBa"))
+    assert numpy.abs(pixels - numpy.array(levels)[None, :, None]).max() <= 3 * (mode == "LAB")
+    if image.has_transparency_data:
+        for opacity, far in ((0, 0), (128, 64)):  # black and white differ from what lies below
+            pixels = numpy.asarray(to_rgb(grey_levels(mode, [0, 255], opacity))).astype(int)
+            assert numpy.abs(numpy.abs(pixels - 128) - far).max() <= 2
 
 
 @pytest.mark.parametrize("name, mode, about", [

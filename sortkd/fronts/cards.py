@@ -143,15 +143,19 @@ def model_card(path: str | Path) -> str:
     """The card of the weights in a `.safetensors` file.
 
     Raises what `read_checkpoint` raises, and `ValueError` for a file that does not name its
-    architecture and data set.
+    architecture and data set, or says something of itself that no card can show.
     """
     weights, text = read_checkpoint(path)
     if not {"architecture", "dataset"} <= text.keys():
         raise ValueError(f"{path} does not name its architecture and data set, so it has no card; "
                          "save weights with save_teacher.")
     names = f"{json.dumps(Path(path).name)}, {json.dumps(text['architecture'])}"
-    return create_card(weights, text, "from sortkd.train.teachers import load_teacher",
-                       f"load_teacher({names}, data.num_classes).model")
+    try:
+        return create_card(weights, text, "from sortkd.train.teachers import load_teacher",
+                           f"load_teacher({names}, data.num_classes).model")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has no card, since its text is not as save_teacher writes it: "
+                         f"{error}") from error
 
 # %% ../../nbs/6_fronts/71_cards.ipynb #d42bec0a
 def card_command(arguments: Sequence[str] | None = None) -> int:

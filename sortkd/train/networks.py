@@ -12,6 +12,7 @@ import importlib.util
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,10 @@ def create_model(name: str, num_classes: int = 100) -> nn.Module:
         return importlib.import_module("timm").create_model(its_name, num_classes=num_classes)
     if library == "torchvision":
         models = importlib.import_module("torchvision.models")
-        return models.get_model(its_name, num_classes=num_classes)
+        options: dict[str, Any] = {}
+        if its_name in ("googlenet", "inception_v3"):  # whose output in training is else a tuple
+            options = {"aux_logits": False, "init_weights": True}
+        return models.get_model(its_name, num_classes=num_classes, **options)
     return (NETWORKS | IMAGENET_NETWORKS)[name](num_classes=num_classes)
 
 # %% ../../nbs/2_train/10a_networks.ipynb #50c9c10e

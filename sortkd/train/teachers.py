@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 import urllib.request
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -60,6 +61,10 @@ _REPLACED = (
 # %% ../../nbs/2_train/14_teachers.ipynb #addae668
 def _load_plain(path: Path) -> Any:
     "The content of a PyTorch file, read without running code from it."
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise ValueError("it is compressed, as PyTorch's files are not")
     with torch.serialization.safe_globals([(_Replaced, name) for name in _REPLACED]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -137,11 +142,15 @@ def _unwrapped(weights: Mapping[str, Tensor], names: list[str], origin: str):
 
 # %% ../../nbs/2_train/14_teachers.ipynb #b3c2a393
 def checked_cast(name: str, value: Tensor, dtype: torch.dtype, origin: str) -> Tensor:
-    "`value` as `dtype`; `ValueError` for NaN, infinity, and numbers that it cannot hold."
+    "`value` as `dtype`; `ValueError` for NaN, infinity, or a number that the name does not allow."
     number = value.detach().to(dtype)
-    if not number.isfinite().all():
-        raise ValueError(f"{origin} holds NaN or infinity in {name}, as {dtype}. Its training has "
-                         "failed, or its numbers do not fit; choose other weights.")
+    fits = number.isfinite() if dtype.is_floating_point else number == value
+    if name.endswith(("running_var", "num_batches_tracked")):
+        fits = fits & (number >= 0)
+    if not fits.all():
+        raise ValueError(f"{origin} holds NaN or infinity in {name}, or a fraction or a negative "
+                         f"number where there can be none, as {dtype}. Its training has failed, or "
+                         "its numbers do not fit; choose other weights.")
     return number
 
 # %% ../../nbs/2_train/14_teachers.ipynb #14c41909
