@@ -329,7 +329,7 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
         record, = done.records
         assert record["about_teacher"] is None and record["teacher"] == "resnet20" and not (tmp_path / "teachers").exists()
         assert done.describe_teacher() == "No method used a teacher."
-        assert "nobody teaches resnet8" in alone.describe()
+        assert "resnet8 is trained alone" in alone.describe()
         again, = run(prepare_repetition(record, results_dir=tmp_path / "repeated")).records
         assert compare_runs(record, again) == []
     beside = run_new(folder, methods="kd,ce", epochs=1, results_dir=results)

@@ -119,10 +119,11 @@ def sees_all(experiment: Experiment) -> bool:
 def _what(experiment: Experiment) -> str:
     "Networks, images, epochs, methods, seeds and device of an experiment, in a sentence."
     data, pair, size = experiment.data, experiment.pair, experiment.data.image_size
+    alone = f"{pair.student} is trained alone"
+    who = f"{pair.teacher} teaches {pair.student}" if experiment.uses_teacher else alone
     return (
-        f"{pair.teacher if experiment.uses_teacher else 'nobody'} teaches {pair.student} on "
-        f"{data.name} ({len(data.train_targets):,} training and {len(data.test_targets):,} test "
-        f"images of {size}×{size}), epochs: {experiment.recipe.epochs}, methods: "
+        f"{who} on {data.name} ({len(data.train_targets):,} training and "
+        f"{len(data.test_targets):,} test images of {size}×{size}), epochs: {experiment.recipe.epochs}, methods: "
         f"{', '.join(method.name for method in experiment.methods)}, seeds: "
         f"{', '.join(map(str, experiment.seeds))}, on {experiment.device} in "
         f"{experiment.precision}."
@@ -154,9 +155,9 @@ def describe_teacher_logits(experiment: Experiment) -> str:
     "What caching the teacher's logits costs in an experiment."
     if not experiment.uses_teacher:
         return "No method uses a teacher."
-    if experiment.cache == "off":
+    if experiment.cache == "off" or not experiment.data.views_per_image:
         return "The teacher runs in every epoch."
-    views = len(experiment.data.train_targets) * (experiment.data.views_per_image or 0)
+    views = len(experiment.data.train_targets) * experiment.data.views_per_image
     size = views * experiment.data.num_classes * 2 / 1e6
     return f"Teacher logits are cached ({size:,.2f} MB for {views:,} augmented images)."
 
