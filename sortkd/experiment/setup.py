@@ -123,7 +123,8 @@ def _what(experiment: Experiment) -> str:
     who = f"{pair.teacher} teaches {pair.student}" if experiment.uses_teacher else alone
     return (
         f"{who} on {data.name} ({len(data.train_targets):,} training and "
-        f"{len(data.test_targets):,} test images of {size}×{size}), epochs: {experiment.recipe.epochs}, methods: "
+        f"{len(data.test_targets):,} test images of {size}×{size}), epochs: "
+        f"{experiment.recipe.epochs}, methods: "
         f"{', '.join(method.name for method in experiment.methods)}, seeds: "
         f"{', '.join(map(str, experiment.seeds))}, on {experiment.device} in "
         f"{experiment.precision}."
