@@ -6,9 +6,9 @@ trains a tiny model for ten steps, in seconds. For models of your own load them 
 set the labels of a prompt, of padding and of the first token to -100.
 """
 import torch
-import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from sortkd.token_lists import shifted_target
 from sortkd.tokens import LinearDistillationLoss
 
 
@@ -21,7 +21,7 @@ class TokenTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the Trainer counts the tokens of all batches of a step
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        target = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)  # the token that comes next
+        target = shifted_target(inputs["labels"])  # the token that comes next
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
         with torch.no_grad():
             teacher = self.teacher.model(**tokens)[0]

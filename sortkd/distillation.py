@@ -41,11 +41,10 @@ def _as_teacher(
     teacher_logits: Tensor | None, student_logits: Tensor, vocabulary: int | None = None,
     dim: int = -1,
 ) -> Tensor:
-    "The teacher's logits, cut and without a gradient, if they have the shape of the student's."
+    "The teacher's logits, cut and without a gradient, if they have the shape of `student_logits`."
     if not isinstance(teacher_logits, Tensor):
         raise TypeError(f"teacher_logits must be a tensor, not {described(teacher_logits)}.")
-    teacher_logits, student_logits = (
-        cut(each, vocabulary, dim) for each in (teacher_logits, student_logits))
+    teacher_logits = cut(teacher_logits, vocabulary, dim)
     shape, other = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if shape != other:
         raise ValueError(f"student and teacher need logits of one shape, but they have {shape} and "
@@ -231,7 +230,7 @@ class DistillationLoss(RowLoss):
         check_floating("student_logits", student_logits)
         given = teacher_logits if self.method.uses_teacher else student_logits
         student = cut(student_logits, self.vocabulary, self.dim)
-        teacher = _as_teacher(given, student_logits, self.vocabulary, self.dim)
+        teacher = _as_teacher(given, student, self.vocabulary, self.dim)
         index, _, counts, wrong = find_wrong_rows(teacher, target, self.dim, self.ignore_index)
         self.teacher_wrong = wrong.squeeze(self.dim) if self.method.uses_teacher else None
         rows, teacher = as_rows(student, self.dim), as_rows(teacher, self.dim)

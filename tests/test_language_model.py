@@ -1,4 +1,5 @@
 "The study of a small language model, examples/language_model.py, in a tiny size."
+import hashlib
 import json
 import math
 import random
@@ -153,3 +154,11 @@ def test_the_same_numbers_twice_and_no_run_twice(teacher, tokens, tmp_path):
     assert len(losses) == 8 and list(first["validation_loss"]) == ["3", "6"]
     STUDY["run"](teacher, tokens, SMALL | {"student_steps": 2}, (0,), ["ce"], once, known)
     assert len(once.read_text().splitlines()) == 9
+
+
+def test_the_teacher_of_the_study_is_the_one_that_its_records_name():
+    root = Path(__file__).parents[1]
+    content = (root / "teachers" / "tokens" / "teacher.safetensors").read_bytes()
+    records = map(json.loads, (root / "results" / "tokens" / "runs.jsonl").read_text().splitlines())
+    assert {each["teacher_sha256"] for each in records} == {hashlib.sha256(content).hexdigest()}
+    assert len(content) <= 16e6

@@ -327,11 +327,11 @@ class ImageBatches(ABC):
 
     def gather(self, views: Views) -> tuple[Tensor, Tensor]:
         "Training images (B, 3, H, W) and targets (B,) of `views`, for images in memory."
-        raise NotImplementedError("images in files have no numbers")
+        raise RuntimeError("images in files have no numbers")
 
     def strong_images(self, index: Tensor, *key: str | int) -> Tensor:
         "Strongly augmented training images `index` (B, 3, H, W), for images in memory."
-        raise NotImplementedError("images in files have no numbers")
+        raise RuntimeError("images in files have no numbers")
 
     @abstractmethod
     def blocks(self, batch_size: int, seed: int, epoch: int, *, rank: int = 0, ranks: int = 1,
