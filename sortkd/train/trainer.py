@@ -234,21 +234,27 @@ def repair_block(learner: Learner, block: TeacherBlock) -> TeacherBlock:
 # %% ../../nbs/2_train/16_trainer.ipynb #65d54fb9
 def train_epoch(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None, epoch: int,
+    report: Callable[[float], None] = lambda done: None,
 ) -> None:
-    "All steps of an epoch. The learners must have one batch size."
+    """All steps of an epoch. The learners must have one batch size. `report` is called after each
+    step with the epochs that are done, such as 2.5.
+    """
     size, ranks = learners[0].recipe.batch_size, learners[0].ranks
     teacher = teacher if any(each.method.uses_teacher for each in learners) else None
     strong = any(each.method.strong_views for each in learners)
     streams = {each.seed: teacher_blocks(images, teacher, size, each.seed, epoch, ranks, strong)
                for each in learners}
+    steps, step = len(batch_bounds(len(images.train_targets), size)), 0
     for blocks in zip(*streams.values()):
         of_seed = dict(zip(streams, blocks))
         turns = [(each, repair_block(each, of_seed[each.seed])) for each in learners]
-        for step in range(len(blocks[0].bounds)):
+        for number in range(len(blocks[0].bounds)):
             for learner, block in turns:
-                learner.learn(block.batch(step))
+                learner.learn(block.batch(number))
             for learner in learners:
                 wait_for(learner.stream)
+            step += 1
+            report(epoch - 1 + step / (steps + 1))  # the evaluation follows
 
 # %% ../../nbs/2_train/16_trainer.ipynb #7c667d75
 def _epoch_row(learner: Learner, images: int, test: Evaluation) -> dict[str, float]:
@@ -310,12 +316,13 @@ def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None
 # %% ../../nbs/2_train/16_trainer.ipynb #56e855f8
 def _run_epoch(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None, epoch: int,
+    report: Progress,
 ) -> list[Learner]:
     "Return the learners whose loss is finite."
     start = time.monotonic()
     for learner in learners:
         learner.start_epoch(epoch)
-    train_epoch(learners, images, teacher, epoch)
+    train_epoch(learners, images, teacher, epoch, report)
     for learner in learners:
         end_epoch(learner, images)
     seconds = (time.monotonic() - start) / len(learners)
@@ -339,7 +346,7 @@ def _run_epochs(
                     if len(each.outcome.curve) + 1 == epoch <= each.recipe.epochs]
         if not learning:  # the others have finished, or failed
             continue
-        learning = _run_epoch(learning, images, teacher, epoch)
+        learning = _run_epoch(learning, images, teacher, epoch, report)
         stops = epoch < last and stop is not None and fabric.broadcast(first and stop())
         for each in learning:
             if each.checkpoint is not None:
