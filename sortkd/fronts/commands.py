@@ -63,17 +63,17 @@ def _run_parser() -> argparse.ArgumentParser:
 def _run_experiment(given: dict, progress: bool) -> None:
     from sortkd.evidence.plots import conclude, summarize
     from sortkd.experiment.run import run_experiment
-    from sortkd.experiment.setup import describe_teacher_logits, limit_threads, prepare_experiment
+    from sortkd.experiment.setup import limit_threads, prepare_experiment
 
     experiment = prepare_experiment(**given)
     limit_threads(experiment)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, only one prints
     if first:
-        print(experiment.describe(), describe_teacher_logits(experiment), flush=True)
+        print(experiment.describe(), flush=True)
     results = run_experiment(experiment, progress)
     if first:
         print(results.describe(), summarize(results.records).to_string(),
-              conclude(results.records), sep="\n")
+              f"{conclude(results.records)} {results.describe_teacher()}", sep="\n")
 
 # %% ../../nbs/6_fronts/70_commands.ipynb #6b6271bd
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -214,12 +214,23 @@ class Teacher:
 
 # %% ../../nbs/2_train/14_teachers.ipynb #63ad3955
 def load_teacher(
-    path: str | Path, architecture: str, num_classes: int, source: str = "given"
+    path: str | Path, architecture: str = "", num_classes: int = 0, source: str = "given"
 ) -> Teacher:
-    "The teacher in a checkpoint file; errors as `read_checkpoint` and `load_weights` raise them."
+    """The teacher in a checkpoint file, or of a name in `teachers/`, such as `resnet20-cifar100`.
+
+    A file that `save_teacher` wrote names its `architecture`, and its weights have `num_classes`.
+    Errors as `read_checkpoint` and `load_weights` raise them, and `ValueError` for a file that does
+    not name its architecture.
+    """
+    named = Path("teachers", f"{path}.safetensors")
+    path = named if named.is_file() and not Path(path).exists() else Path(path)
     weights, training = read_checkpoint(path)
+    if not (architecture := architecture or training.get("architecture", "")):
+        raise ValueError(f"{path} does not name its architecture; give it.")
+    if not num_classes:  # the classifier comes last
+        num_classes = len(weights[[*create_model(architecture, 2).state_dict()][-1]])
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
-    return Teacher(model, architecture, source, Path(path).name, training)
+    return Teacher(model, architecture, source, path.name, training)
 
 # %% ../../nbs/2_train/14_teachers.ipynb #5921c810
 PUBLISHED_ARCHIVE = ("https://github.com/megvii-research/mdistiller/releases/download/checkpoints/"
