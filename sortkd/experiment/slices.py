@@ -104,9 +104,10 @@ def describe_state(state: pd.DataFrame) -> str:
     "`forecast` as text, and the results so far: last-epoch top-1 (%), mean and SD over seeds."
     table = forecast(state).to_string(na_rep="unknown", float_format="{:,.3g}".format)
     top1 = state[state["finished"]].groupby(["pair", "method"], sort=False)["top1"]
-    results = "" if not len(top1) else top1.agg(seeds="size", mean="mean", SD="std").to_string(
-        na_rep="–", float_format="{:.2f}".format) + "\n"
-    return f"{table}\n{results}{(~state['finished']).sum()} of {len(state)} cells are missing."
+    results = top1.agg(seeds="size", mean="mean", SD="std").to_string(
+        na_rep="", float_format="{:.2f}".format) if len(top1) else "No cell is finished yet."
+    missing = (~state["finished"]).sum()
+    return f"{table}\n{results}\n{missing} of {len(state)} cells are missing."
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #a65fae38
 class Deadline:
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="only show what is missing and what it costs")
     add("--at-once", type=int, default=STUDENTS_AT_ONCE,
         help="how many cells of a pair are trained together (default: %(default)s)")
-    add("--plugin", default="", metavar="FILE", help="Python files that register what the grid names")
+    add("--plugin", default="", help="Python files that register what the grid names")
     add("--quiet", action="store_true", help="print no line for each epoch")
     return parser
 

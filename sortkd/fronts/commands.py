@@ -150,11 +150,12 @@ def measure_logits(logits: Tensor, target: Tensor) -> dict[str, float]:
 # %% ../../nbs/6_fronts/70_commands.ipynb #932492ef
 def _names_in(training: dict, architecture: str, dataset: str, path: str | Path) -> tuple[str, str]:
     "`architecture` and `dataset`, where they are `auto` as the file at `path` names them."
-    if architecture == "auto" and "architecture" not in training:
+    given = {"architecture": architecture, "dataset": dataset}
+    known = training | {name: value for name, value in given.items() if value != "auto"}
+    if "architecture" not in known:
         raise ValueError(f"{path} does not name its network; "
                          "give the name as architecture (--architecture).")
-    architecture = training["architecture"] if architecture == "auto" else architecture
-    return architecture, training.get("dataset", "auto") if dataset == "auto" else dataset
+    return known["architecture"], known.get("dataset", "auto")
 
 # %% ../../nbs/6_fronts/70_commands.ipynb #d90e94af
 def evaluate_checkpoint(

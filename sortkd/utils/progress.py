@@ -50,7 +50,8 @@ class Progress:
         if not self.shown or (done < self.total and now - self._last < pause):
             return
         self._last = now
-        parts = [f"{self.unit} {math.ceil(done):,}/{self.total:,}", f"{part:.0%} of it" if part else details]
+        details = f"{part:.0%} of it" if part else details
+        parts = [f"{self.unit} {math.ceil(done):,}/{self.total:,}", details]
         if done < self.total:
             left = (now - self._began) / max(1, done - self.start) * (self.total - done)
             parts.append(f"{duration(left)} left")
