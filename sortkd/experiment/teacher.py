@@ -74,10 +74,9 @@ def train_teacher(
         fabric,
         seed=seed,
         checkpoint=checkpoint,
-        keep_best=False,
         callbacks=callbacks,
         stop=stop,
-        progress=f"teacher {architecture}, seed {seed}" if progress else False,
+        progress=f"teacher {architecture}, seed {seed}" if progress else "",
     )
     values = {
         **training,
