@@ -12,13 +12,13 @@ from .losses import dist_loss, dkd_loss, kd_loss
 from .methods import create_method, list_methods
 from .sorting import sort_logits, sort_topk, swap_logits
 
-__version__ = "0.2.0"
+__version__ = "0.1.0"
 
 
 def show_commands() -> None:
     "The command `sortkd`: the version, and the other commands."
     print(f"sortkd {__version__}")
-    commands = "sortkd-run, sortkd-eval, sortkd-card, sortkd-grid"
+    commands = "sortkd-run, sortkd-eval, sortkd-card, sortkd-grid, sortkd-table"
     print(f"Commands: {commands}; each explains itself with --help.")
 
 

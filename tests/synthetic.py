@@ -22,15 +22,8 @@ def write_lines(path, records, *more):
 
 
 def synthetic_record(
-    pair: str = "r56_r20",
-    method: str = "kd",
-    seed: int = 0,
-    last_top1: float = 70.0,
-    *,
-    best_above_last: float = 0.3,
-    epochs: int = 3,
-    preset: str = "synthetic",
-    **changes,
+    pair: str = "r56_r20", method: str = "kd", seed: int = 0, last_top1: float = 70.0, *,
+    best_above_last: float = 0.3, epochs: int = 3, preset: str = "synthetic", **changes,
 ) -> dict:
     """A record that was made up, for trying and testing what reads records; its field `synthetic` says so.
 
@@ -52,53 +45,34 @@ def synthetic_record(
         curve[best - 1] = last_top1 + best_above_last
     images = 50_000 if full else 1000
     record = {
-        "synthetic": True,
-        "schema": SCHEMA_VERSION,
+        "synthetic": True, "schema": SCHEMA_VERSION,
         "run_id": f"synthetic-{pair}-{method}-seed{seed}",
         "started": f"2026-01-01T00-00-{seed % 60:02}.000000Z",
         "finished": f"2026-01-01T01-00-{seed % 60:02}.000000Z",
         "parameters": {"pair": pair, "methods": method, "seeds": str(seed), "preset": preset},
-        "pair": pair,
-        "teacher": teacher,
-        "student": student,
+        "pair": pair, "teacher": teacher, "student": student,
         "method": {"name": method, "repair": repair, "objective": objective, "settings": {}},
-        "seed": seed,
-        "preset": preset,
-        "full_recipe": full,
-        "recipe": asdict(recipe),
-        "device": "cpu",
-        "precision": "float32",
-        "teacher_logits": "computed",
+        "seed": seed, "preset": preset, "full_recipe": full, "recipe": asdict(recipe),
+        "device": "cpu", "precision": "float32", "teacher_logits": "computed",
         "data": {
             "name": "cifar100" if full else "synthetic",
             "checksum": CIFAR100_CHECKSUM if full else "0" * 64,
-            "full_checksum": CIFAR100_CHECKSUM if full else "0" * 64,
-            "train_images": images,
-            "test_images": 10_000 if full else 500,
-            "classes": 100,
+            "full_checksum": CIFAR100_CHECKSUM if full else "0" * 64, "train_images": images,
+            "test_images": 10_000 if full else 500, "classes": 100,
         },
         "about_teacher": {
-            "architecture": teacher,
-            "source": "found",
+            "architecture": teacher, "source": "found",
             "file": "ckpt_epoch_240.pth" if full else "synthetic.safetensors",
-            "weights_sha256": "1" * 64,
-            "training": {},
-            "top1": PUBLISHED_TOP1[teacher],
+            "weights_sha256": "1" * 64, "training": {}, "top1": PUBLISHED_TOP1[teacher],
         },
         "machine": {"processor": "none", "threads": 1},
         "curve": {
-            "epoch": steps.tolist(),
-            "train_loss": np.linspace(4, 1, recipe.epochs).tolist(),
-            "train_top1": (curve * 0.9).tolist(),
-            "test_top1": curve.tolist(),
+            "epoch": steps.tolist(), "train_loss": np.linspace(4, 1, recipe.epochs).tolist(),
+            "train_top1": (curve * 0.9).tolist(), "test_top1": curve.tolist(),
         },
         "result": {
-            "last_top1": float(last_top1),
-            "best_top1": float(curve[best - 1]),
-            "best_epoch": best,
-            "seconds": 3600.0,
-            "student_sha256": "2" * 64,
-            "training_rows": images * recipe.epochs,
+            "last_top1": float(last_top1), "best_top1": float(curve[best - 1]), "best_epoch": best,
+            "seconds": 3600.0, "student_sha256": "2" * 64, "training_rows": images * recipe.epochs,
             "teacher_wrong_rows": images * recipe.epochs // 10,
             "changed_rows": images * recipe.epochs // 10 if repair != "none" else 0,
         },
@@ -109,13 +83,8 @@ def synthetic_record(
 
 
 def synthetic_records(
-    effects: dict[str, float],
-    generator: np.random.Generator,
-    *,
-    seeds: int = 5,
-    deviation: float = 0.25,
-    objectives: Sequence[str] = ("kd", "dkd"),
-    **settings,
+    effects: dict[str, float], generator: np.random.Generator, *, seeds: int = 5,
+    deviation: float = 0.25, objectives: Sequence[str] = ("kd", "dkd"), **settings,
 ) -> list[dict]:
     """Synthetic records of plain and sorted runs: for each pair the planted effect of sorting in points, with seed
     noise of standard deviation `deviation` on every run.

@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 import yaml
 from msgspec.structs import replace
+from scipy.stats import ttest_1samp
 
+from sortkd.evidence.answers import compare_plans, effects_on_images, find_answers, give_advice
 from sortkd.evidence.preregistration import (
     Look, describe_looks, describe_plans, mark_planned, planned_cells, planned_effects, read_plan,
     read_plans,
@@ -23,9 +25,11 @@ from sortkd.evidence.results import load_results
 
 ROOT = Path(__file__).parents[1]
 HISTORY = Path(os.environ.get("SORTKD_HISTORY", ROOT))  # a checkout with history, if this has none
+FIRST_SCREEN = (ROOT / "results" / "tables" / "first_screen.md").read_text()
+READMES = {name: (ROOT / name).read_text() for name in ("README.md", "results/README.md")}
 PLANS = read_plans(ROOT / "results" / "plans")
-SORTING, BASELINE = (next(plan for plan in PLANS if plan.name == name)
-                     for name in ("sorting", "baseline"))
+NAMED = {plan.name: plan for plan in PLANS}
+SORTING, BASELINE = NAMED["sorting"], NAMED["baseline"]
 
 
 @functools.cache
@@ -77,27 +81,25 @@ def test_records_name_a_version_of_their_plan_that_was_committed_before_they_beg
     assert all(versions[run.plan_sha256] < start_of(run) for run in said.itertuples())
 
 
-def runs_of(plan, **changes):
-    "Runs of all cells of a plan; sorting gains a point."
+def runs_of(plan, gain=1.0, noise=0.3, **changes):
+    "Runs of all cells of a plan; KD gains 5 points, and sorting `gain` more, on other images."
     cells = plan.grid.cells.assign(
         preset=plan.grid.preset, epochs=plan.grid.options.get("epochs", 240))
-    sorts, noise = cells.method == "kd+sort", np.random.default_rng(0).normal(0, 0.3, len(cells))
-    top1 = 60 + noise + sorts
+    sorts, alone = cells.method == "kd+sort", cells.method == "ce"
+    top1 = 60 + np.random.default_rng(0).normal(0, noise, len(cells)) + gain * sorts - 5 * alone
     same = dict.fromkeys(["teacher", "student", "recipe", "data_checksum", "precision", "synthetic",
                           "method_settings", "lr"], "same")
     return cells.assign(
         teacher_file=Path(plan.grid.options.get("teacher", "")).name, plan_sha256="",
-        teacher_sha256=plan.teacher_sha256 or "", objective=cells.method.str.split("+").str[0],
-        repair=sorts.map({True: "sort", False: "none"}), last_top1=top1,
-        correct=[np.arange(500) < 5 * each for each in top1],
+        teacher_sha256=np.where(alone, "", plan.teacher_sha256 or ""), objective=cells.method.str.split("+").str[0],
+        repair=sorts.map({True: "sort", False: "none"}), last_top1=top1, unseen_top1=top1,
+        correct=[np.arange(500) < 5 * each for each in top1], wrong_share=np.where(alone, None, 0.3),
         run_id=[f"{plan.name}{number}" for number in range(len(cells))],
-        started="2026-11-26T01-02-03.000004Z", data="cifar100", train_images=50_000,
-        test_images=10_000, recipe_changes="{}", **same, **{"device": "cpu", **changes})
+        started="2026-11-26T01-02-03.000004Z", **plan.same, **same, **{"device": "cpu", **changes})
 
 
 def test_a_comparison_with_the_runs_of_another_plan():
     runs = pd.concat([runs_of(SORTING), runs_of(BASELINE)], ignore_index=True)
-    runs.loc[runs.method == "ce", "last_top1"] -= 5
     effects = planned_effects(SORTING, PLANS, runs)
     assert effects.seeds.tolist() == [15, 6] == effects.planned.tolist()
     assert [*effects.verdict] == ["gain", "gain"] and [*effects.p_holm.notna()] == [False, True]
@@ -153,6 +155,67 @@ def test_runs_are_matched_with_the_cells_that_planned_them():
     table = describe_plans([SORTING], runs[runs.seed < 3])
     assert table.methods.tolist() == ["kd, kd+sort", ""] and table.planned.tolist() == [30, 0]
     assert table.exist.tolist() == [6, 0] and table["name it"].tolist() == [0, 0]
+
+
+WAITING = ["unseen", "few_labels", "few_labels_weak", "noise40"]
+
+
+def answers_of(*runs):
+    plans = [NAMED[name] for name in WAITING]
+    return find_answers(plans, mark_planned(pd.concat(runs, ignore_index=True), plans))
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_setting_joins_when_its_look_is_reached_and_not_before(name):
+    runs, planned = runs_of(NAMED[name]), NAMED[name].grid.cells["seed"].nunique()
+    assert answers_of(runs[runs.seed < planned - 1]).empty
+    (row,) = answers_of(runs).to_dict("records")
+    assert row["seeds"] == row["seeds_kd"] == planned and row["verdict_kd"] == "gain"
+    assert row["noise"] == (0.4 if name == "noise40" else 0) and "wrong on 30 %" in row["setting"]
+
+
+@pytest.mark.parametrize(("gain", "noise", "gains", "loses"), [
+    (3, 0.3, "unseen", "none"), (-3, 0.3, "none", "unseen"), (0, 0.1, "none", "none"),
+    (0.5, 9, "none", "none")])
+def test_advice_says_what_the_verdicts_say(gain, noise, gains, loses):
+    answers = answers_of(runs_of(NAMED["unseen"], gain, noise))
+    advice, (row,) = give_advice(answers, ["other pairs"]), answers.to_dict("records")
+    assert f"1 planned settings, accuracy gains in {gains} and loses in {loses}" in advice
+    assert (f"{row['mean']:+.2f} (".replace("-", "−") in advice) == (row["verdict_kd"] == "gain") == (noise < 9)
+    assert f"{row['high']:+.2f}".replace("-", "−") in advice and "not shown: other pairs" in advice
+
+
+@pytest.mark.parametrize(("gain", "answer"), [(3, "growing"), (-1, "shrinking"), (1, "inconclusive")])
+def test_a_question_over_two_plans_waits_for_both(gain, answer):
+    less, more = runs_of(NAMED["few_labels"], noise=0.6), runs_of(NAMED["few_labels_weak"], gain)
+    more = more[more.method != "ce"]  # those of `less`
+    assert compare_plans(answers_of(less, more[more.seed < 15])).empty
+    found = compare_plans(answers_of(less, more))
+    effects = [runs.pivot(index="seed", columns="method", values="last_top1") for runs in (more, less)]
+    test = ttest_1samp(np.subtract(*(each["kd+sort"] - each["kd"] for each in effects)), 0)
+    assert [*found[["low", "high"]].iloc[0]] == pytest.approx([*test.confidence_interval()])
+    assert found.answer.tolist() == [answer]
+    noisy = compare_plans(answers_of(less, runs_of(NAMED["noise40"], -9)), "noise40")
+    assert noisy.answer.tolist() == ["shrinking"] and noisy.seeds.tolist() == [8]
+
+
+def test_an_effect_is_told_apart_by_what_the_teacher_gets_right():
+    runs, right = runs_of(NAMED["few_steps"], noise=0), np.arange(500) < 300
+    effects = effects_on_images(runs, right).set_index("images")["mean"]  # image 300 to 305 gained
+    assert effects.tolist() == pytest.approx([0, 2.5, 2.5])
+
+
+def test_what_readers_see_is_what_the_records_say():
+    answers = find_answers(PLANS, mark_planned(recorded(), PLANS))
+    *_, advice = [line for line in FIRST_SCREEN.splitlines() if line.startswith("Use it if")]
+    assert advice.startswith(give_advice(answers, [""]).removesuffix("."))
+    rows = [line for line in FIRST_SCREEN.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == len(answers) + 1 and advice in READMES["results/README.md"]
+    for row, answer in zip(rows, answers.itertuples()):
+        assert f"{answer.name}: {answer.setting} |" in row and f"{answer.verdict} (±" in row
+    for name, text in READMES.items():
+        for row in rows:
+            assert row in text or row.split("|")[1] not in text, f"{name}: copy {row}"
 
 
 def test_nothing_is_chosen_in_silence():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sortkd.evidence.results import CIFAR100_CHECKSUM, load_results, select, select_paper
-from sortkd.evidence.statistics import paired_effects, pool_effects
+from sortkd.evidence.statistics import paired_effects
 from sortkd.experiment.storage import append_record, read_records, save_correct
 from sortkd.experiment.run import run_experiment
 from sortkd.experiment.record import RecordError, check_record
@@ -172,8 +172,7 @@ def test_a_folder_without_runs(tmp_path):
     frame, left_out = load_results(quick)
     assert frame.empty and "no evidence" in left_out.reason[0]
     frame, left_out = load_results(empty)
-    effects = paired_effects(select_paper(frame))
-    assert effects.empty and pool_effects(effects).empty and left_out.empty
+    assert paired_effects(select_paper(frame)).empty and left_out.empty
     with pytest.raises(FileNotFoundError, match="there is no file of records"):
         load_results(tmp_path / "absent.jsonl")
 

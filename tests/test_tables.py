@@ -13,6 +13,7 @@ from sortkd.evidence.plots import summarize
 from sortkd.evidence.statistics import paired_effects
 from sortkd.evidence.tables import comparison_table, effect_table, read_reported, write_table
 from sortkd.experiment.pairs import PAIRS
+from sortkd.fronts.table import table_command
 from synthetic import synthetic_record, synthetic_records, write_lines
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
@@ -87,9 +88,10 @@ def test_effects_are_listed():
     table = effect_table(effects)
     assert table.loc[("t0 → s", "KD + sort − KD")].to_dict() == {
         "seeds": "2", "effect": "+0.10", "95 % interval": "−1.17 to +1.37",
-        "verdict": "inconclusive", "better": "75%", "differences": "+0.00, +0.20",
+        "verdict": "inconclusive", "better": "75%",
     }
-    planned = effect_table(effects.assign(planned=6, images_low=-0.1, images_high=0.4))
+    planned = effect_table(
+        effects.assign(planned=6, images_low=-0.1, images_high=0.4, smallest_effect=0.5))
     row = planned.loc[("t2 → s", "KD + sort − KD")]
     assert (row["seeds"], row["p"]) == ("2 of 6", "< 0.001")
     assert row["over seeds and images"] == "−0.10 to +0.40"
@@ -115,21 +117,50 @@ def test_reported_numbers_have_sources_and_the_slip_is_corrected():
     assert top1["cifar100", "kd", "resnet32x4", "ShuffleV2"] == 74.45
     assert top1["cifar100", "dkd", "resnet32x4", "ShuffleV2"] == 77.07
     assert ("cifar100", "kd", "resnet32x4", "MobileNetV2") not in top1.index
-    assert top1["cifar100", "wttm", "resnet56", "resnet20"] == 71.92
-    pairs = ("ResNet34", "ResNet18"), ("ResNet50", "MobileNetV1")
-    imagenet = {"dist": (72.07, 73.24), "wttm": (72.19, 73.09), "kd": (71.03, 70.5)}
-    for method, numbers in imagenet.items():
-        assert numbers == tuple(top1["imagenet", method, *pair] for pair in pairs)
+    assert top1["imagenet", "dist", "ResNet50", "MobileNetV1"] == 73.24
     logs = REPORTED.dropna(subset="top1_last")
     assert (logs.top1 >= logs.top1_last).all() and set(logs.arxiv) == {"2403.01427"}
-    ours = REPORTED[REPORTED.method.isin(["kd", "dkd"])]
-    assert set(ours.arxiv) == {"2203.08679"} and ours.source.str.contains("mdistiller").all()
-    known = Counter(ours[ours.dataset == "cifar100"].set_index(["teacher", "student"]).index)
+    ours = REPORTED[REPORTED.method.isin(["kd", "dkd"]) & (REPORTED.dataset == "cifar100")]
+    known = Counter(ours.set_index(["teacher", "student"]).index)
     pairs = {(pair.teacher, pair.student) for name, pair in PAIRS.items() if name != "r32x4_mv2"}
     assert known == dict.fromkeys(pairs, 2)
 
 
-# The notebooks
+def test_the_command_writes_tables_of_any_records(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # outside of a clone
+    records = Path("results")
+    for name, seeds in (("short", (0, 1, 2)), ("quick", (0,))):
+        write_lines(records / f"{name}.jsonl", [
+            synthetic_record("r56_r20", way, seed, 60 + 3 * number + seed, preset=name, synthetic=False)
+            for number, way in enumerate(("kd", "kd+sort")) for seed in seeds])
+    every, written = [str(records / f"{name}.jsonl") for name in ("short", "quick")], []
+    for _ in range(2):
+        assert table_command(every) == 0
+        written.append({path.name: path.read_bytes() for path in Path("tables").iterdir()})
+    names = {f"{name}.{form}" for name in ("accuracies", "effects") for form in ("md", "tex")}
+    assert written[0] == written[1] and written[0].keys() == names | {"curves.pdf"}
+    effects = written[0]["effects.md"].decode()
+    assert "KD + sort − KD | 3 | +3.00 | +3.00 to +3.00 | gain" in effects
+    assert effects.count("QUICK: no evidence") == 1 and "| 1 | +3.00 | – | inconclusive" in effects
+    assert table_command(["results", "--output", "other"]) == 0  # a folder, without quick runs
+    assert "quick runs are no evidence" in capsys.readouterr().out
+    assert "QUICK" not in (tmp_path / "other" / "accuracies.md").read_text()
+    with pytest.raises(SystemExit):
+        table_command(["--out", "x", *every])
+
+
+def test_the_command_shows_no_effect_before_its_look(tmp_path, capsys):
+    results = NOTEBOOKS.parent / "results"
+    early = [line for line in (results / "paper.jsonl").read_text().splitlines(keepends=True)
+             if "half-60epochs" in line and json.loads(line)["seed"] < 3]
+    write_lines(tmp_path / "results" / "paper.jsonl", [], *early)
+    (tmp_path / "results" / "plans").mkdir()
+    (tmp_path / "results" / "plans" / "unseen.yaml").write_text(
+        (results / "plans" / "unseen.yaml").read_text())
+    assert len(early) == 6 and table_command([str(tmp_path / "results"), "--output", str(tmp_path / "t")])
+    said = capsys.readouterr()
+    assert "until their planned look: unseen" in said.out and "no run can be shown" in said.err
+    assert not (tmp_path / "t").exists()
 
 
 def run_notebook(name, folder, **parameters):
@@ -172,8 +203,8 @@ def test_tables_are_made_from_records(synthetic_folder):
     assert "24 of the published recipe, 12 short ones, 0 others; 1 lines left out" in text
     assert "no table, since it has no row" in text
     assert {Path(name).stem for name in first} == set(  # no planned effect can be shown
-        "plans dose same_architecture different_architecture imagenet sorting_effect short_runs "
-        "short_effect power grid left_out".split())
+        "plans dose same_architecture different_architecture imagenet short_runs short_effect power "
+        "left_out".split())
     assert {Path(name).suffix for name in first} == {".md", ".tex"}
     assert all("SYNTHETIC RECORDS" in content.decode() for content in first.values())
     different = first["different_architecture.md"].decode()
@@ -189,8 +220,8 @@ def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monk
     text, first = run_notebook("paper_figures", synthetic_folder)
     assert "mistakes is left as it is: it needs CIFAR-100" in text
     assert first["mistakes.png"] == b"as committed"
-    drawn = ("diagram", "curves_short", "curves_r56_r20", "curves_r32x4_shuv2", "effect",
-             "effect_short", "repairs", "speed")
+    drawn = ("diagram", "curves_short", "curves_r56_r20", "curves_r32x4_shuv2", "effect_short",
+             "repairs", "speed")
     files = {f"{name}.{suffix}" for name in drawn for suffix in ("png", "pdf", "md")}
     assert set(first) == files | {"mistakes.png"}
     pdfs = b"".join(content for name, content in first.items() if name.endswith("pdf"))
@@ -203,7 +234,6 @@ def test_notebooks_run_where_nothing_is_measured(tmp_path, monkeypatch):
     monkeypatch.setenv("SORTKD_DATA", str(tmp_path / "no data"))
     (tmp_path / "results").mkdir()
     text, tables = run_notebook("paper_tables", tmp_path, synthetic=False)
-    assert "0 runs in" in text and "No short runs are recorded yet." in text
     assert "the folder holds no file of records" in tables["left_out.md"].decode()
     assert "short_runs.md" not in tables
     written = [content.decode() for name, content in tables.items() if name.endswith("md")]

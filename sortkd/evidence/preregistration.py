@@ -153,19 +153,21 @@ def planned_cells(plan: Plan, runs: pd.DataFrame) -> pd.DataFrame:
 def mark_planned(runs: pd.DataFrame, plans: Sequence[Plan]) -> pd.DataFrame:
     "`runs` with a column `plan`: the name of the plan that a run belongs to, or an empty string."
     names = {run: plan.name for plan in plans for run in planned_cells(plan, runs)["run_id"]}
-    return runs.assign(plan=runs["run_id"].map(names).fillna(""))
+    return runs.assign(plan=[names.get(run, "") for run in runs["run_id"]])
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #dbb09b78
 def describe_plans(plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
     """For each plan its methods, how many runs were planned, how many of them exist, and how many
     name the plan by its checksum; last, all runs that no plan names.
     """
-    marked, rows = mark_planned(runs, plans), []
-    for plan in plans:
-        cells, own = plan.grid.cells, marked[marked["plan"] == plan.name]
+    rows = []
+    for plan in plans:  # plans that differ in their teacher share the runs without one
+        own = runs[runs["run_id"].isin(planned_cells(plan, runs)["run_id"])]
+        methods = ", ".join(plan.grid.cells["method"].unique())
         named = (own["plan_sha256"] != "").sum()
-        rows.append((plan.name, ", ".join(cells["method"].unique()), len(cells), len(own), named))
-    rows.append(("(not planned)", "", 0, (marked["plan"] == "").sum(), 0))
+        rows.append((plan.name, methods, len(plan.grid.cells), len(own), named))
+    alone = (mark_planned(runs, plans)["plan"] == "").sum()
+    rows.append(("(not planned)", "", 0, alone, 0))
     return pd.DataFrame(rows, columns=["plan", "methods", "planned", "exist", "name it"])
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #7f3605c2
@@ -212,7 +214,7 @@ def _effect(plan: Plan, comparison: _Comparison, seeds: int) -> pd.DataFrame:
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #eda263a9
 def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd.DataFrame:
     """The effects that a plan asks for, each over the seeds of the last look that was reached, with
-    `verdicts`, and the columns plan, planned (how many seeds it planned), images_low and
+    `verdicts`, and the columns plan, smallest_effect, planned (how many seeds), images_low and
     images_high (`crossed_interval` over seeds and test images; NaN without the runs' bits).
 
     The primary comparison comes first and has no p_holm. Empty before the first look.
@@ -226,7 +228,8 @@ def planned_effects(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> pd
     parts = [verdicts(table[primary], *limits).assign(p_holm=math.nan),
              verdicts(table[~primary], *limits, together=True)]
     parts = [part for part in parts if len(part)] or parts[:1]
-    return pd.concat(parts, ignore_index=True).assign(plan=plan.name)
+    return pd.concat(parts, ignore_index=True).assign(
+        plan=plan.name, smallest_effect=plan.smallest_effect)
 
 # %% ../../nbs/4_evidence/54_preregistration.ipynb #f9ee0573
 def describe_looks(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> list[str]:
@@ -234,11 +237,9 @@ def describe_looks(plan: Plan, plans: Sequence[Plan], runs: pd.DataFrame) -> lis
     lines = []
     for each in _comparisons(plan, plans, runs):
         exist = len(each.seeds)
-        line = f"{each.name}: {exist} of {each.planned} seeds"
-        reached = [look for look in each.looks if look <= exist]
-        following = each.looks[len(reached):]
-        line += f", looked at after {reached[-1]}" if reached else ""
-        line += f", to be looked at after {following[0]}" if following else ""
+        looks = (f"{'looked' if look <= exist else 'to be looked'} at after {look}"
+                 for look in each.looks)
+        line = f"{each.name}: {exist} of {each.planned} seeds, {', '.join(looks)}"
         blind = (look.after for look in plan.looks if look.may and look.after <= exist)
         if seeds := max(blind, default=0):
             scatter = _effect(plan, each, seeds)["std"].iloc[0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 't_half_width', 'compare', 'paired_effects', 'holm', 'verdicts', 'verdict_probabilities', 't_test_power',
-           'smallest_number', 'seed_deviation', 'seeds_needed', 'pool_effects', 'crossed_interval']
+           'smallest_number', 'deviation_interval', 'seeds_needed', 'crossed_interval']
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #6f2c15b3
 import math
@@ -91,12 +91,14 @@ def compare(
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #7fd68b9a
 def paired_effects(frame: pd.DataFrame, **settings) -> pd.DataFrame:
-    "`compare` sorted with plain, for each method of a frame that has runs of both."
-    methods = frame["method"].unique()
-    parts = [compare(frame, f"{name}+sort", name, **settings)
-             for name in methods if f"{name}+sort" in methods]
-    effects = pd.concat(parts or [compare(frame, "", "", **settings)], ignore_index=True)
-    return effects.assign(p_holm=holm(effects["p"]))
+    """`compare` each method of a frame with what it changes, where the frame has runs of both: a
+    repaired objective with the plain one, that with `ce`.
+    """
+    methods = [*frame["method"].unique()]
+    plain = (name.partition("+")[0] if "+" in name else "ce" for name in methods)
+    parts = [compare(frame, name, other, **settings)
+             for name, other in zip(methods, plain) if name != other and other in methods]
+    return pd.concat(parts or [compare(frame, "", "", **settings)], ignore_index=True)
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #f506241b
 def holm(p: pd.Series) -> pd.Series:
@@ -168,16 +170,10 @@ def smallest_number(power_of: Callable[[int], float], power: float = 0.8) -> flo
     return numbers[place] if place < len(numbers) else math.inf
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #2dea65e9
-def seed_deviation(effects: pd.DataFrame) -> dict:
-    """The standard deviation of paired differences, pooled over `effects`, and its 95 % chi-square
-    interval; NaN without two seeds of any pair.
-    """
-    freedom = effects["freedom"].sum()
-    squares = (effects["freedom"] * effects["std"] ** 2).sum()
-    with np.errstate(invalid="ignore"):
-        over = [freedom, *stats.chi2.ppf([0.975, 0.025], freedom)]
-        std, low, high = np.sqrt(np.divide(squares, over))
-    return {"std": std, "low": low, "high": high, "degrees_of_freedom": freedom}
+def deviation_interval(std: float, seeds: int) -> tuple[float, float]:
+    "The 95 % chi-square interval of the standard deviation `std` of `seeds` differences."
+    low, high = np.sqrt((seeds - 1) / stats.chi2.ppf([0.975, 0.025], seeds - 1))
+    return std * low, std * high
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #3be8f873
 def seeds_needed(
@@ -192,32 +188,6 @@ def seeds_needed(
     equivalent = smallest_number(
         lambda seeds: verdict_probabilities(0, std, seeds, smallest_effect)["equivalent"])
     return {**needed, f"equivalence within ±{smallest_effect:g}": equivalent}
-
-# %% ../../nbs/4_evidence/50_statistics.ipynb #5535d5b6
-_FEWEST = (3, 6)  # settings, for an interval of the mean and of `better` that holds 95 %
-
-
-def pool_effects(effects: pd.DataFrame) -> pd.DataFrame:
-    """The mean effect over settings, one row for each comparison of `effects` (`compare`): 95 %
-    t intervals over teachers, or over pairs where none is named.
-
-    Columns: comparison, settings (teachers or pairs), pairs, mean, low, high, std (between
-    settings), better, better_low, better_high. Intervals are NaN with fewer than three settings,
-    those of `better` with fewer than six.
-    """
-    by = ["comparison", "teacher" if "teacher" in effects else "pair"]
-    each = effects.groupby(by, sort=False)[["mean", "better"]].mean()
-    pairs = effects.groupby("comparison", sort=False).size()
-    each = each.groupby("comparison", sort=False)
-    mean, std, count = each.mean(), each.std(), each.size()
-    half = std.apply(lambda values: t_half_width(values, count))
-    half = half.where((std > 0) & (count.to_numpy()[:, None] >= np.array(_FEWEST)))
-    low, high = mean - half, mean + half
-    return pd.DataFrame({
-        "settings": count, "pairs": pairs, "mean": mean["mean"], "low": low["mean"],
-        "high": high["mean"], "std": std["mean"], "better": mean["better"],
-        "better_low": low["better"].clip(0), "better_high": high["better"].clip(upper=1),
-    }).reset_index()
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #399ee790
 def crossed_interval(

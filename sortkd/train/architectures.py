@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,9 @@ class Network(nn.Module):
         return self.conv1, self.bn1, F.relu, *groups
 
     @property
-    def classifier_layer(self) -> nn.Module:
+    def classifier_layer(self) -> Classifier:
         "The linear layer from the means (N, channels) to the logits."
-        return self.get_submodule(self.classifier_name)
+        return cast(Classifier, self.get_submodule(self.classifier_name))
 
     def forward(self, images: Tensor) -> Tensor:
         "Logits (N, classes) of images (N, 3, height, width), float32."
