@@ -63,7 +63,7 @@ class Runner:
         if compiled:
             model.compile(options={"combo_kernels": True})
         fabric = create_fabric(size.device, "bfloat16", deterministic)
-        self.learner = Learner(Student(model, method, Recipe(batch_size=size.batch)), fabric, seed)
+        self.learner = Learner(Student(model, method, Recipe(batch_size=size.batch), seed), fabric)
         if not captures:
             self.learner.captured_step.enabled = False
         self.learner.start_epoch(100)  # after every warm-up

@@ -12,7 +12,7 @@ from .losses import dist_loss, dkd_loss, kd_loss
 from .methods import create_method, list_methods
 from .sorting import sort_logits, sort_topk, swap_logits
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def show_commands() -> None:

@@ -1,7 +1,13 @@
 "What all tests share: where the data is, and one thread, so that small networks do not wait for each other."
+import functools
+import http.server
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ from PIL import Image
 from sortkd.train.cifar import has_cifar100
 from sortkd.methods import list_methods
 from sortkd.train.augmentation import seeded_generator
+from sortkd.train.devices import Ranks
 
 torch.set_num_threads(1)
 
@@ -42,6 +49,49 @@ def patient():
             signal.signal(signal.SIGPROF, before)
 
     return limit
+
+
+def at_once(work, count):
+    "What `count` threads find that do the same work."
+    with ThreadPoolExecutor(count) as pool:
+        return [each.result(60) for each in [pool.submit(work) for _ in range(count)]]
+
+
+def part_of_rank(index, count):
+    "Which of so many rows belong to process `index` of `count`."
+    return functools.partial(Ranks.part, SimpleNamespace(index=index, count=count))
+
+
+class Host(http.server.SimpleHTTPRequestHandler):
+    "Serves a folder; /cut/NAME announces more than it sends."
+    asked: list[str] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        if not self.path.startswith("/cut/"):
+            return super().do_GET()
+        content = (Path(self.directory) / self.path[5:]).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:-600])
+
+
+@pytest.fixture
+def web(tmp_path, monkeypatch):
+    "A folder, the address at which a server on this machine offers its files, and what it is asked for."
+    folder = tmp_path / "web"
+    folder.mkdir()
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(Host, "asked", [])
+    handler = functools.partial(Host, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}", Host.asked
+        server.shutdown()
 
 
 needs_cifar100 = pytest.mark.skipif(not has_cifar100(), reason="CIFAR-100 is not under SORTKD_DATA")

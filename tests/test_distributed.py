@@ -43,7 +43,7 @@ def short_run(name: str, fabric, checkpoint: Path, callbacks=()):
     method = create_method(name, **({"kd_weight": 0.02} if "dist" in name else {}))
     return train(
         create_network(1), batches, method, Recipe(lr=0.005).shortened(EPOCHS), fabric, seed=2,
-        teacher=create_network(0), checkpoint=checkpoint, checkpoint_seconds=0, callbacks=callbacks)
+        teacher=create_network(0), checkpoint=checkpoint, callbacks=callbacks)
 
 
 def run_all(folder: Path) -> None:

@@ -143,7 +143,7 @@ def test_every_pair_takes_a_step(pair):
 
 BAD = [  # name, value, part of the message
     ("pair", "r56_r21", "r56_r20"), ("pair", "resnet20:", "TEACHER:STUDENT"),
-    ("pair", "resnet20:resnet9", "no network 'resnet9'. Did you mean resnet8"),
+    ("pair", "resnet20:resnet9", "no network 'resnet9'. Did you mean 'resnet8'"),
     ("methods", "kd,sort", r"kd\+sort"), ("methods", "kd,,dkd", "methods"), ("methods", "kd,kd", "different"),
     ("methods", "kd(temp=2)", "no setting .*temp"),
     ("methods", "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)", "different"),

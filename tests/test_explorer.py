@@ -15,6 +15,7 @@ from conftest import needs_cifar100
 from PIL import Image
 from synthetic import synthetic_record
 
+from sortkd.train.augmentation import normalize
 from sortkd.train.images import load_cifar100
 from sortkd.evidence.preregistration import read_plan
 from sortkd.experiment.storage import append_record
@@ -39,14 +40,14 @@ def test_the_teacher_is_the_one_that_is_named():
 @needs_cifar100
 def test_images_and_logits_are_those_of_the_teacher():
     data, teacher = load_cifar100(), load_teacher(ROOT / PAGE["teacher"]["file"], "resnet20", 100)
-    images, inputs, target = data.examples(PAGE["images"])
+    images, target = data.train_images, data.train_targets
     assert [name.replace("_", " ") for name in data.class_names] == PAGE["classes"]
     index = [each["index"] for each in PAGE["examples"]]
     assert target[index].tolist() == [each["target"] for each in PAGE["examples"]]
     shown = [np.array(Image.open(io.BytesIO(base64.b64decode(each["png"])))) for each in PAGE["examples"]]
     assert (np.stack(shown) == images[index].numpy()).all()
     logits = torch.tensor([each["logits"] for each in PAGE["examples"]])
-    torch.testing.assert_close(teacher.model(inputs[index]), logits, atol=0.01, rtol=0.001)  # float16 has 11 bits
+    torch.testing.assert_close(teacher.model(normalize(images[index], data.mean, data.std)), logits, atol=0.01, rtol=0.001)  # float16 has 11 bits
 
 
 def load_build():

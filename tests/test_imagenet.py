@@ -37,11 +37,10 @@ def opened(path):
 # Crops and batches
 
 
-def epoch_of(data, batch_size=7, seed=0, epoch=1, rank=0, ranks=1, workers=0, device="cpu"):
-    "The images and targets of each batch, or of this rank's part of them."
+def epoch_of(data, seed=0, epoch=1, workers=0, device="cpu"):
+    "The images and targets of each batch."
     batches = ImageFolderBatches(data, device, workers=workers)
-    blocks = batches.blocks(batch_size, seed, epoch, rank=rank, ranks=ranks)
-    return [(block.images[0], block.target.tensor_split(ranks)[rank]) for block in blocks]
+    return [each[:2] for each in batches.train(7, seed, epoch)]
 
 
 def assert_same(one, other):
@@ -68,32 +67,6 @@ def test_training_batches(data):
             torch.manual_seed(seeded_generator("image view", 5, 2, number).initial_seed())
             expected = transform(opened(data.root / data.train_files[number]))
         torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("ranks, batch_size", [(2, 7), (3, 7), (5, 23)])
-def test_ranks_share_each_batch(data, ranks, batch_size):
-    whole = epoch_of(data, batch_size)
-    parts = [epoch_of(data, batch_size, rank=rank, ranks=ranks, workers=rank % 2)
-             for rank in range(ranks)]
-    assert_same(whole, [tuple(map(torch.cat, zip(*batch))) for batch in zip(*parts, strict=True)])
-    for (start, stop), *batch in zip(batch_bounds(48, batch_size), *parts, strict=True):
-        lengths = [len(part) for part in torch.arange(start, stop).tensor_split(ranks)]
-        assert [len(images) for images, _ in batch] == lengths
-        assert all(images.shape[1:] == (3, 32, 32) for images, _ in batch)
-    empty = 0 in [len(targets) for part in parts for _, targets in part]
-    assert empty == (ranks == 5), "48 in 23s leaves two images"
-
-
-def test_a_view_is_a_function_of_seed_epoch_and_image(data):
-    def views(seed, epoch, batch_size=7):
-        order = torch.randperm(48, generator=seeded_generator("image order", seed, epoch))
-        images = torch.cat([images for images, _ in epoch_of(data, batch_size, seed, epoch)])
-        return images[order.argsort()]
-
-    assert torch.equal(views(0, 1), views(0, 1, batch_size=48)), "batches do not matter"
-    assert ((views(1, 0) != views(0, 1)).flatten(1).any(1)).float().mean() > 0.95
-    crops = torch.stack([views(0, epoch)[0] for epoch in range(1, 9)])
-    assert len(crops.flatten(1).unique(dim=0)) == 8
 
 
 def test_an_epoch_can_be_left_early_and_begun_again(data):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sortkd.train.augmentation import Batches, Views, draw_views
+from sortkd.train.augmentation import Batches, draw_views
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
@@ -28,10 +28,6 @@ def batches():
 
 def views(epoch=1, seed=0, count=120):
     return draw_views(count, 2, False, seed, epoch)
-
-
-def rows_of(*asked):
-    return torch.cat([each.image * 25 + each.number for each in asked])
 
 
 class Counting:
@@ -53,9 +49,7 @@ def test_the_same_view_has_the_same_logits(batches, tmp_path, precision, flip):
     plain.batch_size, cache.batch_size = 64, 50
     generator = torch.Generator().manual_seed(1)
     for count in (1, 7, 300, 300):  # in any number and order, with repetitions
-        index = torch.randint(120, (count,), generator=generator)
-        ids = torch.randint(25 * (1 + flip), (count,), generator=generator)
-        asked = Views(index, ids)
+        asked = torch.randint(120 * 25 * (1 + flip), (count,), generator=generator)
         images, _ = batches.gather(asked)
         with torch.no_grad(), torch.autocast("cpu", enabled=precision == "bfloat16"):
             directly = network(images).float()
@@ -76,9 +70,9 @@ def test_a_views_logits_do_not_depend_on_its_company(batches, tmp_path, name, pr
     together, alone = (CachedTeacherLogits(network, batches, tmp_path / each, precision)
                        for each in ("together", "alone"))
     rows = torch.arange(128)
-    together(together._views(rows))
+    together(rows)
     for part in rows.split([1, 2, 3, 7, 15, 32, 68]):
-        alone(alone._views(part))
+        alone(part)
     kept = together.files.logits[rows]
     assert torch.equal(kept, alone.files.logits[rows]) and kept.abs().sum() > 0
 
@@ -88,9 +82,9 @@ def test_what_another_process_computes_reaches_a_copy_on_the_device(batches, tmp
     one, two = (CachedTeacherLogits(seeded_network(), batches, tmp_path) for _ in range(2))
     for each in (one, two):
         each._on_device = each.files.logits.clone()
-    first = one(views().part(0, 64))
-    assert torch.equal(two(views().part(0, 64)), first) and first.abs().sum() > 0
-    assert torch.equal(two(views().part(32, 96))[:32], first[32:]), "beside missing views"
+    first = one(views()[:64])
+    assert torch.equal(two(views()[:64]), first) and first.abs().sum() > 0
+    assert torch.equal(two(views()[32:96])[:32], first[32:]), "beside missing views"
 
 
 PROCESS = """
@@ -106,7 +100,7 @@ cache = CachedTeacherLogits(create_model('resnet8', 10), batches, sys.argv[1])
 cache.batch_size = 16
 if sys.argv[2] == "fill":
     for rows in torch.arange(3000).split(100):
-        cache(cache._views(rows))
+        cache(rows)
     cache.close()
 else:
     cache(draw_views(120, 2, False, 0, 1))
@@ -124,7 +118,7 @@ def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
     assert start(tmp_path, "kill").wait() == -signal.SIGKILL
     network = seeded_network()
     cache, counting = CachedTeacherLogits(network, batches, tmp_path), Counting(network)
-    assert cache.files.sums.count_nonzero() == len(rows_of(views(1), views(2)).unique())
+    assert cache.files.sums.count_nonzero() == len(torch.cat([views(1), views(2)]).unique())
     found = [cache(views(epoch)) for epoch in (1, 2)]
     assert counting.rows == 0
     for epoch, kept in enumerate(found, 1):
@@ -137,7 +131,7 @@ def test_several_processes_fill_one_cache(batches, tmp_path):
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
     network = seeded_network()
     cache = CachedTeacherLogits(network, batches, tmp_path)
-    everything = cache._views(torch.arange(3000))
+    everything = torch.arange(3000)
     assert cache.files.sums.all()
     computed = TeacherLogits(network, batches)(everything)
     assert torch.equal(cache(everything), computed.half().float())
@@ -153,7 +147,7 @@ def test_one_process_fills_and_others_wait(batches, tmp_path, capfd):
             waiting = pool.submit(second.fill)
             while "waiting for it" not in said and not waiting.done():
                 said += capfd.readouterr().out
-            first(first._views(torch.arange(3000)))
+            first(torch.arange(3000))
         waiting.result()
     assert "waiting for it" in said and counting.rows == 0 and second.files.sums.all()
 
@@ -187,7 +181,7 @@ DAMAGE = {  # to 8,000 bytes of logits and their checksums, of ten classes: 400 
 def test_damaged_rows_are_computed_again(tmp_path, damage, is_open):
     batches = Batches(load_digits().subset(train_size=16))
     one, rows = CachedTeacherLogits(seeded_network(), batches, tmp_path), torch.arange(400)
-    expected = one(one._views(rows))
+    expected = one(rows)
     name, first, last, change = DAMAGE[damage]
     with open(one.folder / name, "r+b") as file:
         content = file.read()
@@ -196,7 +190,7 @@ def test_damaged_rows_are_computed_again(tmp_path, damage, is_open):
     assert (one.folder / name).read_bytes() != content
     cache = one if is_open else CachedTeacherLogits(seeded_network(), batches, tmp_path)
     for _ in range(2):
-        assert torch.equal(cache(cache._views(rows)), expected)
+        assert torch.equal(cache(rows), expected)
     assert cache.files.sound(rows).all()
 
 

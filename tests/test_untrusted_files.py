@@ -3,8 +3,6 @@ that a shell would obey. And what keeps files whole: order of writing, and sever
 """
 import ast
 import functools
-import hashlib
-import http.server
 import io
 import json
 import os
@@ -17,13 +15,11 @@ import sys
 import tarfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from test_data import fake_cifar100
-from torchvision.datasets import CIFAR100
+from conftest import at_once
 
 import sortkd.experiment.plugins
 import sortkd.train.teachers
@@ -35,7 +31,7 @@ from sortkd.experiment.setup import prepare_experiment
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.methods import REPAIRS
 from sortkd.train.checkpoints import Stopped
-from sortkd.train.images import load_cifar100, load_digits
+from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import fetch_published, get_teacher, read_checkpoint, save_teacher
 from sortkd.utils.files import save_atomically
@@ -122,14 +118,12 @@ def interrupted(tmp_path_factory, teacher_file):
     return folder
 
 
-@pytest.mark.parametrize("spoil", [
-    *(lambda state, path, save=save: save(CreatesFile(path.with_name("executed")), path)
-      for save in WAYS)])
-def test_a_training_checkpoint_of_something_else(tmp_path, interrupted, teacher_file, spoil):
+@pytest.mark.parametrize("save", WAYS)
+def test_a_training_checkpoint_of_something_else(tmp_path, interrupted, teacher_file, save):
     "It runs no code, and the message says what to do."
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     checkpoint, = tmp_path.rglob("checkpoint.pt")
-    spoil(torch.load(checkpoint, weights_only=True), checkpoint)
+    save(CreatesFile(checkpoint.with_name("executed")), checkpoint)
     with pytest.raises(ValueError, match="checkpoint.pt .*delete it to start the run again"):
         small_run(tmp_path, teacher_file)
     assert not checkpoint.with_name("executed").exists()
@@ -137,38 +131,6 @@ def test_a_training_checkpoint_of_something_else(tmp_path, interrupted, teacher_
 
 
 # Downloads and archives
-
-
-class Host(http.server.SimpleHTTPRequestHandler):
-    "Serves a folder; /cut/NAME announces more than it sends."
-    asked: list[str] = []
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self.asked.append(self.path)
-        if not self.path.startswith("/cut/"):
-            return super().do_GET()
-        content = (Path(self.directory) / self.path[5:]).read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[:-600])
-
-
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    "A folder, and the address at which a server on this machine offers its files."
-    folder = tmp_path / "web"
-    folder.mkdir()
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(Host, "asked", [])
-    handler = functools.partial(Host, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
 
 
 def member(name, content=b"", kind=tarfile.REGTYPE, target=""):
@@ -190,7 +152,7 @@ def known(architecture):
 
 def test_archives_of_teachers(tmp_path, web):
     "Only plain members with the names that are known are taken."
-    folder, address = web
+    folder, address, _ = web
     first, link, hard = known("resnet56"), tarfile.SYMTYPE, tarfile.LNKTYPE
     members = [
         member("../escaped", b"x"), member(f"{tmp_path}/escaped", b"x"), member("secret", b"x"),
@@ -206,7 +168,7 @@ def test_archives_of_teachers(tmp_path, web):
 
 @pytest.mark.parametrize("way", ["absent", "page", "cut", "cut file"])
 def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, web, way):
-    folder, address = web
+    folder, address, _ = web
     members = [member(known(name), os.urandom(50_000)) for name in ("resnet56", "vgg13")]
     archive = make_archive(folder / "teachers.tar", *members)
     changed = {"page": b"<html>please log in</html>" * 100,
@@ -216,26 +178,6 @@ def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, web, way):
     with pytest.raises(ConnectionError, match="published teachers could not be downloaded from"):
         fetch_published(tmp_path / "teachers", f"{address}/{name}")
     assert not list((tmp_path / "teachers").rglob("*"))
-
-
-def test_cifar100_is_downloaded_once(tmp_path, web, monkeypatch):
-    folder, address = web
-    source = tmp_path / "source" / "cifar-100-python"
-    fake_cifar100(source, monkeypatch)
-    files = [member(f"{source.name}/{path.name}", path.read_bytes()) for path in source.iterdir()]
-    content = make_archive(folder / "cifar.tar.gz", *files, mode="w:gz").read_bytes()
-    monkeypatch.setattr(CIFAR100, "url", f"{address}/cifar.tar.gz")
-    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(content).hexdigest())
-    data = tmp_path / "data"
-    found = at_once(lambda: load_cifar100(data).checksum, 3)
-    assert len(found) == 3 and len(set(found)) == 1
-    assert Host.asked.count("/cifar.tar.gz") == 2, "asked once where it is, and fetched once"
-
-
-def at_once(work, count):
-    "What `count` threads find that do the same work."
-    with ThreadPoolExecutor(count) as pool:
-        return [each.result(60) for each in [pool.submit(work) for _ in range(count)]]
 
 
 # Links

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'SORTED', 'BARS', 'LINES', 'STYLE', 'mean_and_std', 'summarize', 'conclude', 'plot_mean', 'plot_curves']
 
 # %% ../../nbs/4_evidence/53_plots.ipynb #f20805cf
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from ..experiment.pairs import has_published_length
 
@@ -77,6 +77,16 @@ def summarize(records: Sequence[dict]):
     } for name, results in _frame(records).groupby("method", sort=False)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
+# %% ../../nbs/4_evidence/53_plots.ipynb #7ab029c2
+def _cautions(frame) -> Iterator[str]:
+    "Why differences may say little: repairs that changed nothing, and few seeds."
+    for name, runs in frame.groupby("method", sort=False):
+        if "+" in name and "changed_rows" in runs and (runs["changed_rows"] == 0).all():
+            yield f"{name} had no row to change."
+    if (seeds := frame["seed"].nunique()) < 3:
+        few = "One seed shows" if seeds == 1 else "Two seeds, and an interval of theirs, show"
+        yield f"{few} how everything works, not which method is better."
+
 # %% ../../nbs/4_evidence/53_plots.ipynb #0102de30
 def conclude(records: Sequence[dict]) -> str:
     "The differences between methods in last-epoch top-1, how far they can be trusted, and chance."
@@ -93,8 +103,8 @@ def conclude(records: Sequence[dict]) -> str:
     data, share = records[0]["data"], frame["last_top1"].mean()
     images = data["test_images"]
     low, high = binomtest(round(share / 100 * images), images).proportion_ci(method="wilson")
-    return " ".join([*sentences, f"A top-1 of {share:.1f} % on {images:,} test images has a 95 % "
-                     f"interval of {100 * low:.1f} to {100 * high:.1f} %. "
+    return " ".join([*sentences, *_cautions(frame), f"A top-1 of {share:.1f} % on {images:,} "
+                     f"test images has a 95 % interval of {100 * low:.1f} to {100 * high:.1f} %. "
                      f"Chance is {100 / data['classes']:.3g} %."])
 
 # %% ../../nbs/4_evidence/53_plots.ipynb #bea6e55a

@@ -293,6 +293,7 @@ def _student(
         initial_model(experiment.pair.student, experiment.data.num_classes, run.seed),
         run.method,
         experiment.recipe_for(run.method),
+        seed=run.seed,
         checkpoint=run.folder / "checkpoint.pt",
         context=(run.facts["about_teacher"] or {}).get("weights_sha256", ""),
         callbacks=callbacks,
@@ -309,11 +310,12 @@ def _train_and_record(
     fabric, records = shared.fabric, dict[Path, dict]()
     about = describe_machine(fabric.device.type)
     methods = ", ".join(dict.fromkeys(run.method.name for run in runs))
-    title = f"{methods}, seed {', '.join(dict.fromkeys(str(run.seed) for run in runs))}"
+    seeds = ", ".join(dict.fromkeys(str(run.seed) for run in runs))
+    title = f"{experiment.pair_name}, {methods}, seed {seeds}"
     outcomes = train_together(
         [_student(experiment, run, [_noting(run, about), *shared.callbacks]) for run in runs],
-        shared.batches, fabric, teacher=shared.teacher_logits, seed=[run.seed for run in runs],
-        stop=shared.stop, progress=title if shared.progress else False,
+        shared.batches, fabric, teacher=shared.teacher_logits,
+        stop=shared.stop, progress=title if shared.progress else "",
     )
     for run, outcome in zip(runs, outcomes):
         records[run.folder] = _record(experiment, run, about, outcome, len(runs), fabric)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..train.image_files import IMAGENET_RECIPE
+from ..train.images import whole_set
 from ..utils.checks import choice, shown
 from ..methods import OBJECTIVES, Method, create_method
 from ..train.networks import check_model, create_model
@@ -214,6 +215,7 @@ class Preset:
     teacher_recipe: Recipe  # for a teacher that has to be trained
     teacher_min_epochs: int  # a teacher found on disk must have had at least these, on all images
     teacher_train_size: int = 0
+    teacher_data: str = ""  # the data set that the teacher learns from; empty: the students'
     fetch_teacher: bool = False
     recipe: Recipe | None = None  # of the students; None: the published one
 
@@ -245,11 +247,12 @@ _LARGE = ("resnet32x4", "ResNet18", "ResNet50", "vgg11", "vgg13", "vgg16", "vgg1
 
 
 def preset_for(name: str, dataset: str, pair: Pair) -> Preset:
-    """The preset called `name` for a data set; those without one of their own share `other`,
-    CIFAR-100's recipe. For ten classes of CIFAR-100, a large teacher has fewer epochs, so that the
-    quick preset stays quick.
+    """The preset called `name` for a data set, or the set of which it is a part; those without one
+    of their own share `other`, CIFAR-100's recipe. For ten classes of CIFAR-100, a large teacher
+    has fewer epochs, so that the quick preset stays quick.
     """
-    preset = PRESETS.get((name, dataset)) or PRESETS[name, "other"]
+    names = (dataset, whole_set(dataset), "other")
+    preset = next(PRESETS[name, each] for each in names if (name, each) in PRESETS)
     if dataset != "cifar100-mini" or pair.teacher not in _LARGE:
         return preset
     recipe = replace(preset.teacher_recipe, epochs=2, milestones=(1,))

@@ -89,8 +89,10 @@ class _Places:
 
     teacher: str = _parameter(
         "auto",
-        "path of a checkpoint; auto: found, downloaded or trained",
-        "auto: found in teachers_dir, else downloaded (paper only), else trained and saved there.",
+        "a file, or a name in teachers/; auto: found, downloaded or trained",
+        "File: .safetensors, or a state dict saved by PyTorch, of the pair's teacher on the same "
+        "classes and normalisation. Name: such as resnet20-cifar100. auto: found in teachers_dir, "
+        "else downloaded (paper only), else trained and saved there.",
     )
     teachers_dir: str = _parameter("teachers", "folder in which teachers are looked for and saved")
     results_dir: str = _parameter(
@@ -119,7 +121,8 @@ class _Computing:
         False, "repeatable on a GPU, with slower kernels if needed; a CPU always is"
     )
     compile: bool = _parameter(
-        False, "compile the student: faster steps, other rounding; the record says so"
+        False, "compile the student: other rounding, and faster steps, if the run is long",
+        "It takes one to two minutes before the first step. The record says so.",
     )
     cache: str = _parameter(
         "auto",

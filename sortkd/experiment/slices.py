@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..train.checkpoints import Stopped
+from ..utils.checks import parse_options
 from ..utils.progress import ends_cleanly
 from .setup import Experiment, limit_threads, prepare_experiment
 from .grid import Grid, read_grid
@@ -58,8 +59,9 @@ def _state_of(
     for record in found:
         if record["machine"].items() >= machine.items():
             seconds = [math.nan, *record["curve"].get("seconds", [])][-1]
+    top1 = found[0]["result"]["last_top1"] if found else math.nan
     return {**cell._asdict(), "finished": bool(found), "trained": trained, "epochs": epochs,
-            "seconds": seconds}
+            "seconds": seconds, "top1": top1}
 
 
 def _epochs_in(checkpoint: Path) -> int:
@@ -74,8 +76,9 @@ _NO_TEACHER = {"weights_sha256": None}  # the record of one that does not exist 
 
 def read_state(experiments: Mapping[str, Experiment], cells: pd.DataFrame) -> pd.DataFrame:
     """The state of the `cells` of a grid, in the order in which they are run: pair, seed, method,
-    whether it is finished, how many epochs are trained, of how many, and the seconds of an epoch if
-    it was recorded on this machine, else NaN. Nothing is written.
+    whether it is finished, how many epochs are trained, of how many, the seconds of an epoch if it
+    was recorded on this machine, and the top-1 of the last epoch; NaN if unknown. Nothing is
+    written.
     """
     first = next(iter(experiments.values()))
     records, machine = first.recorded(), describe_machine(first.device)["machine"]
@@ -98,9 +101,13 @@ def forecast(state: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_state(state: pd.DataFrame) -> str:
-    "`forecast` as text."
+    "`forecast` as text, and the results so far: last-epoch top-1 (%), mean and SD over seeds."
     table = forecast(state).to_string(na_rep="unknown", float_format="{:,.3g}".format)
-    return f"{table}\n{(~state['finished']).sum()} of {len(state)} cells are missing."
+    top1 = state[state["finished"]].groupby(["pair", "method"], sort=False)["top1"]
+    results = top1.agg(seeds="size", mean="mean", SD="std").to_string(
+        na_rep="", float_format="{:.2f}".format) if len(top1) else "No cell is finished yet."
+    missing = (~state["finished"]).sum()
+    return f"{table}\n{results}\n{missing} of {len(state)} cells are missing."
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #a65fae38
 class Deadline:
@@ -139,20 +146,16 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #4e70ad00
-def _next(
-    state: pd.DataFrame, tried: set[int], at_once: int, experiments: Mapping[str, Experiment]
-) -> Experiment | None:
-    "The first missing cell and those that are trained beside it, which are `tried` from now on."
-    cells = state[~state["finished"] & ~state.index.isin(tried)]
-    if cells.empty:
-        return None
-    cells = cells[cells["pair"] == cells["pair"].iloc[0]]
-    first = cells.head(at_once)
-    cells = cells[cells["method"].isin(first["method"]) & cells["seed"].isin(first["seed"])]
-    tried |= {*cells.index}
-    experiment = experiments[cells["pair"].iloc[0]]
-    methods = tuple(each for each in experiment.methods if each.name in {*cells["method"]})
-    return replace(experiment, methods=methods, seeds=tuple(cells["seed"].unique().tolist()))
+def _groups(
+    state: pd.DataFrame, at_once: int, experiments: Mapping[str, Experiment]
+) -> Iterator[Experiment]:
+    "The missing cells, up to `at_once` of a pair at a time."
+    missing = state[~state["finished"]]
+    number = missing.groupby("pair").cumcount() // at_once
+    for (_, pair), cells in missing.groupby([number, "pair"], sort=False):
+        named, seeds = {*cells["method"]}, cells["seed"].unique().tolist()
+        methods = tuple(each for each in experiments[pair].methods if each.name in named)
+        yield replace(experiments[pair], methods=methods, seeds=tuple(seeds))
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #a5511942
 def run_slice(
@@ -164,10 +167,10 @@ def run_slice(
     Returns the errors of experiments that failed, after which others were still run. Call it in the
     main thread.
     """
-    margin, tried, errors = min(15.0, seconds / 10), set[int](), list[str]()
+    margin, errors = min(15.0, seconds / 10), list[str]()
     end = time.monotonic() + seconds - margin
     with _interrupted_after(seconds - margin / 3):
-        while experiment := _next(read_state(experiments, cells), tried, at_once, experiments):
+        for experiment in _groups(read_state(experiments, cells), at_once, experiments):
             try:
                 run_experiment(experiment, progress, Deadline(end), students=at_once)
             except Stopped:
@@ -191,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run what is missing of a grid for as long as a budget allows. The same "
         "command continues, on this machine or, with the folders of results and teachers copied, "
         "on another one.",
+        epilog="example: sortkd-grid workflow/config.yaml --budget 25m",
     )
     add = parser.add_argument
     add("grid", help="a YAML file such as workflow/paper.yaml")
@@ -206,18 +210,19 @@ def _parser() -> argparse.ArgumentParser:
 # %% ../../nbs/3_experiment/43_slices.ipynb #65faf025
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `sortkd-grid`; exit status as of `sortkd-run`, and 1 if a cell has failed."
-    given = _parser().parse_args(arguments)
+    given = parse_options(_parser(), arguments)
     passed = time.time() - psutil.Process().create_time() if arguments is None else 0.0
-    end = time.monotonic() - passed + given.budget
+    end = time.monotonic() - passed + given["budget"]
 
     def work() -> int:
-        grid, errors = read_grid(given.grid, given.plugin), list[str]()
+        grid, errors = read_grid(given["grid"], given["plugin"]), list[str]()
         experiments = experiments_of(grid)
-        if not given.dry_run:
+        print(describe_state(read_state(experiments, grid.cells)), flush=True)
+        if not given["dry_run"]:
             limit_threads(next(iter(experiments.values())))
-            left = end - time.monotonic()
-            errors = run_slice(experiments, grid.cells, left, given.at_once, not given.quiet)
-        print(describe_state(read_state(experiments, grid.cells)))
+            errors = run_slice(experiments, grid.cells, end - time.monotonic(), given["at_once"],
+                               not given["quiet"])
+            print(describe_state(read_state(experiments, grid.cells)))
         return int(bool(errors))
 
     return ends_cleanly(work, "What was saved is kept: run the same command again to continue.")

@@ -63,17 +63,17 @@ def _run_parser() -> argparse.ArgumentParser:
 def _run_experiment(given: dict, progress: bool) -> None:
     from sortkd.evidence.plots import conclude, summarize
     from sortkd.experiment.run import run_experiment
-    from sortkd.experiment.setup import describe_teacher_logits, limit_threads, prepare_experiment
+    from sortkd.experiment.setup import limit_threads, prepare_experiment
 
     experiment = prepare_experiment(**given)
     limit_threads(experiment)
     first = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, only one prints
     if first:
-        print(experiment.describe(), describe_teacher_logits(experiment), flush=True)
+        print(experiment.describe(), flush=True)
     results = run_experiment(experiment, progress)
     if first:
         print(results.describe(), summarize(results.records).to_string(),
-              conclude(results.records), sep="\n")
+              f"{conclude(results.records)} {results.describe_teacher()}", sep="\n")
 
 # %% ../../nbs/6_fronts/70_commands.ipynb #6b6271bd
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -150,11 +150,12 @@ def measure_logits(logits: Tensor, target: Tensor) -> dict[str, float]:
 # %% ../../nbs/6_fronts/70_commands.ipynb #932492ef
 def _names_in(training: dict, architecture: str, dataset: str, path: str | Path) -> tuple[str, str]:
     "`architecture` and `dataset`, where they are `auto` as the file at `path` names them."
-    if architecture == "auto" and "architecture" not in training:
+    given = {"architecture": architecture, "dataset": dataset}
+    known = training | {name: value for name, value in given.items() if value != "auto"}
+    if "architecture" not in known:
         raise ValueError(f"{path} does not name its network; "
                          "give the name as architecture (--architecture).")
-    architecture = training["architecture"] if architecture == "auto" else architecture
-    return architecture, training.get("dataset", "auto") if dataset == "auto" else dataset
+    return known["architecture"], known.get("dataset", "auto")
 
 # %% ../../nbs/6_fronts/70_commands.ipynb #d90e94af
 def evaluate_checkpoint(

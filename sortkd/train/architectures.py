@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +39,9 @@ class Network(nn.Module):
         return self.conv1, self.bn1, F.relu, *groups
 
     @property
-    def classifier_layer(self) -> Classifier:
+    def classifier_layer(self) -> nn.Module:
         "The linear layer from the means (N, channels) to the logits."
-        return cast(Classifier, self.get_submodule(self.classifier_name))
+        return self.get_submodule(self.classifier_name)
 
     def forward(self, images: Tensor) -> Tensor:
         "Logits (N, classes) of images (N, 3, height, width), float32."

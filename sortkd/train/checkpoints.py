@@ -6,6 +6,7 @@
 __all__ = ['fingerprint', 'Checkpoint', 'weights_on_cpu', 'Stopped']
 
 # %% ../../nbs/2_train/18_checkpoints.ipynb #771f5f00
+import copy
 import hashlib
 import io
 import json
@@ -25,12 +26,14 @@ def fingerprint(*parts) -> str:
 
 # %% ../../nbs/2_train/18_checkpoints.ipynb #66148b33
 class Checkpoint:
-    """The file `path`, in which the run with the fingerprint `run` saves its state, at most every
-    `seconds`. `kept`: a copy of the state after a whole epoch that is not written yet.
+    """The file `path`, in which the run with the fingerprint `run` saves its state. `kept`: a copy
+    of a state that is not written yet.
     """
 
-    def __init__(self, path: str | Path, run: str, seconds: float = 0.0):
-        self.path, self.run, self.seconds = Path(path), run, seconds
+    seconds = 30.0  # between two times of writing, unless the run ends
+
+    def __init__(self, path: str | Path, run: str):
+        self.path, self.run = Path(path), run
         self.kept: dict | None = None
         self._saved_at = time.monotonic()
 
@@ -52,17 +55,20 @@ class Checkpoint:
                              "data, teacher or seed; name another file or delete it.")
         return state
 
-    def save(self, now: bool = True) -> bool:
-        """Write `kept`, if `now` or if it is time to; return whether it was written.
-        `OSError` if the file cannot be written; the one before is kept.
-        """
-        if self.kept is None or not (now or time.monotonic() - self._saved_at >= self.seconds):
-            return False
+    def keep(self, state: dict) -> None:
+        "Keep a copy of the state after a whole epoch, and write it if that is due."
+        self.kept = copy.deepcopy(state)
+        if time.monotonic() - self._saved_at >= self.seconds:
+            self.save()
+
+    def save(self) -> None:
+        "Write what is kept. `OSError` if that is not possible; the file of before stays."
+        if self.kept is None:
+            return
         content = io.BytesIO()  # torch.save itself does not report a full disk as an OSError
         torch.save({"run": self.run, **self.kept}, content)
         save_atomically(self.path, lambda path: path.write_bytes(content.getbuffer()))
         self._saved_at, self.kept = time.monotonic(), None
-        return True
 
 # %% ../../nbs/2_train/18_checkpoints.ipynb #f3a6392e
 def weights_on_cpu(model: nn.Module) -> dict[str, Tensor]:

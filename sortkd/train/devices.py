@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from .augmentation import rank_bounds
 from ..utils.checks import choice
 
 if TYPE_CHECKING:
@@ -41,8 +40,7 @@ def native_precision(device: str) -> str:
 # %% ../../nbs/2_train/19_devices.ipynb #f5173004
 def precision_of(fabric: "Fabric") -> str:
     "The name of the precision that `fabric` computes in."
-    names = {spelling: name for name, spelling in PRECISIONS.items()}
-    return names[fabric._precision.precision]  # type: ignore[index]
+    return "bfloat16" if fabric._precision.precision == "bf16-mixed" else "float32"
 
 # %% ../../nbs/2_train/19_devices.ipynb #8db17c2c
 def _choose_kernels(deterministic: bool, precision: str) -> None:
@@ -123,16 +121,18 @@ class Ranks:
     def __init__(self, fabric: "Fabric"):
         self.device, self.count, self.index = fabric.device, fabric.world_size, fabric.global_rank
 
-    def part(self, rows: int) -> tuple[int, int]:
-        "(start, stop) of this rank's part of `rows` rows."
-        return rank_bounds(0, rows, self.index, self.count)
+    def part(self, rows: int) -> slice:
+        "Which of `rows` rows belong to this rank; parts differ by one row at most."
+        size, surplus = divmod(rows, self.count)
+        start = self.index * size + min(self.index, surplus)
+        return slice(start, start + size + (self.index < surplus))
 
     def gather(self, part: Tensor, rows: int) -> Tensor:
         "All `rows` rows in order, from the `part` of each rank. Gradients flow back."
         if self.count == 1:
             return part
         whole = part.new_zeros(rows, *part.shape[1:])
-        whole[slice(*self.part(rows))] = part
+        whole[self.part(rows)] = part
         return self.total(whole)
 
     def total(self, values: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
             return super().forward(images)
         rows = int(self.ranks.total(torch.tensor(len(images))))
         whole = self.ranks.gather(images, rows).contiguous(memory_format=torch.channels_last)
-        return super().forward(whole)[slice(*self.ranks.part(rows))]
+        return super().forward(whole)[self.ranks.part(rows)]
 
 # %% ../../nbs/2_train/19_devices.ipynb #1ad65032
 def synchronize_batch_norm(network: nn.Module, ranks: Ranks) -> nn.Module:

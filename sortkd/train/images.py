@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINI_CLASSES', 'DATASETS', 'ImageData', 'channel_statistics', 'load_cifar100', 'load_cifar10', 'load_cifar100_mini',
-           'load_digits', 'load_folder', 'check_dataset', 'load_data', 'whole_set', 'part_in', 'wrong_labels',
-           'part_of']
+           'load_digits', 'load_folder', 'check_dataset', 'load_data', 'whole_set', 'part_in']
 
 # %% ../../nbs/2_train/12_images.ipynb #e88eae7e
 import hashlib
@@ -13,11 +12,9 @@ import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +26,16 @@ from sortkd.train.image_files import (
     to_rgb,
 )
 from sortkd.train.augmentation import (
-    Batches, ImageSet, balanced_order, check_image_set, check_tensor, normalize, number_of_views,
-    seeded_generator,
+    Batches, ImageSet, balanced_order, number_of_views, seeded_generator,
 )
 import numpy  # after our modules, which say what is not installed
+
+# %% ../../nbs/2_train/12_images.ipynb #2994ade7
+def _check_tensor(name: str, value, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    "Refuse `value` unless it is a tensor of `dtype` and `shape`, and not empty."
+    found = f"{value.dtype} of shape {tuple(value.shape)}"
+    if found != f"{dtype} of shape {shape}" or 0 in shape:
+        raise ValueError(f"{name} is {found}; give a {dtype} tensor of shape {shape}, not empty.")
 
 # %% ../../nbs/2_train/12_images.ipynb #11ed60c3
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,10 +59,13 @@ class ImageData(ImageSet):
     true_train_targets: Tensor | None = None  # where some of train_targets are wrong on purpose
 
     def __post_init__(self):
-        for name in ("train_images", "test_images"):
-            images, size = getattr(self, name), self.image_size
-            check_tensor(name, images, torch.uint8, (len(images), size, size, 3))
-        check_image_set(self, len(self.train_images), len(self.test_images))
+        for split in ("train", "test"):
+            images, targets = getattr(self, f"{split}_images"), getattr(self, f"{split}_targets")
+            shape = len(images), self.image_size, self.image_size, 3
+            _check_tensor(f"{split}_images", images, torch.uint8, shape)
+            _check_tensor(f"{split}_targets", targets, torch.int64, shape[:1])
+            for extreme in (targets.min(), targets.max()):
+                whole_number(f"a target of {split}", extreme.item(), 0, self.num_classes - 1)
         whole_number("pad", self.pad)
 
     @property
@@ -77,7 +83,15 @@ class ImageData(ImageSet):
 
     @cached_property
     def checksum(self) -> str:
-        return _checksum(self)
+        "SHA-256 over the shapes and bytes of all splits."
+        digest, splits = hashlib.sha256(), [self, self.held_out] if self.held_out else [self]
+        tensors = [self.train_images, self.train_targets]
+        for data in splits:
+            tensors += data.test_images, data.test_targets
+        for tensor in tensors:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     @classmethod
     def from_splits(cls, train: Sequence, test: Sequence, name: str = "own", *,
@@ -98,24 +112,8 @@ class ImageData(ImageSet):
         names = class_names or ours or theirs or map(str, range(int(targets[0].max()) + 1))
         return _in_memory(name, *images, *targets, names, pad, flip)
 
-    def examples(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        images = self.train_images[:count]
-        return images, normalize(images, self.mean, self.std), self.train_targets[:count]
-
     def batches(self, device: str | torch.device) -> Batches:
         return Batches(self, device)
-
-# %% ../../nbs/2_train/12_images.ipynb #5b8f2a17
-def _checksum(data: ImageData) -> str:
-    "SHA-256 over the shapes and bytes of all splits."
-    digest = hashlib.sha256()
-    splits = [data.train_images, data.train_targets, data.test_images, data.test_targets]
-    if data.held_out is not None:
-        splits += [data.held_out.test_images, data.held_out.test_targets]
-    for tensor in splits:
-        digest.update(repr(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
 
 # %% ../../nbs/2_train/12_images.ipynb #547a4205
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -195,17 +193,15 @@ def load_digits() -> ImageData:
 _IMAGES = ("image", "img", "images", "pixel_values")  # what mappings call them; the first is taken
 _LABELS = ("label", "labels", "fine_label", "coarse_label", "target", "targets", "y")
 
-
-def _column(example: Mapping, names: Sequence[str]):
-    return example[next((name for name in names if name in example), names[0])]
-
 # %% ../../nbs/2_train/12_images.ipynb #23cee7bd
 def _pixels_and_label(example) -> tuple[numpy.ndarray, int]:
     "The image as uint8 (H, W, 3), and the label."
     from PIL import Image
 
     if isinstance(example, Mapping):
-        example = _column(example, _IMAGES), _column(example, _LABELS)
+        columns = (next((name for name in known if name in example), known[0])
+                   for known in (_IMAGES, _LABELS))
+        example = [example[name] for name in columns]
     image, label = example
     if not hasattr(image, "convert"):
         image = Image.fromarray(numpy.asarray(image))
@@ -215,8 +211,7 @@ def _pixels_and_label(example) -> tuple[numpy.ndarray, int]:
 def _stacked(split: str, examples: Sequence) -> tuple[Tensor, Tensor]:
     "Images uint8 (N, H, H, 3) and labels int64 (N,) of all examples of a split."
     try:
-        found = [_pixels_and_label(examples[number]) for number in range(len(examples))]
-        images, labels = zip(*found)
+        images, labels = zip(*(_pixels_and_label(examples[each]) for each in range(len(examples))))
         return torch.from_numpy(numpy.stack(images)), torch.tensor(labels)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"an example of {split} cannot be used: {error}. Give (image, label): PIL "
@@ -226,9 +221,9 @@ def _stacked(split: str, examples: Sequence) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/2_train/12_images.ipynb #71a1b909
 def _known(split) -> tuple[str, ...]:
     "The class names of a split of torchvision or Hugging Face; empty if it knows none."
-    features = getattr(split, "features", None) or {}
-    columns = [features[key] for key in _LABELS if hasattr(features.get(key), "names")]
-    return tuple(columns[0].names if columns else getattr(split, "classes", ()))
+    features = getattr(split, "features", {})
+    labels = next((features[name] for name in _LABELS if name in features), None)
+    return tuple(getattr(labels, "names", getattr(split, "classes", ())))
 
 # %% ../../nbs/2_train/12_images.ipynb #c332077c
 _STATISTICS_IMAGES = 500  # of a streamed set
@@ -249,7 +244,7 @@ def load_folder(path: str | Path) -> ImageData | ImageFolderData:
         return _in_memory(name, images[:count], images[count:], found["train_targets"],
                           found["test_targets"], found["class_names"])
     every = -(-count // _STATISTICS_IMAGES)
-    mean, std = channel_statistics(read_images(root, files[::every], image_size=224, resize=256))
+    mean, std = channel_statistics(read_images(root, files[::every], 224))
     return ImageFolderData(name, root, **found, mean=mean, std=std)
 
 # %% ../../nbs/2_train/12_images.ipynb #c1ee5a35
@@ -262,22 +257,20 @@ DATASETS: dict[str, Callable[[str | Path | None], ImageSet]] = {  # from the fol
 }
 
 # %% ../../nbs/2_train/12_images.ipynb #10524a9f
-def check_dataset(parameter: str, name, without: Sequence[str] = ()) -> str:
-    """`name`, which must be `auto`, one of `DATASETS` but those in `without`, a part of one, or
-    folder:PATH; else `ValueError`.
+def check_dataset(parameter: str, name, without: Sequence[str] = ()) -> None:
+    """`ValueError` unless `name` is `auto`, one of `DATASETS` but those in `without`, a part of
+    one, or folder:PATH.
     """
-    if isinstance(name, str):
-        if name.startswith("folder:") and name != "folder:":
-            return name
-        if "(" in name:
-            check_dataset(parameter, part_in(name)[0], ["auto", "imagenet", *without])
-            return name
+    if isinstance(name, str) and name.startswith("folder:") and name != "folder:":
+        return
+    if isinstance(name, str) and "(" in name:
+        name, without = part_in(name)[0], ["imagenet", *without]
     names = ["auto", *(known for known in DATASETS if known not in without), "folder:PATH"]
-    return choice(parameter, name, names)
+    choice(parameter, name, names)
 
 # %% ../../nbs/2_train/12_images.ipynb #8672b2ad
 def load_data(name: str = "auto", root: str | Path | None = None) -> ImageSet:
-    """The data set `name`: one of `DATASETS`, a part of one (see `part_of`), "folder:PATH" (see
+    """The data set `name`: one of `DATASETS`, a part of one (see `part_in`), "folder:PATH" (see
     `load_folder`), or "auto" (cifar100 if it is on disk, else digits; never downloads).
 
     `ValueError` for any other name. `root` and further errors: see `load_cifar100`.
@@ -287,76 +280,62 @@ def load_data(name: str = "auto", root: str | Path | None = None) -> ImageSet:
         return load_folder(name.removeprefix("folder:"))
     if "(" in name:
         whole, part = part_in(name)
-        return part_of(load_data(whole, root), **part)  # type: ignore[arg-type]  # all in memory
+        return _part_of(load_data(whole, root), name, **part)  # type: ignore  # all in memory
     if name == "auto":
         name = "cifar100" if has_cifar100(root) else "digits"
     return DATASETS[name](root)
 
-# %% ../../nbs/2_train/12_images.ipynb #5e1f0a12
-def _places(text: str) -> range:
-    first, last = text.split(":")
-    return range(int(first), int(last))
-
-
-_ARGUMENTS: dict[str, Callable[[str], Any]] = {
-    "train": _places, "held_out": _places, "seed": int, "noise": lambda text: round(float(text), 6),
-}
-
 # %% ../../nbs/2_train/12_images.ipynb #3e988f10
 def whole_set(name: str) -> str:
     "The set of which `name` is a part, such as `cifar100` for `cifar100(train=0:25000)`."
-    return name.partition("(")[0].strip()
+    return name.partition("(")[0]
 
 
-def part_in(name: str) -> tuple[str, dict[str, Any]]:
-    "The set and the arguments of `part_of` in a name such as `cifar100(train=0:25000,seed=1)`."
-    with suppress(KeyError, ValueError):  # of a name that is not written like this
-        inside = name.partition("(")[2]
-        arguments = [each.split("=") for each in inside.removesuffix(")").split(",")]
-        part = {key.strip(): _ARGUMENTS[key.strip()](value) for key, value in arguments}
-        if name.endswith(")") and "train" in part and len(part) == len(arguments):
-            return whole_set(name), part
-    raise ValueError(f"the data set is {shown(name)}; a part of a set is written such as 'cifar100("
-                     "train=25000:30000,held_out=30000:50000,seed=0,noise=0.2)', train is needed.")
+_PLACES = "(0|[1-9][0-9]*):([1-9][0-9]*)"
+_PART = re.compile(rf"[^(]+\(train={_PLACES}(?:,held_out={_PLACES})?"
+                   r"(?:,seed=([1-9][0-9]*))?(?:,noise=(0\.[0-9]*[1-9]))?\)")
 
-# %% ../../nbs/2_train/12_images.ipynb #d5173212
-def wrong_labels(targets: Tensor, share: float, classes: int, generator: torch.Generator) -> Tensor:
+
+def part_in(name: str) -> tuple[str, dict]:
+    """The set in a name such as `cifar100(train=0:25000,held_out=30000:50000,seed=1,noise=0.4)`,
+    and what is taken of it: `train` and `held_out` are ranges. `ValueError` for other names.
+    """
+    if not (found := _PART.fullmatch(name)):
+        raise ValueError(f"the data set is {shown(name)}; a part of a set is written such as "
+                         "'cifar100(train=25000:30000,held_out=30000:50000,seed=1,noise=0.2)', "
+                         "of which train is needed.")
+    first, last, held_first, held_last, seed = (int(each or 0) for each in found.groups()[:5])
+    return whole_set(name), {"train": range(first, last), "held_out": range(held_first, held_last),
+                             "seed": seed, "noise": float(found[6] or 0)}
+
+# %% ../../nbs/2_train/12_images.ipynb #8cf37651
+def _wrong_labels(targets: Tensor, share: float, classes: int, seed: int) -> Tensor:
     "`targets` (N,), of which a `share` is replaced by one of the other `classes`, each as likely."
+    generator = seeded_generator("wrong labels", seed)
     chosen = torch.randperm(len(targets), generator=generator)[:round(share * len(targets))]
     shift = torch.randint(1, classes, (len(chosen),), generator=generator)
     return targets.scatter(0, chosen, (targets[chosen] + shift) % classes)
 
 # %% ../../nbs/2_train/12_images.ipynb #d84d9bc1
-def part_of(data: ImageData, train: range, held_out: range | None = None, seed: int = 0,
-            noise: float = 0.0) -> ImageData:
-    """`data` with the training images at the places `train` of a random order.
-
-    `held_out`: places of images for one evaluation after the last epoch. `seed`: of the order.
-    `noise`: share of the training labels that is wrong. The test images stay. `ValueError` for
-    places that the set does not have, and for places in both.
+def _part_of(data: ImageData, name: str, train: range, held_out: range, seed: int,
+             noise: float) -> ImageData:
+    """`data` with the training images at the places `train` of a random order, and with those at
+    `held_out` for one evaluation. `noise`: the share of wrong training labels.
     """
-    count, taken = len(data.train_targets), [*train, *(held_out or ())]
-    if range(0) in (train, held_out) or len({*taken} & {*range(count)}) < len(taken):
+    count, taken = len(data.train_targets), [*train, *held_out]
+    if not train or len({*taken} & {*range(count)}) < len(taken):
         raise ValueError(f"train is {train} and held_out {held_out}; give places among the {count} "
                          f"training images of {data.name}, each at most once.")
-    if not 0 <= noise < 1:
-        raise ValueError(f"noise is {noise}; give a share of the training labels below 1.")
-    name = f"{data.name}(train={train.start}:{train.stop}"
-    name += f",held_out={held_out.start}:{held_out.stop}" if held_out else ""
-    name += f",seed={seed}" if seed else ""
-    name += f",noise={noise})" if noise else ")"
     order = balanced_order(data.train_targets, seeded_generator("part", seed))
 
-    def chosen(split: str, places: range) -> dict[str, Any]:
+    def chosen(split: str, places: range) -> dict:
         index = order[places.start:places.stop].sort().values
         return {f"{split}_images": data.train_images[index],
                 f"{split}_targets": data.train_targets[index]}
 
     part = replace(data, name=name, **chosen("train", train))
     if noise:
-        generator, true = seeded_generator("wrong labels", seed), part.train_targets
-        wrong = wrong_labels(true, noise, data.num_classes, generator)
+        true = part.train_targets
+        wrong = _wrong_labels(true, noise, data.num_classes, seed)
         part = replace(part, train_targets=wrong, true_train_targets=true)
-    if held_out:
-        part = replace(part, held_out=replace(part, **chosen("test", held_out)))
-    return part
+    return replace(part, held_out=replace(part, **chosen("test", held_out))) if held_out else part

@@ -6,7 +6,6 @@
 __all__ = ['IMAGENET_NETWORKS', 'list_models', 'list_imagenet_models', 'check_model', 'create_model', 'pretrained_weights']
 
 # %% ../../nbs/2_train/10a_networks.ipynb #2c1b0e03
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import NETWORKS, Classifier, MobileNetV1
-from ..utils.checks import shown, whole_number
+from ..utils.checks import did_you_mean, shown, whole_number
 from ..utils.files import network_timeout
 
 # %% ../../nbs/2_train/10a_networks.ipynb #2c1b0e05
@@ -64,9 +63,7 @@ def check_model(name: str) -> None:
     external = library in ("timm", "torchvision")
     known = _names_of(library) if external else [*NETWORKS, *IMAGENET_NETWORKS]
     if name not in known:
-        by_lower_case = {each.lower(): each for each in known}
-        close = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1)
-        hint = f" Did you mean {by_lower_case[close[0]]}?" if close else ""
+        hint = did_you_mean(str(name).lower(), known)
         raise ValueError(f"There is no network {shown(name)}.{hint} Choose one of list_models() or "
                          "list_imagenet_models(), or timm:NAME or torchvision:NAME.")
 

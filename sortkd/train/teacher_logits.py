@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .augmentation import ImageBatches, Views, number_of_views
+from .augmentation import ImageBatches
 from .teachers import weights_checksum
 from ..utils.files import exclusive
 from ..utils.progress import Progress
@@ -33,7 +34,8 @@ class TeacherLogits:
     kind = "computed"
 
     def __init__(self, network: nn.Module, batches: ImageBatches, precision: str = "float32"):
-        self.precision, self.batches, self.device = precision, batches, batches.device
+        self.precision, self.device = precision, batches.device
+        self.batches: Any = batches  # in memory, where it is asked for views
         self.network = network.to(self.device).to(memory_format=torch.channels_last).eval()
         # Larger batches leave a CPU's cache; smaller ones leave a GPU idle.
         self.batch_size = 2048 if self.device.type == "cuda" else 128
@@ -47,17 +49,17 @@ class TeacherLogits:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return self.network(images).float()[:rows]
 
-    def compute(self, views: Views) -> Iterator[Tensor]:
+    def compute(self, views: Tensor) -> Iterator[Tensor]:
         "The logits of `views` in parts of `batch_size` rows, float32 on the device."
-        for start in range(0, len(views.image), self.batch_size):
-            yield self._forward(self.batches.gather(views.part(start, start + self.batch_size))[0])
+        for start in range(0, len(views), self.batch_size):
+            yield self._forward(self.batches.gather(views[start:start + self.batch_size])[0])
 
     def of_images(self, images: Tensor) -> Tensor:
         "The logits (N, C) of N normalised images (N, 3, H, W) on the device; never cached."
         return torch.cat([self._forward(part) for part in images.split(self.batch_size)])
 
-    def __call__(self, views: Views) -> Tensor:
-        "The logits (N, C) of N `views`, float32 on the device."
+    def __call__(self, views: Tensor) -> Tensor:
+        "The logits (N, C) of `views`, int64 (N,), float32 on the device."
         return torch.cat([*self.compute(views)])
 
     def close(self) -> None:
@@ -174,21 +176,16 @@ class CachedTeacherLogits(TeacherLogits):
     def __init__(self, network: nn.Module, batches: ImageBatches, cache_dir: str | Path,
                  precision: str = "float32"):
         super().__init__(network, batches, precision)
-        identity = _identity(self, batches.data)
-        self.num_views = number_of_views(identity["pad"], identity["flip"])
-        self.files = LogitFiles(Path(cache_dir), identity["images"] * self.num_views, identity)
+        count = len(batches.train_targets) * self.batches.data.views_per_image
+        self.files = LogitFiles(Path(cache_dir), count, _identity(self, batches.data))
         self.folder = self.files.folder
         self._on_device = _empty_copy(self.files.logits, self.device)
         self._copied = torch.zeros_like(self.files.sums, dtype=torch.bool)
 
-    def _views(self, rows: Tensor) -> Views:
-        return Views(rows // self.num_views, rows % self.num_views)
-
-    def __call__(self, views: Views) -> Tensor:
+    def __call__(self, views: Tensor) -> Tensor:
         # On the CPU, where the views are drawn: asking a GPU what is missing would stall it.
-        rows = (views.image * self.num_views + views.number).cpu()
-        self._fill(rows)
-        there = rows.to(self._on_device.device, non_blocking=True)
+        self._fill(views.cpu())
+        there = views.to(self._on_device.device, non_blocking=True)
         return self._on_device[there].to(self.device).float()
 
     def fill(self, progress: bool = False) -> None:
@@ -196,16 +193,16 @@ class CachedTeacherLogits(TeacherLogits):
         with exclusive(self.folder / "fill.lock", "computing these teacher logits"):
             total = len(self.files.sums)
             report = Progress("teacher logits", total, "view", pause=10.0, shown=progress)
-            for rows in torch.arange(total).split(32 * self.batch_size):
-                self._fill(rows)
-                report(int(rows[-1]) + 1)
+            for views in torch.arange(total).split(32 * self.batch_size):
+                self._fill(views)
+                report(int(views[-1]) + 1)
             self.close()
 
     def _fill(self, rows: Tensor) -> None:
         "Check `rows`, compute those that are missing or damaged, and copy all to the device."
         rows = rows[~self._copied[rows]]
         missing = rows[~self.files.sound(rows)].unique()
-        for part, logits in zip(missing.split(self.batch_size), self.compute(self._views(missing))):
+        for part, logits in zip(missing.split(self.batch_size), self.compute(missing)):
             self.files.write(part, logits)
         if self._on_device is not self.files.logits and len(rows):
             self._on_device[rows.to(self.device)] = self.files.logits[rows].to(self.device)

@@ -81,15 +81,13 @@ def _is_state_dict(content: Any) -> bool:
 # %% ../../nbs/2_train/14_teachers.ipynb #efd814e5
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     "The tensors by name in the content of a PyTorch file."
-    if _is_state_dict(content):
-        return content
     inside = content if isinstance(content, dict) else {}
-    places = [name for name in _PLACES if _is_state_dict(inside.get(name))]
-    if not places:
-        raise ValueError(f"{path} holds no state dict: expected are tensors by name, at the top or "
-                         f"under one of {_PLACES}; found: {shown(list(inside) or type(content))}. "
-                         f"Save the weights with {_SAVE_WEIGHTS}.")
-    return inside[places[0]]
+    for found in (content, *map(inside.get, _PLACES)):
+        if _is_state_dict(found):
+            return found
+    raise ValueError(f"{path} holds no state dict: expected are tensors by name, at the top or "
+                     f"under one of {_PLACES}; found: {shown(list(inside) or type(content))}. "
+                     f"Save the weights with {_SAVE_WEIGHTS}.")
 
 # %% ../../nbs/2_train/14_teachers.ipynb #14c41904
 def _read_text(path: Path) -> dict:
@@ -214,12 +212,23 @@ class Teacher:
 
 # %% ../../nbs/2_train/14_teachers.ipynb #63ad3955
 def load_teacher(
-    path: str | Path, architecture: str, num_classes: int, source: str = "given"
+    path: str | Path, architecture: str = "", num_classes: int = 0, source: str = "given"
 ) -> Teacher:
-    "The teacher in a checkpoint file; errors as `read_checkpoint` and `load_weights` raise them."
+    """The teacher in a checkpoint file, or of a name in `teachers/`, such as `resnet20-cifar100`.
+
+    A file that `save_teacher` wrote names its `architecture`, and its weights have `num_classes`.
+    Errors as `read_checkpoint` and `load_weights` raise them, and `ValueError` for a file that does
+    not name its architecture.
+    """
+    named = Path("teachers", f"{path}.safetensors")
+    path = named if named.is_file() and not Path(path).exists() else Path(path)
     weights, training = read_checkpoint(path)
+    if not (architecture := architecture or training.get("architecture", "")):
+        raise ValueError(f"{path} does not name its architecture; give it.")
+    if not num_classes:  # the classifier comes last
+        num_classes = len(weights[[*create_model(architecture, 2).state_dict()][-1]])
     model = load_weights(create_model(architecture, num_classes), weights, str(path))
-    return Teacher(model, architecture, source, Path(path).name, training)
+    return Teacher(model, architecture, source, path.name, training)
 
 # %% ../../nbs/2_train/14_teachers.ipynb #5921c810
 PUBLISHED_ARCHIVE = ("https://github.com/megvii-research/mdistiller/releases/download/checkpoints/"
@@ -286,11 +295,8 @@ def find_teacher(
     published = Path(folder) / _published_member(architecture)
     if data.name == "cifar100" and published.is_file():
         return load_teacher(published, architecture, data.num_classes, "found")
-    candidates = []
-    for path in Path(folder).rglob("*.safetensors"):
-        text = _read_text(path)
-        if _serves(text, architecture, data, min_epochs, training):
-            candidates.append((text.get("top1", 0.0), path))
+    candidates = [(text.get("top1", 0.0), path) for path in Path(folder).rglob("*.safetensors")
+                  if _serves(text := _read_text(path), architecture, data, min_epochs, training)]
     if not candidates:
         return None
     return load_teacher(max(candidates)[1], architecture, data.num_classes, "found")
@@ -301,9 +307,9 @@ def _is_first() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 # %% ../../nbs/2_train/14_teachers.ipynb #3a16e561
-def _first_decides(ask: Callable[[], bool]) -> bool:
-    "What `ask` returns in the first process of the job; the others do not call it, and wait."
-    answers = [_is_first() and ask()]
+def _of_first(answer: bool) -> bool:
+    "The `answer` of the first process of the job, for which the others wait."
+    answers = [answer]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(answers)
     return answers[0]
@@ -321,7 +327,7 @@ def _fetched(architecture: str, folder: Path) -> bool:
 def _make_teacher(architecture, data, folder, name, training, train, fetch) -> Teacher:
     "Fetch or train a teacher; no other job may be making the same one."
     is_published = data.name == "cifar100" and architecture in PUBLISHED_TOP1
-    if fetch and is_published and _first_decides(lambda: _fetched(architecture, folder)):
+    if fetch and is_published and _of_first(_is_first() and _fetched(architecture, folder)):
         path = folder / _published_member(architecture)
         return load_teacher(path, architecture, data.num_classes, "fetched")
     remove_leftovers(folder / "local", f"{name}-")
@@ -353,10 +359,10 @@ def get_teacher(
         weights = pretrained_weights(architecture)
         model = load_weights(create_model(architecture, data.num_classes), weights, architecture)
         teacher = Teacher(model, architecture, "fetched", "torchvision IMAGENET1K_V1")
-    if _first_decides(lambda: teacher is None):
+    if _of_first(teacher is None):
         lock = exclusive(folder / "local" / f".{name}.lock", f"making the teacher {architecture}")
         with lock if _is_first() else nullcontext():
-            found = _first_decides(lambda: find() is not None)  # the others wait here
+            found = _of_first(_is_first() and find() is not None)
             teacher = find() if found else _make_teacher(
                 architecture, data, folder, name, training, train, fetch)
     if teacher is None:

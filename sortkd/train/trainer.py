@@ -7,11 +7,9 @@ __all__ = ['Recipe', 'Evaluation', 'evaluate', 'Student', 'Outcome', 'Diverged',
            'end_epoch', 'state_of', 'resume', 'train_together', 'train']
 
 # %% ../../nbs/2_train/16_trainer.ipynb #2aba5221
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import Method
-from .augmentation import ImageBatches, batch_bounds
-from .batches import Batch, TeacherBlock, teacher_blocks
+from .augmentation import Block, ImageBatches, batch_bounds
+from .batches import Batch, batch_of, teacher_blocks, with_repair
 from .checkpoints import Checkpoint, Stopped
 from .checkpoints import fingerprint, weights_on_cpu
 from .cuda_graphs import CapturedStep, new_stream, on_stream, side_stream, wait_for
@@ -85,7 +83,7 @@ def evaluate(model: nn.Module, batches: ImageBatches, fabric: "Fabric") -> Evalu
     ranks, count, hits = Ranks(fabric), len(batches.test_targets), []
     loss = torch.zeros((), dtype=torch.float64, device=fabric.device)
     size = 1000 if fabric.device.type == "cuda" else 200
-    parts = batches.test(size, ranks.index, ranks.count)
+    parts = batches.test(size, ranks.part)
     for (start, stop), (images, target) in zip(batch_bounds(count, size), parts):
         with fabric.autocast():
             logits = model(images)
@@ -102,23 +100,20 @@ def evaluate(model: nn.Module, batches: ImageBatches, fabric: "Fabric") -> Evalu
 class Student:
     """A network, how it is trained, and where its state is saved.
 
-    `checkpoint`: a file to continue from if it exists, and to write at most every
-    `checkpoint_seconds`, at the end, and when the training is interrupted. `context`: what the
-    checkpoint must also agree in, such as the checksum of the teacher's weights.
-    `keep_best`: keep the weights of the best test epoch, a third of a checkpoint. `compile`: run
-    the network through `torch.compile`, which rounds differently.
-    `callbacks`: each is called with the row of every epoch: epoch, lr, train_loss, train_top1,
-    test_loss, test_top1 (percent), seconds; with a teacher also teacher_wrong_rows and
-    changed_rows, and temperature where it is learned.
+    `seed`: of order, augmentation and dropout. `checkpoint`: a file to continue from if it exists,
+    and to write (see `Checkpoint`). `context`: what the checkpoint must also agree in, such as the
+    checksum of the teacher's weights. `compile`: run the network through `torch.compile`, which
+    rounds differently. `callbacks`: each is called with the row of every epoch: epoch, lr,
+    train_loss, train_top1, test_loss, test_top1 (percent), seconds; with a teacher also
+    teacher_wrong_rows and changed_rows, and temperature where it is learned.
     """
 
     model: nn.Module
     method: Method
     recipe: Recipe
+    seed: int = 0
     checkpoint: str | Path | None = None
-    checkpoint_seconds: float = 30.0
     context: str = ""
-    keep_best: bool = True
     compile: bool = False
     callbacks: Sequence[Callable[[dict], None]] = ()
 
@@ -158,12 +153,12 @@ class Diverged(FloatingPointError):
 
 # %% ../../nbs/2_train/16_trainer.ipynb #6d66da85
 class Learner:
-    """A student in training. `loss_and_hits`: their sums over the epoch's rows; `repairs`: how many
-    rows the teacher got wrong, and how many the repair changed.
+    """A student in training. `sums` over the epoch's rows: the loss, right rows, rows that the
+    teacher got wrong, and rows that the repair changed.
     """
 
-    def __init__(self, student: Student, fabric: "Fabric", seed: int = 0):
-        self.student, self.fabric, self.seed = student, fabric, seed
+    def __init__(self, student: Student, fabric: "Fabric"):
+        self.student, self.fabric = student, fabric
         self.method, self.recipe, self.ranks = student.method, student.recipe, Ranks(fabric)
         self.outcome, device = Outcome(), fabric.device
         self.diverged: Diverged | None = None
@@ -181,8 +176,7 @@ class Learner:
         self.parts = {"model": self.model, "optimizer": self.optimizer}  # which have a state
         if self.temperature is not None:
             self.parts["temperature"] = self.temperature
-        self.loss_and_hits = torch.zeros(2, dtype=torch.float64, device=device)
-        self.repairs = torch.zeros(2, dtype=torch.int64, device=device)
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.stream = new_stream(device) if self.ranks.count == 1 else None
         self.captured_step = CapturedStep(self._step, self.optimizer, self.stream is not None)
 
@@ -190,10 +184,9 @@ class Learner:
         self.epoch = epoch
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr_in(epoch)
-        seed = int(fingerprint(self.seed, epoch), 16) % 2**63
+        seed = int(fingerprint(self.student.seed, epoch), 16) % 2**63
         self.random_numbers = RandomNumbers(seed, self.fabric.device)  # of dropout
-        self.loss_and_hits.zero_()
-        self.repairs.zero_()
+        self.sums.zero_()
         self.model.train()
 
     def learn(self, batch: Batch) -> None:
@@ -216,67 +209,68 @@ class Learner:
         self.fabric.backward(loss)
         self.optimizer.step()
         hits = (logits.detach().argmax(1) == target).sum()
-        self.loss_and_hits += torch.stack([loss.detach() * len(target), hits])
+        self.sums[:2] += torch.stack([loss.detach() * len(target), hits])
 
     def _logits(self, images: Tensor, target: Tensor) -> Tensor:
         return self.ranks.gather(self.model(images).float(), len(target))
 
 # %% ../../nbs/2_train/16_trainer.ipynb #9ae6f357
-def repair_block(learner: Learner, block: TeacherBlock) -> TeacherBlock:
+def repair_block(learner: Learner, block: Block) -> Block:
     "The block with the logits as the learner's objective sees them; counts wrong and changed rows."
-    repaired, logits = block.repaired(learner.method), block.teacher_logits
+    repaired, logits = with_repair(block, learner.method), block.teacher_logits
     if logits is not None and repaired.teacher_logits is not None:
         wrong = logits.amax(1) > logits.gather(1, block.target[:, None])[:, 0]
         changed = (repaired.teacher_logits != logits).any(1)
-        learner.repairs += torch.stack([wrong.sum(), changed.sum()])
+        learner.sums[2:] += torch.stack([wrong.sum(), changed.sum()])
     return repaired
 
 # %% ../../nbs/2_train/16_trainer.ipynb #65d54fb9
 def train_epoch(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None, epoch: int,
+    report: Callable[[float], None] = lambda done: None,
 ) -> None:
-    "All steps of an epoch. The learners must have one batch size."
+    """All steps of an epoch. The learners must have one batch size. `report` is called after each
+    step with the epochs that are done, such as 2.5.
+    """
     size, ranks = learners[0].recipe.batch_size, learners[0].ranks
     teacher = teacher if any(each.method.uses_teacher for each in learners) else None
     strong = any(each.method.strong_views for each in learners)
-    streams = {each.seed: teacher_blocks(images, teacher, size, each.seed, epoch, ranks, strong)
-               for each in learners}
+    streams = {seed: teacher_blocks(images, teacher, size, seed, epoch, ranks, strong)
+               for seed in {each.student.seed for each in learners}}
+    steps, step = len(batch_bounds(len(images.train_targets), size)), 0
     for blocks in zip(*streams.values()):
         of_seed = dict(zip(streams, blocks))
-        turns = [(each, repair_block(each, of_seed[each.seed])) for each in learners]
-        for step in range(len(blocks[0].bounds)):
+        turns = [(each, repair_block(each, of_seed[each.student.seed])) for each in learners]
+        for number in range(len(blocks[0].bounds)):
             for learner, block in turns:
-                learner.learn(block.batch(step))
+                learner.learn(batch_of(block, number))
             for learner in learners:
                 wait_for(learner.stream)
-
-# %% ../../nbs/2_train/16_trainer.ipynb #7c667d75
-def _epoch_row(learner: Learner, images: int, test: Evaluation) -> dict[str, float]:
-    "The row of an epoch over `images` training images, without seconds."
-    loss, hits = learner.loss_and_hits.tolist()
-    row = {"epoch": learner.epoch, "lr": learner.recipe.lr_in(learner.epoch),
-           "train_loss": loss / images, "train_top1": 100 * hits / images}
-    if learner.temperature is not None:
-        row["temperature"] = learner.temperature().item()
-    if learner.method.uses_teacher:
-        row["teacher_wrong_rows"], row["changed_rows"] = learner.repairs.tolist()
-    return row | {"test_loss": test.loss, "test_top1": test.top1}
+            step += 1
+            report(epoch - 1 + step / (steps + 1))  # the evaluation follows
 
 # %% ../../nbs/2_train/16_trainer.ipynb #3f581c3a
 def end_epoch(learner: Learner, images: ImageBatches) -> None:
     "Evaluate; add the epoch's row, without seconds, to the curve, if its losses are finite."
-    test, outcome = evaluate(learner.model, images, learner.fabric), learner.outcome
-    row = _epoch_row(learner, len(images.train_targets), test)
-    loss = row["train_loss"] + row["test_loss"]
-    if not math.isfinite(loss):
+    test = evaluate(learner.model, images, learner.fabric)
+    outcome, epoch = learner.outcome, learner.epoch
+    rows, (loss, hits, wrong, changed) = len(images.train_targets), learner.sums.tolist()
+    row = {"epoch": epoch, "lr": learner.recipe.lr_in(epoch),
+           "train_loss": loss / rows, "train_top1": 100 * hits / rows}
+    if learner.temperature is not None:
+        row["temperature"] = learner.temperature().item()
+    if learner.method.uses_teacher:
+        row |= {"teacher_wrong_rows": int(wrong), "changed_rows": int(changed)}
+    row |= {"test_loss": test.loss, "test_top1": test.top1}
+    if not math.isfinite(both := row["train_loss"] + row["test_loss"]):
         learner.diverged = error = Diverged(
-            f"the loss of {learner.method.name} is {loss} in epoch {learner.epoch}; lower the "
+            f"the loss of {learner.method.name} is {both} in epoch {epoch}; lower the "
             f"learning rate ({learner.recipe.lr}) or use precision float32.")
-        error.epoch, error.top1, error.curve = learner.epoch, test.top1, outcome.curve
+        error.epoch, error.top1, error.curve = epoch, test.top1, outcome.curve
         return
     outcome.curve.append(row)
     outcome.correct = test.correct
-    if learner.student.keep_best and outcome.best is row:
+    if outcome.best is row:
         outcome.best_weights = weights_on_cpu(learner.model)
 
 # %% ../../nbs/2_train/16_trainer.ipynb #6e3af4dd
@@ -284,9 +278,9 @@ _RESUMED = ("curve", "best_weights", "correct", "seconds")  # of the outcome
 
 
 def state_of(learner: Learner) -> dict:
-    "A copy of all that the next epoch needs."
+    "All that the next epoch needs."
     state = {name: part.state_dict() for name, part in learner.parts.items()}
-    return copy.deepcopy(state | {name: getattr(learner.outcome, name) for name in _RESUMED})
+    return state | {name: getattr(learner.outcome, name) for name in _RESUMED}
 
 # %% ../../nbs/2_train/16_trainer.ipynb #803b4464
 def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None) -> None:
@@ -295,27 +289,28 @@ def resume(learner: Learner, images: ImageBatches, teacher: TeacherLogits | None
     if student.checkpoint is None:
         return
     run = fingerprint(
-        asdict(student.recipe), method.as_record(), images.data.checksum, learner.seed,
+        asdict(student.recipe), method.as_record(), images.data.checksum, student.seed,
         type(student.model).__name__, precision_of(learner.fabric),
         teacher.kind if teacher is not None and method.uses_teacher else None, student.context)
-    checkpoint = Checkpoint(student.checkpoint, run, student.checkpoint_seconds)
+    checkpoint = Checkpoint(student.checkpoint, run)
     if (state := checkpoint.load()) is not None:
         for name, part in learner.parts.items():
             part.load_state_dict(state[name])
         learner.outcome = Outcome(**{name: state[name] for name in _RESUMED})
         learner.epoch = len(learner.outcome.curve)
-    if learner.ranks.index == 0:
+    if learner.fabric.is_global_zero:
         learner.checkpoint = checkpoint
 
 # %% ../../nbs/2_train/16_trainer.ipynb #56e855f8
 def _run_epoch(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None, epoch: int,
+    report: Progress,
 ) -> list[Learner]:
     "Return the learners whose loss is finite."
     start = time.monotonic()
     for learner in learners:
         learner.start_epoch(epoch)
-    train_epoch(learners, images, teacher, epoch)
+    train_epoch(learners, images, teacher, epoch, report)
     for learner in learners:
         end_epoch(learner, images)
     seconds = (time.monotonic() - start) / len(learners)
@@ -324,7 +319,7 @@ def _run_epoch(
         learner.outcome.last["seconds"] = seconds
         learner.outcome.seconds += seconds
         if learner.checkpoint is not None:
-            learner.checkpoint.kept = state_of(learner)
+            learner.checkpoint.keep(state_of(learner))
     return finite
 
 # %% ../../nbs/2_train/16_trainer.ipynb #bcc59f79
@@ -333,36 +328,32 @@ def _run_epochs(
     report: Progress, stop: Callable[[], bool] | None,
 ) -> None:
     "All epochs that are missing. Raise `Stopped` after one of them if `stop()` is true."
-    fabric, first, last = learners[0].fabric, learners[0].ranks.index == 0, report.total
+    fabric, last = learners[0].fabric, report.total
     for epoch in range(report.start + 1, last + 1):
         learning = [each for each in learners
                     if len(each.outcome.curve) + 1 == epoch <= each.recipe.epochs]
         if not learning:  # the others have finished, or failed
             continue
-        learning = _run_epoch(learning, images, teacher, epoch)
-        stops = epoch < last and stop is not None and fabric.broadcast(first and stop())
-        for each in learning:
-            if each.checkpoint is not None:
-                each.checkpoint.save(now=stops or epoch == each.recipe.epochs)
+        learning = _run_epoch(learning, images, teacher, epoch, report)
         rows = [each.outcome.last for each in learning]
         losses = ", ".join(f"{row['train_loss']:.3f}" for row in rows)
         scores = ", ".join(f"{row['test_top1']:.1f}" for row in rows)
         report(epoch, f"loss {losses}, top-1 {scores} %")
-        for learner, row in zip(learning, rows) if first else ():
+        for learner, row in zip(learning, rows) if fabric.is_global_zero else ():
             for callback in learner.student.callbacks:
                 callback(row)
-        if stops:
+        if stop and epoch < last and fabric.broadcast(fabric.is_global_zero and stop()):
             raise Stopped(f"{report.title} was asked to stop after epoch {epoch} of {last}.")
 
 # %% ../../nbs/2_train/16_trainer.ipynb #8c3fc0c3
 def train_together(
     students: Sequence[Student], batches: ImageBatches, fabric: "Fabric", *,
-    teacher: nn.Module | TeacherLogits | None = None, seed: int | Sequence[int] = 0,
-    stop: Callable[[], bool] | None = None, progress: bool | str = False,
+    teacher: nn.Module | TeacherLogits | None = None, stop: Callable[[], bool] | None = None,
+    progress: str = "",
 ) -> list[Outcome | Diverged]:
     """Train `students` side by side; return the outcome of each, or the error of one whose loss is
-    not finite. As `train`; all recipes must have one batch size. `seed`: one for all, or one for
-    each. Students of one seed share their batches.
+    not finite. As `train`; all recipes must have one batch size. Students of one seed share their
+    batches.
     """
     sizes = {student.recipe.batch_size for student in students}
     if len(sizes) != 1:
@@ -373,28 +364,24 @@ def train_together(
         raise ValueError(f"method {needed[0]!r} distils from a teacher, but teacher is None.")
     if isinstance(teacher, nn.Module):
         teacher = TeacherLogits(teacher, batches, precision_of(fabric))
-    seeds = [seed] * len(students) if isinstance(seed, int) else seed
-    learners = [Learner(each, fabric, own) for each, own in zip(students, seeds, strict=True)]
+    learners = [Learner(student, fabric) for student in students]
     for learner in learners:
         resume(learner, batches, teacher)
-    names = ", ".join(student.method.name for student in students)
-    title = progress if isinstance(progress, str) else names
+    title = progress or ", ".join(student.method.name for student in students)
     report = Progress(
         title, max(each.recipe.epochs for each in learners), "epoch",
         start=min(len(each.outcome.curve) for each in learners),
         shown=bool(progress) and fabric.is_global_zero)
-    with (
-        torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
-        side_stream(fabric.device),
-        nullcontext() if teacher is None else closing(teacher),
-    ):
+    devices = [fabric.device] if fabric.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), side_stream(fabric.device):
         try:
             _run_epochs(learners, batches, teacher, report, stop)
-        except BaseException as error:  # each student saves its last whole epoch
-            saved = [each.checkpoint.save() for each in learners if each.checkpoint is not None]
-            if saved and not isinstance(error, Exception):
-                print(f"{title}: stopped; all finished epochs are saved.", flush=True)
-            raise
+        finally:
+            for learner in learners:
+                if learner.checkpoint is not None:
+                    learner.checkpoint.save()
+            if teacher is not None:
+                teacher.close()
     for learner in learners:
         learner.outcome.last_weights = weights_on_cpu(learner.model)
         learner.outcome.captured = learner.captured_step.graph is not None
@@ -403,23 +390,23 @@ def train_together(
 # %% ../../nbs/2_train/16_trainer.ipynb #3cb751f0
 def train(
     model: nn.Module, batches: ImageBatches, method: Method, recipe: Recipe, fabric: "Fabric", *,
-    teacher: nn.Module | TeacherLogits | None = None, seed: int = 0,
-    stop: Callable[[], bool] | None = None, progress: bool | str = False, **options,
+    teacher: nn.Module | TeacherLogits | None = None, stop: Callable[[], bool] | None = None,
+    progress: str = "", **options,
 ) -> Outcome:
     """Train `model`, from the weights that it has; return the curve and the weights.
 
     `teacher`: a network, or `TeacherLogits`, which may cache its logits; not needed for `ce`. It is
-    put into evaluation mode and never changed. `seed`: of order, augmentation and dropout. `stop`:
-    asked after every epoch but the last; when it is true, the checkpoint is written and `Stopped`
-    raised. `progress`: print a line after each epoch; a string names the run. `options`: as in
-    `Student`: checkpoint, checkpoint_seconds, context, keep_best, compile and callbacks. Of several
-    processes the first alone writes the checkpoint, calls the callbacks, and asks `stop`.
-    Raises `ValueError` for a missing teacher or another run's checkpoint, `Diverged` when the loss
-    is not finite, and `OSError` when the checkpoint cannot be written; the one before is kept.
+    put into evaluation mode and never changed. `stop`: asked after every epoch but the last; when
+    it is true, the checkpoint is written and `Stopped` raised. `progress`: the name of the run, to
+    print a line after each epoch. `options`: as in `Student`: seed, checkpoint, context, compile
+    and callbacks. Of several processes the first alone writes the checkpoint, calls the callbacks,
+    and asks `stop`. Raises `ValueError` for a missing teacher or another run's checkpoint,
+    `Diverged` when the loss is not finite, and `OSError` when the checkpoint cannot be written; the
+    one before is kept.
     """
     student = Student(model, method, recipe, **options)
     outcome, = train_together(
-        [student], batches, fabric, teacher=teacher, seed=seed, stop=stop, progress=progress)
+        [student], batches, fabric, teacher=teacher, stop=stop, progress=progress)
     if isinstance(outcome, Diverged):
         raise outcome
     return outcome

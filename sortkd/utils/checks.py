@@ -10,7 +10,6 @@ __all__ = ['EXPERIMENT_PACKAGES', 'shown', 'did_you_mean', 'choice', 'flag', 'wh
 import argparse
 import difflib
 import importlib.util
-import itertools
 import math
 import re
 import sys
@@ -78,14 +77,15 @@ def listed_names(name: str, value) -> list[str]:
 # %% ../../nbs/7_utils/80_checks.ipynb #562f8905
 def listed_seeds(name: str, value) -> tuple[int, ...]:
     "`'0,1,2'`, `'0-4'`, a list, or a single number, as different whole numbers, at most 1,000."
-    parts = [re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
-             for part in listed_names(name, value)]
-    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in parts if part]
-    seeds = tuple(itertools.islice(itertools.chain(*ranges), 1001))
-    if not all(parts) or not all(ranges) or len(set(seeds)) < len(seeds) or len(seeds) > 1000:
+    seeds: list[int] = []
+    for part in listed_names(name, value):
+        ends = re.fullmatch("([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        listed = range(int(ends[1]), int(ends[2] or ends[1]) + 1)[:1001] if ends else None
+        seeds += listed or [-1]
+    if -1 in seeds or len(set(seeds)) < len(seeds) or len(seeds) > 1000:
         raise ValueError(f"{name} is {shown(value)}; give whole numbers, each number once and "
                          "at most 1,000 of them, such as '0,1,2' or '0-4'.")
-    return seeds
+    return tuple(seeds)
 
 # %% ../../nbs/7_utils/80_checks.ipynb #fa9cb6bf
 def folder_path(

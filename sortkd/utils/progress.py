@@ -6,6 +6,7 @@
 __all__ = ['duration', 'Progress', 'ends_cleanly']
 
 # %% ../../nbs/7_utils/82_progress.ipynb #c6cddac9
+import math
 import os
 import signal
 import sys
@@ -27,8 +28,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """Prints a line for each report: `title`, steps done of `total`, and the time left.
 
-    `start`: steps that were done before. `pause`: least seconds between two lines. `shown`: False
-    prints nothing.
+    `start`: steps that were done before. `pause`: least seconds between two lines, at least 10
+    where a part of a step is reported. `shown`: False prints nothing.
     """
 
     title: str
@@ -42,13 +43,15 @@ class Progress:
     def __post_init__(self):
         self._began = self._last = time.monotonic()
 
-    def __call__(self, done: int, details: str = "") -> None:
+    def __call__(self, done: float, details: str = "") -> None:
         "Report that `done` of the steps are done."
-        now = time.monotonic()
-        if not self.shown or (done < self.total and now - self._last < self.pause):
+        now, part = time.monotonic(), done % 1
+        pause = max(self.pause, 10.0) if part else self.pause
+        if not self.shown or (done < self.total and now - self._last < pause):
             return
         self._last = now
-        parts = [f"{self.unit} {done:,}/{self.total:,}", details]
+        details = f"{part:.0%} of it" if part else details
+        parts = [f"{self.unit} {math.ceil(done):,}/{self.total:,}", details]
         if done < self.total:
             left = (now - self._began) / max(1, done - self.start) * (self.total - done)
             parts.append(f"{duration(left)} left")
