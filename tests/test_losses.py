@@ -1,24 +1,33 @@
 "Losses: every golden of one view, what must hold without a golden, and what is refused."
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from special_logits import NO_LIMIT
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sortkd.later_losses import (
+    abkd_loss, class_costs, ikl_loss, label_first, ldrld_loss, luminet_loss, pld_loss, rc_loss,
+    revision_loss, wkd_loss,
+)
 from sortkd.losses import (
     _gram_loss, dist_loss, dkd_loss, kd_loss, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss,
     standardize, ttm_loss, wsld_loss,
 )
+from sortkd.methods import OBJECTIVES, numbers_of
 from sortkd.repairs import leave_out_rows
 from sortkd.sorting import sort_logits
 
-GOLDENS = {name: torch.from_numpy(value) for file in ("losses", "dist", "mlkd", "more_losses")
+FILES = "losses", "dist", "mlkd", "more_losses", "later_losses"
+GOLDENS = {name: torch.from_numpy(value) for file in FILES
            for name, value in np.load(Path(__file__).parent / "goldens" / f"{file}.npz").items()}
 STUDENT, TEACHER, TARGET = GOLDENS["zs"], GOLDENS["zt"], GOLDENS["y"]
 STRONG_STUDENT, STRONG_TEACHER = GOLDENS["zs_strong"], GOLDENS["zt_strong"]
 SORTED = sort_logits(TEACHER, TARGET)
+COST = class_costs(GOLDENS["wkd_prototypes"])
 
 
 def lskd(loss, **settings):
@@ -59,6 +68,25 @@ def cases():
         for T, weight in ((1, 1), (2, 2.5), (4, 2.25)):
             yield (f"{before}wsld_tau{T}_w{weight}",
                    lambda z, t=t, T=T, weight=weight: weight * wsld_loss(z, t, TARGET, T))
+        yield from cases_since_2023(t, before)
+
+
+def cases_since_2023(t, before):
+    for T in (1, 4):
+        yield case(f"{before}pld_T{T}", pld_loss, t, TARGET, T)
+    yield case(f"{before}rc_T4", rc_loss, TARGET)
+    yield f"{before}rc_stand_T4", lambda z: rc_loss(standardize(z), TARGET)
+    yield case(f"{before}revision_l1_4_l2_1_eta0.8", revision_loss, t, TARGET)
+    for a, b, k, T in ((10.5, 7, 7, 4), (3, 2, 4, 2)):
+        yield case(f"{before}ldrld_a{a}_b{b}_k{k}_T{T}", ldrld_loss, t, a, b, k, T)
+    for a, T in ((33, 4), (70, 8), (2, 0.7)):
+        yield case(f"{before}luminet_a{a}_T{T}", luminet_loss, t, a, T)
+    for a, b, T, weight_T in ((1, 8, 4, 100), (4, 12, 4, 100), (1, 1, 1, 1)):
+        yield case(f"{before}ikl_a{a}_b{b}_T{T}_weights{weight_T}", ikl_loss, t, a, b, T, weight_T)
+    for gamma, T in ((600, 8), (30, 2)):
+        yield case(f"{before}wkdl_g{gamma}_T{T}", wkd_loss, t, TARGET, COST, gamma, T)
+    for a, b, T in ((0.8, 0.3, 1), (0.2, 0.7, 1), (0.5, 0.5, 4)):
+        yield case(f"{before}abkd_a{a}_b{b}_T{T}", abkd_loss, t, a, b, T)
 
 
 @pytest.mark.parametrize("name,objective", [pytest.param(*each, id=each[0]) for each in cases()])
@@ -79,15 +107,21 @@ def test_rld_of_a_target_that_ranks_last():
     assert loss == 0 and not torch.autograd.grad(loss, student)[0].any()
 
 
-LOSSES = {
-    "kd": lambda s, t, y: kd_loss(s, t), "dkd": dkd_loss, "rld": rld_loss, "nkd": nkd_loss,
-    "lskd": lambda s, t, y: lskd(kd_loss)(s, t), "normkd": lambda s, t, y: normkd_loss(s, t),
-    "ttm": lambda s, t, y: ttm_loss(s, t), "wttm": lambda s, t, y: ttm_loss(s, t, weighted=True),
-    "wsld": wsld_loss, "dist": lambda s, t, y: dist_loss(s, t),
-    "mlkd": lambda s, t, y: mlkd_loss(s, t, s, t),
-    "sld": lambda s, t, y: sld_loss(s, t, s, t, y, student_teaches=True),
-}
-SUMS_OVER_ROWS = sorted(set(LOSSES) - {"dist", "mlkd", "sld"})
+def loss_of_objective(entry, student, teacher, target):
+    "The term of an objective, with the same logits for both views."
+    settings = {} if entry.settings.keys() - numbers_of(entry.term) else entry.settings
+    settings |= {"student_teaches": True} if entry.term is sld_loss else {}
+    if entry.standardize:
+        student, teacher = standardize(student), standardize(teacher)
+    views = [student, teacher] * (1 + entry.strong_views)
+    return entry.term(*[*views, target][: entry.tensors], **settings)
+
+
+TERMS = {name: each for name, each in OBJECTIVES.items() if each.term}
+LOSSES = {name: partial(loss_of_objective, each) for name, each in TERMS.items()}
+LOSSES["wkd"] = lambda s, t, y: wkd_loss(s, t, y, COST[: s.shape[-1], : s.shape[-1]])
+RELATING = {name for name, each in TERMS.items() if each.relates_rows}
+SUMS_OVER_ROWS = sorted(set(TERMS) - RELATING)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -113,7 +147,8 @@ def test_gram_matrices_of_many_classes_are_those_of_few():
     torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"dist", "lskd", "normkd"}))
+@pytest.mark.parametrize("name", sorted(
+    set(LOSSES) - {*NO_LIMIT, "dist", "revision", "wkd", "abkd", "ldrld"}))
 def test_a_probability_of_zero(name):
     "What only the teacher thinks possible is an infinite loss, whose gradient is finite."
     masked = torch.tensor([[1.0, 0.0, -torch.inf]], requires_grad=True)
@@ -140,11 +175,11 @@ def test_no_trace_of_a_loss_holds_on_to_values(name):
     student, teacher = STUDENT.double(), TEACHER.double()
     examples = student.flip(0), teacher.flip(0), TARGET.flip(0)
     absent = (torch.arange(100) - TARGET[:, None]) % 10 == 5
-    masked = (*(each.masked_fill(absent & (name not in ("lskd", "normkd")), -torch.inf)
+    masked = (*(each.masked_fill(absent & (name not in NO_LIMIT), -torch.inf)
                 for each in (student, teacher)), TARGET)
     expected, fewer = function(*masked), (student[:9], teacher[:9], TARGET[:9])
     traced = torch.jit.trace(function, examples)
-    if name != "mlkd":  # whose quantile the oldest PyTorch cannot trace in this way
+    if "mlkd" not in name:  # whose quantile the oldest PyTorch cannot trace in this way
         torch.testing.assert_close(make_fx(function)(*examples)(*masked), expected)
     torch.testing.assert_close(traced(*masked), expected)
     torch.testing.assert_close(traced(*fewer), function(*fewer))
@@ -154,11 +189,12 @@ def test_no_trace_of_a_loss_holds_on_to_values(name):
     assert function(*(each.to("meta") for each in (student, teacher, TARGET))).is_meta
 
 
-@pytest.mark.parametrize("name", ["dist", *SUMS_OVER_ROWS])
+@pytest.mark.parametrize("name", sorted(
+    set(LOSSES) - {"mlkd", "lskd_mlkd", "sld"}))
 def test_gradients_and_tokens(name):
     student, teacher = STUDENT[:6, :7].double().requires_grad_(), TEACHER[:6, :7].double()
     loss, target = LOSSES[name], torch.arange(6)
-    if name != "wsld":  # its weight has no gradient
+    if name not in ("wsld", "rc"):  # part of which has no gradient
         assert torch.autograd.gradcheck(lambda z: loss(z, teacher, target), student)
     tokens = loss(student.view(2, 3, 7), teacher.view(2, 3, 7), target.view(2, 3))
     torch.testing.assert_close(tokens, loss(student, teacher, target))
@@ -167,13 +203,38 @@ def test_gradients_and_tokens(name):
 def test_rows_that_are_left_out_have_no_loss_and_no_gradient():
     student, left_out = STUDENT.clone().requires_grad_(), torch.arange(16) < 12
     teacher = TEACHER.masked_fill(left_out[:, None], -torch.inf)
-    losses = {name: LOSSES[name] for name in SUMS_OVER_ROWS if name not in ("lskd", "normkd")}
+    losses = {name: LOSSES[name] for name in SUMS_OVER_ROWS if name not in NO_LIMIT}
     losses["ce"] = lambda s, t, y: F.cross_entropy(s, y)
     for name, loss in losses.items():
         value = loss(*leave_out_rows(student, teacher, TARGET, left_out), TARGET)
         expected = loss(STUDENT[12:], TEACHER[12:], TARGET[12:]) / 4
         torch.testing.assert_close(value, expected, msg=name)
         assert not torch.autograd.grad(value, student)[0][:12].any(), name
+
+
+def test_pld_ranks_as_sorting_does():
+    "So sorting changes its weights alone: those of wrong rows, which then fall in the ranking."
+    order = label_first(TEACHER, TARGET)
+    values = TEACHER.sort(-1, descending=True)[0]
+    assert torch.equal(torch.zeros_like(TEACHER).scatter(-1, order, values), SORTED)
+    assert torch.equal(order, label_first(SORTED, TARGET))
+    right = TEACHER.argmax(-1) == TARGET
+    for rows, same in ((right, True), (~right, False)):
+        both = [pld_loss(STUDENT[rows], each[rows], TARGET[rows]) for each in (TEACHER, SORTED)]
+        assert (both[0] == both[1]) == same
+    weights = SORTED.softmax(-1).gather(-1, order)
+    chosen = [STUDENT.gather(-1, order)[:, place:].log_softmax(-1)[:, 0] for place in range(100)]
+    by_hand = -(weights * torch.stack(chosen, 1)).sum(1).mean()
+    torch.testing.assert_close(pld_loss(STUDENT, SORTED, TARGET, 1.0), by_hand)
+
+
+@pytest.mark.parametrize("name", ["ldrld", "wkd", "abkd", "ikl", "pld"])
+def test_masked_classes_are_as_if_they_were_cut_off(name):
+    both, target = (STUDENT[:, :20], TEACHER[:, :20]), torch.arange(16)
+    masked = [each.masked_fill(torch.arange(20) >= 17, -torch.inf) for each in both]
+    value, expected = (LOSSES[name](*pair, target)
+                       for pair in (masked, [each[:, :17] for each in both]))
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -215,6 +276,9 @@ def test_mlkd_weighs_rows_and_classes_by_shares_of_their_own():
     (lambda: normkd_loss(STUDENT, TEACHER, 0), "scale must be"),
     (lambda: wsld_loss(STUDENT, TEACHER, TARGET + 100), "target holds"),
     (lambda: sld_loss(STUDENT, TEACHER, STUDENT, TEACHER, TARGET[:3]), r"\(3,\)"),
+    (lambda: abkd_loss(STUDENT, TEACHER, 0.0), "alpha must be"),
+    (lambda: ldrld_loss(STUDENT, TEACHER, k=0), "k must be"),
+    (lambda: wkd_loss(STUDENT, TEACHER, TARGET, COST[:9]), "need costs"),
 ])
 def test_refused(call, words):
     with pytest.raises(ValueError, match=words):

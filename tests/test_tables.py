@@ -111,7 +111,7 @@ def test_a_summary_holds_means_and_spreads():
 
 def test_reported_numbers_have_sources_and_the_slip_is_corrected():
     key = ["dataset", "method", "teacher", "student"]
-    assert len(REPORTED) == 114 and REPORTED[["source", "paper"]].notna().all(axis=None)
+    assert len(REPORTED) == 138 and REPORTED[["source", "paper"]].notna().all(axis=None)
     assert not REPORTED.duplicated(key).any()
     top1 = REPORTED.set_index(key).top1
     assert top1["cifar100", "kd", "resnet32x4", "ShuffleV2"] == 74.45

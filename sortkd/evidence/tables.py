@@ -31,7 +31,7 @@ def read_reported(path: str | Path) -> pd.DataFrame:
 # %% ../../nbs/4_evidence/52_tables.ipynb #ceebfada
 _TITLES = {
     "normkd": "NormKD", "lskd": "KD + LSKD", "lskd_dkd": "DKD + LSKD", "lskd_mlkd": "MLKD + LSKD",
-    "loca": "LoCa", "mft": "MFT",
+    "loca": "LoCa", "mft": "MFT", "luminet": "LumiNet", "revision": "Label revision",
 }
 
 

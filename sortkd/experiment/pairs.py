@@ -37,17 +37,27 @@ class Pair:
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
+_LUMINET = {"alpha": 70.0, "temperature": 8.0}
 PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
     "r56_r20": Pair(
-        "resnet56", "resnet20", 2.0, 0.05, {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}}
+        "resnet56", "resnet20", 2.0, 0.05,
+        {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}, "ikl": {"beta": 4.0}}
     ),
-    "r110_r32": Pair("resnet110", "resnet32", 2.0, 0.05, {"lskd_dkd": {"kd_weight": 15.0}}),
+    "r110_r32": Pair(
+        "resnet110", "resnet32", 2.0, 0.05,
+        {"lskd_dkd": {"kd_weight": 15.0}, "ikl": {"beta": 12.0}}
+    ),
     "r32x4_r8x4": Pair("resnet32x4", "resnet8x4", 8.0, 0.05),
     "wrn40_2_wrn16_2": Pair(
-        "wrn_40_2", "wrn_16_2", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
+        "wrn_40_2", "wrn_16_2", 6.0, 0.05,
+        {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}, "ikl": {"alpha": 3.0, "beta": 12.0}}
     ),
     "wrn40_2_wrn40_1": Pair(
-        "wrn_40_2", "wrn_40_1", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
+        "wrn_40_2", "wrn_40_1", 6.0, 0.05,
+        {
+            "lskd_dkd": {"kd_weight": 12.0, "beta": 2.0},
+            "luminet": {"alpha": 75.0, "temperature": 8.0, "ce_weight": 1.0},
+        }
     ),
     "vgg13_vgg8": Pair(
         "vgg13", "vgg8", 6.0, 0.05,
@@ -55,13 +65,18 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "lskd": {"temperature": 3.0},
             "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
             "lskd_mlkd": {"kd_weight": 6.0, "lr": 0.01},
+            "luminet": _LUMINET | {"ce_weight": 1.0},
+            "ikl": {"beta": 12.0},
         },
     ),
     "r32x4_shuv1": Pair(
         "resnet32x4", "ShuffleV1", 8.0, 0.01,
         {"mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009}},
     ),
-    "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01),
+    "wrn40_2_shuv1": Pair(
+        "wrn_40_2", "ShuffleV1", 8.0, 0.01,
+        {"luminet": {"alpha": 35.0, "ce_weight": 1.0}, "ikl": {"beta": 4.0}}
+    ),
     "vgg13_mv2": Pair(
         "vgg13", "MobileNetV2", 6.0, 0.01,
         {
@@ -69,6 +84,8 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "lskd_dkd": {"temperature": 3.0, "beta": 2.0},
             "lskd_mlkd": {"kd_weight": 6.0},
             "sld": {"lr": 0.008},
+            "luminet": _LUMINET,
+            "ikl": {"alpha": 4.0, "beta": 12.0},
         },
     ),
     "r50_mv2": Pair(
@@ -77,6 +94,8 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "lskd": {"temperature": 3.0, "kd_weight": 1.0},
             "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
             "sld": {"lr": 0.008},
+            "luminet": _LUMINET,
+            "ikl": {"beta": 12.0},
         },
     ),
     "r32x4_shuv2": Pair(
@@ -85,6 +104,7 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "mlkd": {"epochs": 960},
             "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0},
             "sld": {"lr": 0.008},
+            "ikl": {"alpha": 3.0, "beta": 12.0},
         },
     ),
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", 8.0, 0.01),
@@ -100,6 +120,9 @@ _IMAGENET = {
     "normkd": {"scale": 1.0, "ce_weight": 0.5, "kd_weight": 0.5},
     "wsld": {"temperature": 2.0, "kd_weight": 2.5},
     "dist": {"inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
+    "pld": {"temperature": 1.0},
+    "luminet": {"alpha": 2.0, "temperature": 0.7, "ce_weight": 1.0, "warmup_epochs": 1},
+    "crld": {"temperature": 1.0, "ce_weight": 2.0},
 }
 IMAGENET_PAIRS = {
     "in_r34_r18": Pair(
