@@ -25,7 +25,7 @@ def label_first(teacher_logits: Tensor, target: Tensor) -> Tensor:
     highest = teacher_logits.scatter(-1, y, torch.inf)
     return highest.sort(dim=-1, descending=True, stable=True)[1]
 
-
+# %% ../nbs/1_method/02b_later_losses.ipynb #02b00031
 def _log_of_rest(ranked: Tensor) -> Tensor:
     "Of each place, the log-sum-exp of it and all later ones."
     finite = ranked.masked_fill(ranked == -torch.inf, -1e30)  # whose gradient exists
@@ -65,7 +65,7 @@ def rc_loss(student_logits: Tensor, target: Tensor, temperature: float = 4.0) ->
     lifted = own.scatter(-1, y, own.gather(-1, y) + own.amax(-1, keepdim=True))
     return kd_loss(student, lifted, temperature)
 
-
+# %% ../nbs/1_method/02b_later_losses.ipynb #02b00032
 def kd_rc_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, temperature: float = 4.0,
     rc_weight: float = 0.1,
@@ -78,7 +78,7 @@ def kd_rc_loss(
 def _mean_where(rows: Tensor, counts: Tensor) -> Tensor:
     return rows.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
 
-
+# %% ../nbs/1_method/02b_later_losses.ipynb #02b00033
 def revision_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, logit_weight: float = 4.0,
     prob_weight: float = 1.0, eta: float = 0.8,
@@ -110,7 +110,7 @@ def _of_pairs(values: Tensor, first: Tensor, second: Tensor) -> Tensor:
     lead = (one - other).masked_fill((one == -torch.inf) & (other == -torch.inf), 0)
     return torch.stack([F.logsigmoid(lead), F.logsigmoid(-lead)], dim=-1)
 
-
+# %% ../nbs/1_method/02b_later_losses.ipynb #02b00034
 def _pair_terms(teacher: Tensor, student: Tensor) -> Tensor:
     "The weighted sum over all pairs of `k` logits `(..., k)`, in the student's order."
     places = teacher.shape[-1]
@@ -128,7 +128,7 @@ def _not_compared(student: Tensor, teacher: Tensor, highest: Tensor) -> Tensor:
             for each in (student, teacher))
     return outside | torch.minimum(*left).eq(-torch.inf)
 
-
+# %% ../nbs/1_method/02b_later_losses.ipynb #02b00035
 def ldrld_loss(
     student_logits: Tensor, teacher_logits: Tensor, alpha: float = 10.5, beta: float = 7.0,
     k: int = 7, temperature: float = 4.0,
@@ -160,7 +160,7 @@ def _over_rows(logits: Tensor) -> Tensor:
     variance, mean = torch.var_mean(logits, dim=0, correction=0)
     return (logits - mean) / (variance + 1e-5).sqrt()  # the authors' epsilon
 
-
+# %% ../nbs/1_method/02b_later_losses.ipynb #02b00036
 def luminet_loss(
     student_logits: Tensor, teacher_logits: Tensor, alpha: float = 33.0, temperature: float = 4.0
 ) -> Tensor:
@@ -259,7 +259,7 @@ def class_costs(prototypes: Tensor, sharpness: float = 0.0) -> Tensor:
     cost = 1 - directions @ directions.T
     return 1 - (-sharpness * cost).exp() if sharpness else cost
 
-
+# %% ../nbs/1_method/02b_later_losses.ipynb #02b00037
 def wkd_loss(
     student_logits: Tensor, teacher_logits: Tensor, target: Tensor, cost: Tensor,
     gamma: float = 600.0, temperature: float = 8.0,

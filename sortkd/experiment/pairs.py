@@ -37,27 +37,17 @@ class Pair:
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-_LUMINET = {"alpha": 70.0, "temperature": 8.0}
 PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
     "r56_r20": Pair(
-        "resnet56", "resnet20", 2.0, 0.05,
-        {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}, "ikl": {"beta": 4.0}}
+        "resnet56", "resnet20", 2.0, 0.05, {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}}
     ),
-    "r110_r32": Pair(
-        "resnet110", "resnet32", 2.0, 0.05,
-        {"lskd_dkd": {"kd_weight": 15.0}, "ikl": {"beta": 12.0}}
-    ),
+    "r110_r32": Pair("resnet110", "resnet32", 2.0, 0.05, {"lskd_dkd": {"kd_weight": 15.0}}),
     "r32x4_r8x4": Pair("resnet32x4", "resnet8x4", 8.0, 0.05),
     "wrn40_2_wrn16_2": Pair(
-        "wrn_40_2", "wrn_16_2", 6.0, 0.05,
-        {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}, "ikl": {"alpha": 3.0, "beta": 12.0}}
+        "wrn_40_2", "wrn_16_2", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
     ),
     "wrn40_2_wrn40_1": Pair(
-        "wrn_40_2", "wrn_40_1", 6.0, 0.05,
-        {
-            "lskd_dkd": {"kd_weight": 12.0, "beta": 2.0},
-            "luminet": {"alpha": 75.0, "temperature": 8.0, "ce_weight": 1.0},
-        }
+        "wrn_40_2", "wrn_40_1", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
     ),
     "vgg13_vgg8": Pair(
         "vgg13", "vgg8", 6.0, 0.05,
@@ -65,18 +55,13 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "lskd": {"temperature": 3.0},
             "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
             "lskd_mlkd": {"kd_weight": 6.0, "lr": 0.01},
-            "luminet": _LUMINET | {"ce_weight": 1.0},
-            "ikl": {"beta": 12.0},
         },
     ),
     "r32x4_shuv1": Pair(
         "resnet32x4", "ShuffleV1", 8.0, 0.01,
         {"mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009}},
     ),
-    "wrn40_2_shuv1": Pair(
-        "wrn_40_2", "ShuffleV1", 8.0, 0.01,
-        {"luminet": {"alpha": 35.0, "ce_weight": 1.0}, "ikl": {"beta": 4.0}}
-    ),
+    "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01),
     "vgg13_mv2": Pair(
         "vgg13", "MobileNetV2", 6.0, 0.01,
         {
@@ -84,8 +69,6 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "lskd_dkd": {"temperature": 3.0, "beta": 2.0},
             "lskd_mlkd": {"kd_weight": 6.0},
             "sld": {"lr": 0.008},
-            "luminet": _LUMINET,
-            "ikl": {"alpha": 4.0, "beta": 12.0},
         },
     ),
     "r50_mv2": Pair(
@@ -94,8 +77,6 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "lskd": {"temperature": 3.0, "kd_weight": 1.0},
             "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
             "sld": {"lr": 0.008},
-            "luminet": _LUMINET,
-            "ikl": {"beta": 12.0},
         },
     ),
     "r32x4_shuv2": Pair(
@@ -104,11 +85,29 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
             "mlkd": {"epochs": 960},
             "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0},
             "sld": {"lr": 0.008},
-            "ikl": {"alpha": 3.0, "beta": 12.0},
         },
     ),
     "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", 8.0, 0.01),
 }
+
+# %% ../../nbs/3_experiment/30_pairs.ipynb #30b00001
+_LATER = {  # LumiNet's alpha, temperature and weight of cross-entropy
+    "luminet": {
+        "r50_mv2": (70.0, 8.0, 2.0), "vgg13_mv2": (70.0, 8.0, 2.0), "vgg13_vgg8": (70.0, 8.0, 1.0),
+        "wrn40_2_shuv1": (35.0, 4.0, 1.0), "wrn40_2_wrn40_1": (75.0, 8.0, 1.0),
+    },
+    "ikl": {  # IKL's alpha and beta
+        "r110_r32": (1.0, 12.0), "r32x4_shuv2": (3.0, 12.0), "r50_mv2": (1.0, 12.0),
+        "r56_r20": (1.0, 4.0), "vgg13_mv2": (4.0, 12.0), "vgg13_vgg8": (1.0, 12.0),
+        "wrn40_2_shuv1": (1.0, 4.0), "wrn40_2_wrn16_2": (3.0, 12.0),
+    },
+}
+_LATER_NAMES = {"luminet": ("alpha", "temperature", "ce_weight"), "ikl": ("alpha", "beta")}
+for _objective, _of_pairs in _LATER.items():
+    for _name, _values in _of_pairs.items():
+        _numbers = dict(zip(_LATER_NAMES[_objective], _values, strict=True))
+        PAIRS[_name] = replace(
+            PAIRS[_name], numbers={**PAIRS[_name].numbers, _objective: _numbers})
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #5f7793cc
 _IMAGENET_KD = {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}
