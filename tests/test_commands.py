@@ -132,18 +132,6 @@ def test_from_record(tmp_path, capsys):
 # Mistakes
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--pair", "r56"], "r56_r20"), (["--methods", "kd+fix"], "kd"), (["--seeds", ""], "seeds"),
-    (["--epochs", "-1"], "epochs"), (["--teacher", "nowhere.pth"], "nowhere.pth"),
-    (["--dataset", "digits", "--preset", "paper"], "CIFAR-100"),
-])
-def test_a_mistake_is_one_line_and_changes_nothing(arguments, words, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert run([*SMALL, f"--results-dir={tmp_path / 'results'}", *arguments]) == 1
-    error = capsys.readouterr().err
-    assert words in error and len(error.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("command, arguments, words", [
     (run, ["--epoch", "3"], "Did you mean '--epochs'"), (run, ["--epochs", "three"], "three"),
     (run, ["--method=kd"], "Did you mean '--methods'"), (run, ["kd"], "unrecognized"),

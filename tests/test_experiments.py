@@ -141,24 +141,12 @@ def test_every_pair_takes_a_step(pair):
     assert not any(torch.equal(before[name], after[name]) for name in trained)
 
 
-BAD = [  # name, value, part of the message
-    ("pair", "r56_r21", "r56_r20"), ("pair", "resnet20:", "TEACHER:STUDENT"),
-    ("pair", "resnet20:resnet9", "no network 'resnet9'. Did you mean 'resnet8'"),
-    ("methods", "kd,sort", r"kd\+sort"), ("methods", "kd,,dkd", "methods"), ("methods", "kd,kd", "different"),
-    ("methods", "kd(temp=2)", "no setting .*temp"),
+@pytest.mark.parametrize("name, value, words", [
     ("methods", "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)", "different"),
-    ("seeds", "-1", "seeds"), ("seeds", "4-0", "0-4"), ("seeds", "0-2,1", "each number once"), ("seeds", "0,x", "0,x"),
-    ("preset", "slow", "quick"), ("preset", "paper", "digits"), ("dataset", "imagenet", "cifar100"),
-    ("dataset", "cifar11", "Did you mean 'cifar10'"), ("epochs", -3, "epochs is -3"), ("epochs", "3", "epochs"),
-    ("train_size", 2000, "1437"), ("device", "gpu", "cuda"), ("precision", "float16", "bfloat16"),
-    ("results_dir", str(NOTEBOOK), "folder"), ("results_dir", "/proc/results", "nothing can be written"),
-    ("cache_dir", str(NOTEBOOK), "folder"), ("again", 1, "True or False"), ("cache", "on", "cache is 'on'"),
-    ("recipe", "lr", "give numbers, such as"), ("recipe", "batchsize=3", "mean 'batch_size'"),
-    ("recipe", "batch_size=1.5", "give numbers"), ("pairs", "r56_r20", "parameter is 'pairs'.*Did you mean 'pair'"),
-]
-
-
-@pytest.mark.parametrize("name, value, words", BAD)
+    ("dataset", "imagenet", "cifar100"), ("seeds", "0-2,1", "each number once"),
+    ("train_size", 2000, "1437"), ("recipe", "batchsize=3", "mean 'batch_size'"),
+    ("pairs", "r56_r20", "parameter is 'pairs'.*Did you mean 'pair'"),
+])
 def test_bad_parameters_are_named(name, value, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         prepare_experiment(**SMALL | {"results_dir": str(tmp_path / "results"), name: value})
@@ -431,14 +419,6 @@ def test_the_same_command_twice_at_once(folder, tmp_path):
     records = read_records(tmp_path / "quick.jsonl")
     assert sorted(names(records)) == ["kd", "kd+sort"]
     assert len({record["result"]["student_sha256"] for record in records}) == 2
-
-
-def test_a_line_that_was_cut_hurts_no_other(tmp_path):
-    file, record = tmp_path / "records.jsonl", {"place": "Zürich\u2028\x85", "top1": 70.0}
-    append_record(file, record)
-    file.write_bytes(file.read_bytes() + json.dumps(record, ensure_ascii=False).encode()[:13])  # in the middle of a letter
-    append_record(file, record)
-    assert [*read_lines(file)] == [(1, record), (2, None), (3, record)]
 
 
 def test_a_full_disk_leaves_the_records_as_they_were(tmp_path):

@@ -237,7 +237,6 @@ class Preset:
     teacher_recipe: Recipe  # for a teacher that has to be trained
     teacher_min_epochs: int  # a teacher found on disk must have had at least these, on all images
     teacher_train_size: int = 0
-    teacher_data: str = ""  # the data set that the teacher learns from; empty: the students'
     fetch_teacher: bool = False
     recipe: Recipe | None = None  # of the students; None: the published one
 
