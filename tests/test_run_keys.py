@@ -33,7 +33,7 @@ METHODS = ["ce", "kd+sort", "dkd", "ctkd(start=2)", "lskd_mlkd+swap", "rld", "sl
 IMAGENET = {"pairs": [*IMAGENET_PAIRS], "methods": ["ce", "kd+sort", "dkd"]}
 CASES = [  # preset, data, options
     ("quick", "digits", {}), ("quick", "digits", {"epochs": 3, "recipe": "lr=0.01,batch_size=32"}), ("quick", "digits", {"train_size": 90, "cache": "off"}),
-    ("quick", "digits(train=0:500,held_out=500:900)", {"precision": "float32"}),
+    ("quick", "digits(train=0:500,held_out=500:900)", {"precision": "float32"}), ("quick", "digits(train=0:30)", {}),
     ("quick", "folder", {}), ("short", "squares", {"compile": True}), ("paper", "squares", {}), ("paper", "folder", {"epochs": 24}),
     ("quick", "cifar100-mini", {}), ("quick", "auto", {"epochs": 2}), ("quick", "cifar100", {}), ("short", "auto", {}), ("short", "cifar100", {"epochs": 7}),
     ("paper", "cifar100", {}), ("paper", "auto", {"epochs": 60}), ("paper", "cifar100(train=0:5000)", {"deterministic": True}),

@@ -62,7 +62,7 @@ class _Data:
         "auto",
         "cifar100, cifar10, digits, folder:PATH; auto: by the preset",
         "auto: cifar100 for paper and short; for quick ten classes of it if it is on disk (in "
-        "$SORTKD_DATA), else digits. "
+        "$SORTKD_DATA), else a few digits. "
         "folder:PATH holds train/CLASS and val/CLASS or test/CLASS. "
         "Part of a set: such as cifar100(train=0:25000). "
         "ImageNet's pairs read $SORTKD_DATA/imagenet.",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sortkd.experiment.pairs import (
-    IMAGENET_PAIRS, PAIRS, Pair, Preset, check_takes, method_for, pair_for, preset_for,
+    FEW_DIGITS, IMAGENET_PAIRS, PAIRS, Pair, Preset, check_takes, method_for, pair_for, preset_for,
     published_recipe, recipe_for,
 )
 from sortkd.experiment.checked import (
@@ -171,7 +171,7 @@ def _read_plan(path: str) -> dict[str, str] | None:
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #b56f69a3
 def _dataset_name(given: Parameters) -> str:
-    """The data set that `auto` stands for: that of the preset, the digits where CIFAR-100 is not
+    """The data set that `auto` stands for: that of the preset, a few digits where CIFAR-100 is not
     on disk.
     """
     if given.dataset != "auto":
@@ -180,7 +180,7 @@ def _dataset_name(given: Parameters) -> str:
         return "imagenet"
     if given.preset != "quick":
         return "cifar100"
-    return "cifar100-mini" if has_cifar100() else "digits"
+    return "cifar100-mini" if has_cifar100() else FEW_DIGITS
 
 
 def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:

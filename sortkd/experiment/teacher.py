@@ -20,6 +20,7 @@ from ..methods import create_method
 from ..train.augmentation import ImageSet
 from ..train.checkpoints import fingerprint
 from ..train.devices import create_fabric, precision_of
+from ..train.images import load_data
 from ..train.networks import create_model
 from ..train.teachers import Teacher, find_teacher, get_teacher, load_teacher
 from ..train.trainer import Recipe, train
@@ -97,6 +98,8 @@ def _own_teacher(experiment: Experiment) -> tuple[ImageSet, dict]:
     "The images that the teacher of `experiment` is trained on if no other is found, and how."
     size, recipe = experiment.preset.teacher_train_size, experiment.preset.teacher_recipe
     data = experiment.full_data.subset(train_size=size) if size else experiment.data
+    if named := experiment.preset.teacher_data:
+        data = load_data(named)
     return data, teacher_training(data, recipe, seed=0)
 
 # %% ../../nbs/3_experiment/36_teacher.ipynb #b8b49ecd
