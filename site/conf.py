@@ -20,7 +20,8 @@ templates_path = [str(_here / "templates")]
 
 nb_execution_mode = "off"  # the outputs are those that were committed
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath", "amsmath"]
+nb_render_markdown_format = "myst"  # outputs, too, have tables and formulas
+myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline"]
 myst_heading_anchors = 4  # as GitHub makes them
 
 # Docstrings mark names and code with single backquotes; a name that the package has becomes a link.

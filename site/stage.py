@@ -19,6 +19,7 @@ CHAPTERS = "nbs/index.ipynb"
 LONG = 30  # lines, from which a cell that is not part of the package is folded
 
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
+_IMAGE = re.compile(r"!\[([^]]*)\]\(([^)\s]+)\.png\)")
 _BADGE = re.compile(r"^\[!\[.*\n", re.MULTILINE)  # an image from another host
 _DIRECTIVE = re.compile(r"^#\| *(\w+):? *(.*)\n?", re.MULTILINE)
 
@@ -44,7 +45,18 @@ def rewrite_links(text: str, page: str, files: set[str]) -> tuple[str, list[str]
             address = address.rstrip("/") + "/index.md"
         return f"]({address}{anchor})"
 
-    return _LINK.sub(rewrite, _BADGE.sub("", text)), reached
+    def also_dark(match: re.Match) -> str:  # Furo shows the one that fits
+        alt, address = match.groups()
+        dark = posixpath.normpath(posixpath.join(posixpath.dirname(page), f"{address}_dark.png"))
+        return f"{match[0]}{{.only-light}}![{alt}]({address}_dark.png){{.only-dark}}" if dark in files else match[0]
+
+    return _LINK.sub(rewrite, _IMAGE.sub(also_dark, _BADGE.sub("", text))), reached
+
+
+def front_of(readme: str) -> str:
+    "README's first screen with its advice, the paragraph with *Use it if*, before its picture."
+    title, what, *rest = readme.split("\n\n")
+    return "\n\n".join([title, what, *sorted(rest, key=lambda each: "Use it if" not in each)])
 
 
 def cell_label(source: str) -> str:
@@ -182,7 +194,7 @@ def stage(folder: Path) -> None:
     start, rest = re.split(r"(?m)^(?=## )", readme, maxsplit=1)
     write("using.md", f"# Installing and using sortkd\n\n{rest}")
     front = (ROOT / "site/front.md").read_text(encoding="utf-8").format(
-        readme=start.split("**Read on:**")[0],  # which leads here
+        readme=front_of(start.split("**Read on:**")[0]),  # which leads here
         parts=toctree(["Installing and using <using>", "All chapters <nbs/index>", "api/index"], ":hidden:")
         + "".join(toctree([f"{title} <{page}>" for title, page in chapters], ":hidden:", f":caption: {part}") for part, chapters in parts.items())
         + toctree(others, ":hidden:", ":caption: Beside the chapters"),

@@ -1,10 +1,10 @@
 "The page to look instead of read, in a real browser: it is clicked and dragged, and its numbers are Python's."
 
 import base64
-import importlib.util
 import io
 import hashlib
 import json
+import runpy
 import shutil
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from sortkd.experiment.storage import append_record
 from sortkd.repairs import revise_logits
 from sortkd.evidence.results import load_results, select
 from sortkd.sorting import sort_logits, swap_logits
-from sortkd.evidence.statistics import compare
+from sortkd.evidence.statistics import compare, t_half_width
 from sortkd.train.teachers import load_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -50,13 +50,6 @@ def test_images_and_logits_are_those_of_the_teacher():
     torch.testing.assert_close(teacher.model(normalize(images[index], data.mean, data.std)), logits, atol=0.01, rtol=0.001)  # float16 has 11 bits
 
 
-def load_build():
-    spec = importlib.util.spec_from_file_location("build_explorer", EXPLORER / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build
-
-
 @pytest.fixture
 def browser():
     if not (CHROMIUM and CHROMEDRIVER):
@@ -73,10 +66,10 @@ def browser():
     driver.quit()
 
 
-def show(browser, page: Path) -> None:
+def show(browser, page: Path, chosen: str = "") -> None:
     from selenium.webdriver.support.wait import WebDriverWait
 
-    address = (page / "index.html").as_uri()
+    address = (page / "index.html").as_uri() + chosen
     browser.get(address)  # which on a busy machine can come back before the scripts have run
     whole = "return document.readyState === 'complete' && location.href === arguments[0]"
     WebDriverWait(browser, 30).until(lambda _: browser.execute_script(whole, address))
@@ -94,19 +87,11 @@ def number(text: str) -> float:
 def choose(browser, name: str, value: str) -> None:
     from selenium.webdriver.support.select import Select
 
-    Select(browser.find_element("id", name)).select_by_value(value)
+    Select(browser.find_element("name", name)).select_by_value(value)
 
 
-def hover(browser, epoch: int, top1: float) -> None:
-    "Move the mouse to a point of the curves."
-    from selenium.webdriver import ActionChains
-
-    curves = browser.find_element("id", "curves")
-    place = ("const {xaxis, yaxis} = arguments[0]._fullLayout; arguments[0].scrollIntoView({block: 'center'}); "
-             "return [xaxis._offset + xaxis.d2p(arguments[1]), yaxis._offset + yaxis.d2p(arguments[2])]")
-    x, y = browser.execute_script(place, curves, epoch, top1)
-    x, y = x - curves.size["width"] / 2, y - curves.size["height"] / 2  # from its middle
-    ActionChains(browser).move_to_element_with_offset(curves, int(x) - 6, int(y)).move_by_offset(5, 0).perform()
+def checked(browser, name: str) -> list[str]:
+    return [box.get_attribute("value") for box in browser.find_elements("name", name) if box.is_selected()]
 
 
 def check_distributions(browser, which: int) -> None:
@@ -142,11 +127,22 @@ def planned_results(folder: Path) -> Path:
     return folder
 
 
-def test_the_page_says_what_python_says(browser, tmp_path):
-    from selenium.webdriver import ActionChains, Keys
-    from selenium.webdriver.support.wait import WebDriverWait
+def check_curves(browser, runs, methods: list[str]) -> None:
+    "The means and bands that are drawn, against Python; which methods, and that no two look the same."
+    lines, bands, names = browser.execute_script(
+        "const data = document.getElementById('curves').data, of = (mode, key) => data.filter(each => each.mode === mode).map(each => each[key]);"
+        "return [of('lines', 'y'), of('none', 'y'), of('lines', 'line').map(JSON.stringify)]")
+    assert checked(browser, "method") == methods and len({*names}) == len(methods)
+    for method, mean, band in zip(methods, lines, bands, strict=True):
+        curves = np.array([curve["test_top1"] for curve in runs.loc[runs["method"] == method, "curve"]])
+        high = curves.mean(0) + t_half_width(curves.std(0, ddof=1), len(curves))
+        assert mean == pytest.approx(curves.mean(0)) and band[:len(mean)] == pytest.approx(high)
 
-    build = load_build()
+
+def test_the_page_says_what_python_says(browser, tmp_path):
+    from selenium.webdriver import Keys
+
+    build = runpy.run_path(str(EXPLORER / "build.py"))["build"]
     build(tmp_path / "page")
     show(browser, tmp_path / "page")
 
@@ -158,44 +154,45 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     for which in (9, 23):  # fourth; right
         check_distributions(browser, which)
     assert "The teacher is right" in browser.find_element("id", "story").text
-    ActionChains(browser).drag_and_drop_by_offset(slider, 60, 0).perform()  # from its middle
-    assert 10 < float(browser.find_element("id", "temperature-value").text) < 14
+    slider.send_keys(Keys.END)
     check_distributions(browser, 14)
 
     runs, _ = load_results(RESULTS)
-    count = browser.find_element("id", "count")
-    assert count.text == f"{len(runs)} of {len(runs)} runs"
-    choose(browser, "method", "kd+sort")
-    assert count.text == f"{(runs.method == 'kd+sort').sum()} of {len(runs)} runs"
-    choose(browser, "length", "short: 5 epochs of 20,000 images")
-    choose(browser, "seed", "3")
-    choose(browser, "pair", "resnet56 → resnet20")
-    run = runs[(runs.method == "kd+sort") & (runs.seed == 3) & (runs.pair == "r56_r20")].iloc[0]
-    assert [number(cell) for cell in rows(browser, "runs")[1][3:5]] == pytest.approx([run.last_top1, run.best_top1], abs=0.0051)
-    hover(browser, int(run.epochs), float(run.last_top1))
-    said = f"epoch {run.epochs}: {run.last_top1:.2f} %"
-    WebDriverWait(browser, 10).until(lambda _: said in browser.find_element("css selector", "#curves .hoverlayer").text)
-    choose(browser, "seed", "14")
-    choose(browser, "method", "dkd")
-    assert count.text == f"0 of {len(runs)} runs" and "No run fits" in browser.find_element("id", "curves").text
+    choose(browser, "teacher", "resnet56-cifar100-10epochs → resnet20")
+    short = runs[runs["pair"] == "r56_r20"]
+    check_curves(browser, short, ["kd", "kd+sort"])
+    browser.find_element("css selector", "[name=method][value='dkd+sort']").click()
+    check_curves(browser, short, ["dkd+sort", "kd", "kd+sort"])
+    browser.find_element("name", "runs").click()
+    shown = short[short["method"].isin(["dkd+sort", "kd", "kd+sort"])]
+    assert sorted(number(row[2]) for row in rows(browser, "runs")[1:]) == pytest.approx(sorted(shown["last_top1"]), abs=0.0051)
+    drawn = "return document.getElementById('curves').data.filter(each => each.mode === 'lines').length"
+    assert browser.execute_script(drawn) == len(shown) + 3
 
-    short = select(runs, preset="short", pair="r56_r20", method=["kd", "kd+sort"])
-    effect = compare(short, "kd+sort", "kd").iloc[0]
+    effect = compare(select(runs, preset="short", pair="r56_r20", method=["kd", "kd+sort"]), "kd+sort", "kd").iloc[0]
+    told = (f"{effect['mean']:+.2f} points (n = {effect.seeds}, 95 % interval {effect.low:+.2f} to {effect.high:+.2f}), {effect.verdict}. not planned")
     for first, second in (("kd+sort", "kd"), ("kd", "kd+sort")):
         choose(browser, "first", first), choose(browser, "second", second)
-        difference, interval, seeds, verdict, plan, *_ = rows(browser, "effect-table")[1]
-        found = [number(difference), *map(number, interval.partition(" (95")[0].split("\xa0to\xa0"))]
-        assert found == pytest.approx(effect[["mean", "low", "high"]].tolist(), abs=0.0051)
-        assert (int(seeds), verdict, plan) == (effect.seeds, effect.verdict, "not planned")
+        assert browser.find_element("id", "verdicts").text == f"KD + sort minus KD: {told.replace('-', '−')}"
     choose(browser, "first", "kd+sort")
-    assert browser.find_element("id", "no-effect").text == "Choose two different methods."
+    assert browser.find_element("id", "verdicts").text == "Choose two different methods."
+
+    address = browser.current_url
+    settings = [checked(browser, name) for name in ("image", "method", "runs")]
+    browser.get("about:blank")
+    show(browser, tmp_path / "page", "?" + address.partition("?")[2])
+    assert [checked(browser, name) for name in ("image", "method", "runs")] == settings
+    assert browser.find_element("name", "teacher").get_attribute("value").startswith("resnet56")
+    assert browser.find_element("id", "verdicts").text == "Choose two different methods."
+    show(browser, tmp_path / "page", "?teacher=none&data=x&method=x&image=99&temperature=x&first=ce")
+    first = runs[(runs["epochs"] == 60) & runs["teacher_file"].isin(["", "resnet20-cifar100.safetensors"])]
+    check_curves(browser, first, ["ce", "kd", "kd+sort"])
 
     build(tmp_path / "planned", planned_results(tmp_path / "results"))
     show(browser, tmp_path / "planned")
-    (_, _, seeds, verdict, plan, *_), *more = rows(browser, "effect-table")[1:]
-    assert (seeds, verdict, plan, more) == ("15 of 15", "equivalent", "planned: sorting", [])
-    assert "weak_teacher): kd+sort minus kd: 5 of 6 seeds, to be looked at after 6" in browser.find_element("id", "no-effect").text
-    assert ["KD, KD + sort", "12", "10"] in [row[2:] for row in rows(browser, "plans")]
+    assert "n = 15 of 15" in (text := browser.find_element("id", "verdicts").text) and text.endswith("equivalent. planned: sorting")
+    assert len(browser.find_elements("css selector", "[name=teacher] option")) == 1  # nothing of weak_teacher
+    assert "weak_teacher" in browser.find_element("id", "waiting").text
 
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

@@ -54,17 +54,19 @@ def test_readme_becomes_the_front_page_and_another(staged):
     front, using = (staged / "index.md").read_text(), (staged / "using.md").read_text()
     readme = (ROOT / "README.md").read_text()
     first, _, rest = readme.partition("\n**Read on:**")
-    shown = [line for line in first.splitlines() if line and not line.startswith("[![")]
-    assert shown == [line for line in front.partition("**Read on:**")[0].splitlines() if line]
+    shown = [line for line in first.splitlines() if line and not line.startswith(("[![", "!["))]
+    put = [line for line in front.partition("**Read on:**")[0].splitlines() if line and line[:2] != "!["]
+    assert sorted(shown) == sorted(put) and "mechanism_dark.png){.only-dark}" in front
     assert rest and "```python" in front and "## " not in front and "[![" not in front
     assert all(line in using for line in readme.splitlines() if line.startswith("## "))
+    advised = stage.front_of("# A\n\nIt sorts.\n\n![](a.png)\n\n**Use it if** so.")
+    assert advised == "# A\n\nIt sorts.\n\n**Use it if** so.\n\n![](a.png)"
 
 
 @pytest.mark.parametrize("page, link, expected, reached", [
     ("nbs/00.ipynb", "02_losses.ipynb#a", "02_losses.ipynb#a", ["nbs/02_losses.ipynb"]),
     ("nbs/00.ipynb", "../README.md", "../index.md", []),
     ("nbs/00.ipynb", "../README.md#two-commands", "../using.md#two-commands", []),
-    ("results/README.md", "plans", "plans/index.md", ["results/plans/index.md"]),
     ("README.md", "results/plans/", "results/plans/index.md", ["results/plans/index.md"]),
     ("README.md", PLAN, PLAN, [PLAN]),
     ("README.md", "https://arxiv.org/abs/2508.16544", "https://arxiv.org/abs/2508.16544", []),

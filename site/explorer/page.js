@@ -22,25 +22,24 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 
 // The mechanism ------------------------------------------------------------------------------------------------------------
 
-function addThumbnails() {
+function addThumbnails(asked) {
   const groups = Map.groupBy(DATA.examples, (example) => example.group);
   for (const [group, members] of groups) {
     const thumbs = members.map((example) => {
-      const input = element("input", { type: "radio", name: "image", autocomplete: "off", value: DATA.examples.indexOf(example) });
+      const input = element("input", { type: "radio", name: "image", value: DATA.examples.indexOf(example) });
       const name = DATA.classes[example.target];
       return element("label", { class: "thumb", title: name }, input,
         element("img", { src: `data:image/png;base64,${example.png}`, alt: `${name}, image ${example.index}` }));
     });
     $("images").append(element("fieldset", {}, element("legend", {}, group), element("div", {}, ...thumbs)));
   }
-  $("images").addEventListener("change", showExample);
-  $("temperature").addEventListener("input", showExample);
   const swapDiffers = DATA.examples.findIndex(({ logits, target }) => classesAbove(logits, target).length > 1);
-  document.querySelector(`[name=image][value="${swapDiffers}"]`).checked = true;
+  $("look").elements.image.value = DATA.examples[asked.get("image")] ? asked.get("image") : swapDiffers;
+  $("temperature").value = asked.get("temperature") ?? 4;
 }
 
 function showExample() {
-  const { logits, target, png, index } = DATA.examples[document.querySelector("[name=image]:checked").value];
+  const { logits, target, png, index } = DATA.examples[$("look").elements.image.value];
   const temperature = Number($("temperature").value);
   const above = classesAbove(logits, target);
   const repaired = Object.values(REPAIRS).map((repair) => repair(logits, target));
@@ -88,119 +87,128 @@ function tellSource() {
 
 // The results --------------------------------------------------------------------------------------------------------------
 
-const FILTERS = { pair: "pair_title", length: "length", method: "method", seed: "seed", plan: "plan" };
-const ANY = "any";
 const title = (method) => DATA.titles[method] ?? method;
+const filters = $("filters").elements;
 
-function fillSelect(select, values, text = String, any = true) {
-  const options = values.map((value) => element("option", { value }, text(value)));
-  select.replaceChildren(...(any ? [element("option", { value: ANY }, ANY)] : []), ...options);
-}
-
-function addFilters() {
-  const distinct = (name) => [...new Set(DATA.runs.map((run) => run[name]))].sort((a, b) => (a > b) - (a < b));
-  for (const [id, name] of Object.entries(FILTERS)) {
-    fillSelect($(id), distinct(name), id === "method" ? title : id === "plan" ? (plan) => plan || "not planned" : String);
-  }
-  const methods = Object.keys(DATA.titles);
-  for (const id of ["first", "second"]) fillSelect($(id), methods, title, false);
-  const start = DATA.effects.find((effect) => effect.comparison === "kd+sort minus kd") ?? DATA.effects[0];
-  if (start) [$("first").value, $("second").value] = start.comparison.split(" minus ");
-  $("filters").addEventListener("change", () => { showRuns(); showEffects(); });
-  $("comparison").addEventListener("change", showEffects);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { showRuns(); showEffects(); });
-}
-
-const fits = (row, ids) => ids.every((id) => $(id).value === ANY || String(row[FILTERS[id]]) === $(id).value);
-const planned = (plan) => element("span", { class: plan ? "mark planned" : "mark" }, plan ? `planned: ${plan}` : "not planned");
-
-function draw(id, traces, xTitle, yTitle, more = {}) {
-  const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), automargin: true };
-  const layout = {
-    paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: colour("ink"), family: "system-ui, sans-serif" }, hovermode: "closest",
-    hoverlabel: { bgcolor: colour("paper"), font: { color: colour("ink") } }, margin: { l: 10, r: 10, t: 10, b: 40 },
-    legend: { orientation: "h", y: -0.2 }, ...more,
-    xaxis: { ...axis, title: { text: xTitle }, ...more.xaxis }, yaxis: { ...axis, title: { text: yTitle }, ...more.yaxis },
-  };
-  $(id).classList.remove("empty");
-  Plotly.react(id, traces, layout, { displayModeBar: false, responsive: true });
-}
-
-function showNothing(id, text) {
-  Plotly.purge(id);
-  $(id).classList.add("empty");
-  $(id).textContent = text;
-}
-
-/** Colour by repair, as in sortkd.evidence.plots; dashes by objective. */
+/** Colour by repair, as in sortkd.evidence.plots; dashes by objective: no two methods look the same. */
+const COLOURS = { "": "grey-line", sort: "sort", swap: "swap", revise: "revise", loca: "loca", mft: "mft", smooth: "smooth", skip: "skip" };
+const DASHES = ["", "2,3", "8,3", "8,3,2,3", "14,3", "5,2", "14,3,2,3", "2,6", "8,2,2,2,2,2", "14,3,5,3"];
+const OBJECTIVES = [...new Set(["kd", "ce", ...Object.keys(DATA.titles).map((name) => name.split("+")[0])])];
 function lineOf(method) {
-  const [objective, repair] = method.split("+");
-  const objectives = [...new Set(["kd", ...Object.keys(DATA.titles).map((name) => name.split("+")[0])])];
-  const dash = ["solid", "dot", "dash", "dashdot", "longdash"][objectives.indexOf(objective) % 5];
-  return { color: colour(!repair ? "grey-line" : { sort: "sort", swap: "swap" }[repair] ?? "ink"), dash, width: 1.5 };
+  const [objective, repair = ""] = method.split("+");
+  return { colour: COLOURS[repair] ?? "ink", dash: DASHES[OBJECTIVES.indexOf(objective) % DASHES.length] };
 }
 
-function showRuns() {
-  const runs = DATA.runs.filter((run) => fits(run, Object.keys(FILTERS)));
-  $("count").textContent = `${runs.length} of ${DATA.runs.length} runs`;
-  fillTable($("runs"), ["pair", "method", "seed", "last epoch (%)", "best epoch (%)", "length", "plan"], runs.map((run) => [
-    run.pair_title, title(run.method), String(run.seed), run.last_top1.toFixed(2) + (run.diverged ? " (diverged)" : ""), run.best_top1.toFixed(2), run.length, planned(run.plan)]));
-  if (!runs.length) return showNothing("curves", "No run fits all of these filters. Set one of them back to “any”.");
-  const named = new Set(), epochs = Math.max(...runs.map((run) => run.curve.epoch.length));
-  draw("curves", runs.map((run) => ({
-    x: run.curve.epoch, y: run.curve.test_top1, mode: "lines", line: lineOf(run.method), opacity: 0.75, name: title(run.method), legendgroup: run.method,
-    showlegend: !named.has(run.method) && Boolean(named.add(run.method)),
-    hovertemplate: `<b>${title(run.method)}</b>, seed ${run.seed}<br>epoch %{x}: %{y:.2f} %<br>${run.pair_title}<br>${run.length}<br>${run.plan || "not planned"}<extra></extra>`,
-  })), "epoch", "test accuracy (%)", { height: 420, xaxis: { dtick: epochs > 10 ? undefined : 1 } });
+/** Give a select these values, and keep the wanted one if it is among them. */
+function fillSelect(select, values, wanted, text = String) {
+  select.replaceChildren(...values.map((value) => element("option", { value }, text(value))));
+  select.value = values.includes(wanted) ? wanted : values[0];
 }
 
-function showEffects() {
-  const methods = [$("first").value, $("second").value].sort();
-  const found = DATA.effects.filter((effect) => effect.methods.every((name, i) => name === methods[i]) && fits(effect, ["pair", "length"]));
-  const effects = found.filter((effect) => effect.reason === null);
-  const known = [...new Set(DATA.effects.filter((effect) => effect.reason === null).map((effect) => effect.methods.map(title).join(" with ")))];
-  const why = methods[0] === methods[1] ? ["Choose two different methods."]
-    : found.length ? found.flatMap((effect) => effect.reason ?? [])
-      : [`No seed has both ${methods.map(title).join(" and ")} here yet. These can be compared: ${known.join("; ")}.`];
-  for (const id of ["effects", "effect-table"]) $(id).hidden = !effects.length;
-  $("no-effect").hidden = !why.length;
-  $("no-effect").replaceChildren(...why.map((line) => element("div", {}, line)));
+/** A checkbox for each method, which is also the legend. */
+function fillMethods(names, wanted) {
+  if ([...document.getElementsByName("method")].map((box) => box.value).join() === names.join()) return; // a box that is clicked keeps its focus
+  const usual = names.filter((name) => ["ce", "kd", "kd+sort"].includes(name));
+  const checked = [wanted, usual, names].find((some) => names.some((name) => some.includes(name)));
+  $("methods").replaceChildren(...names.map((name) => {
+    const { colour, dash } = lineOf(name), label = element("label", { class: "check" });
+    label.innerHTML = `<input type="checkbox" name="method"><svg><line x2="30" y1="5" y2="5" stroke="var(--${colour})" stroke-dasharray="${dash}"/></svg>`;
+    Object.assign(label.firstChild, { value: name, checked: checked.includes(name) });
+    label.append(title(name));
+    return label;
+  }));
+}
+
+/** The setting that is asked for: each filter has only values that exist with those before it, so there is always one. */
+function chooseSetting(asked) {
+  let settings = DATA.settings;
+  for (const name of ["teacher", "data", "epochs"]) {
+    fillSelect(filters[name], [...new Set(settings.map((setting) => setting[name]))], asked.get(name));
+    settings = settings.filter((setting) => setting[name] === filters[name].value);
+  }
+  const names = settings[0].lines.map((line) => line.method), compared = [asked.get("first"), asked.get("second")];
+  fillMethods(names, asked.getAll("method"));
+  const usual = settings[0].effects[0]?.comparison.split(" minus ") ?? names;
+  const [first, second] = compared.every((name) => names.includes(name)) ? compared : usual;
+  fillSelect(filters.first, names, first, title);
+  fillSelect(filters.second, names, second, title);
+  filters.runs.checked = asked.has("runs");
+  return settings[0];
+}
+
+function draw(id, traces, xTitle, yTitle, more) {
+  const axis = { gridcolor: colour("line"), zerolinecolor: colour("line"), automargin: true, fixedrange: innerWidth < 640 }; // where a finger scrolls
+  Plotly.react(id, traces, {
+    paper_bgcolor: "transparent", plot_bgcolor: "transparent", font: { color: colour("ink"), family: "system-ui, sans-serif" }, hovermode: "closest",
+    hoverlabel: { bgcolor: colour("paper"), font: { color: colour("ink") } }, margin: { l: 10, r: 10, t: 10, b: 40 }, showlegend: false, ...more,
+    xaxis: { ...axis, title: { text: xTitle }, ...more.xaxis }, yaxis: { ...axis, title: { text: yTitle }, ...more.yaxis },
+  }, { displayModeBar: false, responsive: true });
+}
+
+function showCurves(lines) {
+  const each = filters.runs.checked, epochs = (values) => values.map((_, i) => i + 1), back = (values) => [...values].reverse();
+  const traces = lines.flatMap(({ method, mean, half, count, runs }) => {
+    const { dash, ...line } = lineOf(method), color = colour(line.colour), name = title(method), x = epochs(mean);
+    const band = half.length ? [{ x: [...x, ...back(x)], y: [...mean.map((y, i) => y + half[i]), ...back(mean.map((y, i) => y - half[i]))],
+      fill: "toself", fillcolor: color, opacity: 0.2, mode: "none", hoverinfo: "skip" }] : [];
+    const single = each ? runs.map(({ seed, top1, plan }) => ({ x: epochs(top1), y: top1, mode: "lines", line: { color, width: 1 }, opacity: 0.4,
+      hovertemplate: `${name}, seed ${seed}${plan && `, ${plan}`}<br>epoch %{x}: %{y:.2f} %<extra></extra>` })) : [];
+    return [...band, ...single, { x, y: mean, mode: "lines", line: { color, dash: dash ? dash.replace(/\d+/g, "$&px") : "solid", width: 2.5 }, customdata: half,
+      hovertemplate: `<b>${name}</b>, mean of ${count} seeds<br>epoch %{x}: %{y:.2f} %${half.length ? " ± %{customdata:.2f}" : ""}<extra></extra>` }];
+  });
+  const longest = Math.max(...lines.map(({ mean }) => mean.length));
+  draw("curves", traces, "epoch", "test accuracy (%)", { height: 400, xaxis: { dtick: longest > 10 ? undefined : 1 } });
+  const rows = lines.flatMap(({ method, runs }) => runs.map((run) =>
+    [title(method), String(run.seed), run.last_top1.toFixed(2) + (run.diverged ? " (diverged)" : ""), run.best_top1.toFixed(2), run.plan]));
+  fillTable($("runs"), ["method", "seed", "last epoch (%)", "best epoch (%)", "plan"], rows);
+}
+
+function tellEffect(effect) {
+  if (effect.reason) return element("p", {}, `${effect.reason[0].toUpperCase()}${effect.reason.slice(1)}`);
+  const [first, second] = effect.comparison.split(" minus ").map(title);
+  const interval = effect.low === null ? "no interval from one seed"
+    : `${Math.round(100 * effect.level)} % interval ${signed(effect.low)} to ${signed(effect.high)}`;
+  return element("p", {}, `${first} minus ${second}: `, element("b", {}, signed(effect.mean)), ` points (n = ${effect.seeds}${effect.plan && ` of ${effect.planned}`}, ${interval}), `,
+    element("i", {}, effect.verdict), ". ", element("span", { class: "mark" }, effect.plan ? `planned: ${effect.plan}` : "not planned"));
+}
+
+function showEffects(found) {
+  const methods = [filters.first.value, filters.second.value].sort();
+  const told = found.filter((effect) => effect.methods.every((name, i) => name === methods[i])), effects = told.filter((effect) => !effect.reason);
+  const none = methods[0] === methods[1] ? "Choose two different methods." : "No seed has both methods here.";
+  $("verdicts").replaceChildren(...(told.length ? told.map(tellEffect) : [element("p", {}, none)]));
+  $("effects").hidden = !effects.length;
   if (!effects.length) return;
-  const [first, second] = effects[0].comparison.split(" minus ").map(title);
-  const interval = (effect) => effect.low === null ? "none from one seed" : `${signed(effect.low)}\u00a0to\u00a0${signed(effect.high)} (${Math.round(100 * effect.level)}\u00a0%)`;
-  const seeds = (effect) => effect.plan ? `${effect.seeds} of ${effect.planned}` : String(effect.seeds);
-  fillTable($("effect-table"), ["difference", "interval", "seeds", "verdict", "plan", "pair", "length", "teacher"], effects.map((effect) => [
-    element("b", {}, signed(effect.mean)), interval(effect), seeds(effect), effect.verdict, planned(effect.plan), effect.pair_title, effect.length, effect.teacher_file]));
-  const rows = effects.map((effect, i) => i);
-  const names = effects.map((effect, y) => ({ x: 0, xref: "paper", xanchor: "left", y: y - 0.35, showarrow: false, font: { size: 12 },
-    text: `${effect.pair_title}, ${effect.length.split(":")[0]}, ${effect.plan ? "planned" : "not planned"}` }));
-  const widest = effects[0].smallest_effect;
+  const rows = effects.map((_, i) => i), widest = effects[0].smallest_effect;
   draw("effects", [
     { x: effects.flatMap((effect) => effect.differences), y: effects.flatMap((effect, i) => effect.differences.map(() => i)), mode: "markers",
       marker: { symbol: "circle-open", color: colour("grey-line"), size: 8 }, hovertemplate: "one seed: %{x:+.2f}<extra></extra>" },
     { x: effects.map((effect) => effect.mean), y: rows, mode: "markers", marker: { color: colour("sort"), size: 11, symbol: "diamond" },
       error_x: { type: "data", symmetric: false, array: effects.map(({ high, mean }) => high === null ? 0 : high - mean),
-        arrayminus: effects.map(({ low, mean }) => low === null ? 0 : mean - low), color: colour("sort"), thickness: 2 },
-      hovertemplate: effects.map((effect) => `<b>${signed(effect.mean)}</b>, ${interval(effect)}<br>${seeds(effect)} seeds, ${effect.verdict}<extra></extra>`) },
-  ], `${first} minus ${second} (points)`, "", {
-    height: 80 + 90 * effects.length, showlegend: false, annotations: names, xaxis: { zeroline: true, zerolinecolor: colour("soft") },
-    yaxis: { range: [effects.length - 0.5, -0.5], visible: false },
+        arrayminus: effects.map(({ low, mean }) => low === null ? 0 : mean - low), color: colour("sort"), thickness: 2 }, hoverinfo: "x" },
+  ], `${effects[0].comparison.split(" minus ").map(title).join(" minus ")} (points)`, "", {
+    height: 80 + 60 * effects.length, xaxis: { zeroline: true, zerolinecolor: colour("soft") }, yaxis: { range: [effects.length - 0.5, -0.5], visible: false },
     shapes: [{ type: "rect", yref: "paper", x0: -widest, x1: widest, y0: 0, y1: 1, fillcolor: colour("plain"), opacity: 0.2, line: { width: 0 }, layer: "below" }],
   });
 }
 
-function tellPlans() {
-  fillTable($("plans"), ["plan", "question", "methods", "planned", "exist"], DATA.plans.map((row) =>
-    [row.plan, DATA.questions[row.plan] ?? "", row.methods.split(", ").map(title).join(", "), String(row.planned), String(row.exist)]));
-  if (DATA.left_out.length) {
-    $("left-out").textContent = "Left out: " + DATA.left_out.map((line) => `${line.file}, line ${line.line}: ${line.reason}`).join("; ") + ".";
-  }
+function showResults(asked) {
+  const { lines, effects } = chooseSetting(asked), wanted = chosen().getAll("method");
+  showCurves(lines.filter(({ method }) => wanted.includes(method)));
+  showEffects(effects);
 }
 
-addThumbnails();
+// The address holds what was chosen, so that a link shows the same --------------------------------------------------------------
+
+const chosen = () => new URLSearchParams([...new FormData($("look")), ...new FormData($("filters"))]);
+const keep = () => history.replaceState(null, "", `?${chosen()}${location.hash}`);
+
+const asked = new URLSearchParams(location.search);
+addThumbnails(asked);
 showExample();
 tellSource();
-addFilters();
-showRuns();
-showEffects();
-tellPlans();
+showResults(asked);
+$("waiting").textContent = DATA.waiting.length ? `Not shown before the look that they plan: ${DATA.waiting.join(", ")}.` : "";
+$("look").addEventListener("input", () => { showExample(); keep(); });
+$("filters").addEventListener("change", () => { showResults(chosen()); keep(); });
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => showResults(chosen()));
