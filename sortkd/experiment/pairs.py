@@ -91,7 +91,7 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
 }
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #30b00001
-_LATER = {  # LumiNet's alpha, temperature and weight of cross-entropy
+_LATER: dict[str, dict[str, tuple[float, ...]]] = {  # LumiNet's alpha, temperature and weight of cross-entropy
     "luminet": {
         "r50_mv2": (70.0, 8.0, 2.0), "vgg13_mv2": (70.0, 8.0, 2.0), "vgg13_vgg8": (70.0, 8.0, 1.0),
         "wrn40_2_shuv1": (35.0, 4.0, 1.0), "wrn40_2_wrn40_1": (75.0, 8.0, 1.0),
@@ -102,7 +102,7 @@ _LATER = {  # LumiNet's alpha, temperature and weight of cross-entropy
         "wrn40_2_shuv1": (1.0, 4.0), "wrn40_2_wrn16_2": (3.0, 12.0),
     },
 }
-_LATER_NAMES = {"luminet": ("alpha", "temperature", "ce_weight"), "ikl": ("alpha", "beta")}
+_LATER_NAMES: dict[str, tuple[str, ...]] = {"luminet": ("alpha", "temperature", "ce_weight"), "ikl": ("alpha", "beta")}
 for _objective, _of_pairs in _LATER.items():
     for _name, _values in _of_pairs.items():
         _numbers = dict(zip(_LATER_NAMES[_objective], _values, strict=True))
