@@ -91,18 +91,20 @@ PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
 }
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #30b00001
-_LATER: dict[str, dict[str, tuple[float, ...]]] = {  # LumiNet's alpha, temperature and weight of cross-entropy
-    "luminet": {
+_LATER: dict[str, dict[str, tuple[float, ...]]] = {
+    "luminet": {  # alpha, temperature, weight of cross-entropy
         "r50_mv2": (70.0, 8.0, 2.0), "vgg13_mv2": (70.0, 8.0, 2.0), "vgg13_vgg8": (70.0, 8.0, 1.0),
         "wrn40_2_shuv1": (35.0, 4.0, 1.0), "wrn40_2_wrn40_1": (75.0, 8.0, 1.0),
     },
-    "ikl": {  # IKL's alpha and beta
+    "ikl": {  # alpha, beta
         "r110_r32": (1.0, 12.0), "r32x4_shuv2": (3.0, 12.0), "r50_mv2": (1.0, 12.0),
         "r56_r20": (1.0, 4.0), "vgg13_mv2": (4.0, 12.0), "vgg13_vgg8": (1.0, 12.0),
         "wrn40_2_shuv1": (1.0, 4.0), "wrn40_2_wrn16_2": (3.0, 12.0),
     },
 }
-_LATER_NAMES: dict[str, tuple[str, ...]] = {"luminet": ("alpha", "temperature", "ce_weight"), "ikl": ("alpha", "beta")}
+_LATER_NAMES: dict[str, tuple[str, ...]] = {
+    "luminet": ("alpha", "temperature", "ce_weight"), "ikl": ("alpha", "beta")
+}
 for _objective, _of_pairs in _LATER.items():
     for _name, _values in _of_pairs.items():
         _numbers = dict(zip(_LATER_NAMES[_objective], _values, strict=True))
