@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sortkd import DistillationLoss
+from sortkd.evidence.statistics import compare
 
 pytest.importorskip("tokenizers")
 PATH = Path(__file__).parents[1] / "examples" / "language_model.py"
@@ -162,3 +163,17 @@ def test_the_teacher_of_the_study_is_the_one_that_its_records_name():
     records = map(json.loads, (root / "results" / "tokens" / "runs.jsonl").read_text().splitlines())
     assert {each["teacher_sha256"] for each in records} == {hashlib.sha256(content).hexdigest()}
     assert len(content) <= 16e6
+
+
+def test_the_answer_that_readers_see_is_what_the_records_say():
+    root, scores = PATH.parents[1], {}
+    for line in (root / "results" / "tokens" / "runs.jsonl").read_text().splitlines():
+        run = json.loads(line)
+        scores.setdefault(run["method"], {})[run["seed"]] = -run["test"]["loss"]
+    assert {method: sorted(each) for method, each in scores.items()} == dict.fromkeys(METHODS, [*range(8)])
+    scores = {method: [each[seed] for seed in range(8)] for method, each in scores.items()}
+    page = (root / "results" / "README.md").read_text().partition("### A small language model")[2]
+    for first, second in (("kd+sort", "kd"), ("kd+sort10", "kd"), ("kd", "ce")):
+        row, = compare(scores, first, second, smallest_effect=0.05).itertuples()
+        shown = f"8 of 8 | {row.mean:+.4f} | {row.low:+.4f} to {row.high:+.4f} | {row.verdict}"
+        assert shown.replace("-", "−") in page

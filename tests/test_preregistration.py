@@ -180,9 +180,9 @@ def test_a_setting_joins_when_its_look_is_reached_and_not_before(name):
 def test_advice_says_what_the_verdicts_say(gain, noise, gains, loses):
     answers = answers_of(runs_of(NAMED["unseen"], gain, noise))
     advice, (row,) = give_advice(answers, ["other pairs"]), answers.to_dict("records")
-    assert f"1 planned settings, accuracy gains in {gains} and loses in {loses}" in advice
+    assert f"1 planned settings, sorting gains in {gains} and loses in {loses}" in advice
     assert (f"{row['mean']:+.2f} (".replace("-", "−") in advice) == (row["verdict_kd"] == "gain") == (noise < 9)
-    assert f"{row['high']:+.2f}".replace("-", "−") in advice and "not shown: other pairs" in advice
+    assert f"{row['high']:+.2f}".replace("-", "−") in advice and "Not shown: other pairs" in advice
 
 
 @pytest.mark.parametrize(("gain", "answer"), [(3, "growing"), (-1, "shrinking"), (1, "inconclusive")])

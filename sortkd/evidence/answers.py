@@ -54,16 +54,18 @@ def give_advice(answers: pd.DataFrame, not_shown: Sequence[str]) -> str:
     def named(which: pd.Series) -> str:
         return " and ".join(answers["name"][which].str.lower()) or "none"
 
-    taught = answers["verdict_kd"] == "gain"
-    expected = [f"{effect_text(row)} points of top-1 where KD gains {row['mean_kd']:.1f} "
-                f"({row['name'].lower()})" for row in answers[taught].to_dict("records")]
-    if len(others := answers[~taught]):
-        expected += [f"between {signed(others['low'].min())} and {signed(others['high'].max())} "
-                     "where KD is not known to gain"]
-    return (f"Use it if the label must be the teacher's first choice: of {len(answers)} planned "
-            f"settings, accuracy gains in {named(answers['verdict'] == 'gain')} and loses in "
-            f"{named(answers['high'] < 0)}; expect "
-            f"{', '.join(expected) or 'nothing yet'}; not shown: {', '.join(not_shown)}.")
+    known = answers["verdict_kd"] == "gain"
+    changes = [f"where KD gains {row['mean_kd']:.1f} points ({row['name'].lower()}), it changes "
+               f"them by {effect_text(row)}" for row in answers[known].to_dict("records")]
+    if len(others := answers[~known]):
+        changes += [f"where KD is not known to gain, by {signed(others['low'].min())} to "
+                    f"{signed(others['high'].max())}"]
+    gains = answers["verdict"] == "gain"
+    return ("Use it if your labels are right and the label must be the teacher's first choice. "
+            f"Expect {'a' if gains.any() else 'no'} gain in accuracy: of {len(answers)} planned "
+            f"settings, sorting gains in {named(gains)} and loses in "
+            f"{named(answers['high'] < 0)}; {', '.join(changes) or 'nothing is measured yet'}. "
+            f"Not shown: {', '.join(not_shown)}.")
 
 # %% ../../nbs/4_evidence/55_answers.ipynb #89c38fae
 def compare_plans(
