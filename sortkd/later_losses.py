@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sortkd.losses import (
+from sortkd.earlier_losses import (
     among, checked_logits, divergence, kd_loss, products, soften, target_column,
 )
 from .repairs import check_positive, revise_logits

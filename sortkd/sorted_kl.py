@@ -9,7 +9,7 @@ __all__ = ['sorted_kl_correction', 'sorted_kd_loss']
 import torch
 from torch import Tensor
 
-from .losses import checked_logits, divergence, kd_loss, soften
+from .earlier_losses import checked_logits, divergence, kd_loss, soften
 from sortkd.sorting import (
     can_read, find_moving, find_sources, find_wrong_rows, sort_logits, sort_topk,
 )

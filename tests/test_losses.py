@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from special_logits import NO_LIMIT
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sortkd.earlier_losses import _gram_loss
 from sortkd.later_losses import (
     abkd_loss, class_costs, ikl_loss, label_first, ldrld_loss, luminet_loss, pld_loss, rc_loss,
     revision_loss, wkd_loss,
 )
 from sortkd.losses import (
-    _gram_loss, dist_loss, dkd_loss, kd_loss, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss,
+    dist_loss, dkd_loss, kd_loss, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss,
     standardize, ttm_loss, wsld_loss,
 )
 from sortkd.methods import OBJECTIVES, numbers_of
