@@ -225,7 +225,7 @@ def crld_loss(
         [soften(each, temperature).log_softmax(-1) for each in of_views]
         for of_views in zip(weak, strong, strict=True))
     sure, sure_of_strong = (
-        teacher.softmax(-1).amax(-1) >= threshold
+        ~(teacher.softmax(-1).amax(-1) < threshold)  # a NaN is kept
         for (_, teacher), threshold in ((weak, confidence), (strong, strong_confidence)))
 
     def kept(rows: Tensor, teachers: list[Tensor]) -> Tensor:

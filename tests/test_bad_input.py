@@ -221,7 +221,8 @@ def test_losses_of_values_that_are_not_finite(name):
             if name == "ce" or skipped:
                 assert loss.isfinite()
             else:
-                assert value == -torch.inf or loss.isnan()
+                infinite = name == "revision" and loss.isinf()  # the distance of two logits
+                assert value == -torch.inf or loss.isnan() or value == torch.inf and infinite
 
 
 @pytest.mark.parametrize("name", EVERY_METHOD)

@@ -1,8 +1,10 @@
 "Each line of README's \"What next\" runs as it stands, in a folder outside the clone."
 import re
 import shlex
+from glob import glob
 from importlib.metadata import entry_points
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import sortkd
 from sortkd.evidence.statistics import compare
+from sortkd.methods import REPAIRS
 from sortkd.token_lists import TokenLists
 from sortkd.tokens import LinearDistillationLoss
 from sortkd.train.networks import create_model
@@ -40,6 +43,15 @@ options: {dataset: 'folder:birds', epochs: 1}
 """
 
 
+def call(line, extra=()):
+    "The command of `line`, as its entry point calls it."
+    name, *arguments = shlex.split(line)
+    command, = entry_points(group="console_scripts", name=name)
+    expanded = [path for each in arguments for path in (glob(each) if "*" in each else [each])]
+    with patch.dict(REPAIRS):  # a plugin's registration ends here
+        return command.load()([*expanded, *extra])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "What the lines name: images, a teacher, a plugin, a grid and records."
@@ -47,17 +59,15 @@ def folder(tmp_path_factory):
     for number in range(36):
         path = folder / "birds" / ("train", "val")[number % 3 == 0] / "auk owl".split()[number % 2]
         path.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (32, 32), (7 * number, 90, 60)).save(path / f"{number}.png")
+        Image.effect_noise((32, 32), 9 * number).convert("RGB").save(path / f"{number}.png")
+    save_teacher(folder / "teacher.safetensors", create_model("resnet20", 2).state_dict(),
+                 {"architecture": "resnet20", "dataset": "folder:birds"})
     (folder / "mine.py").write_text(PLUGIN)
     (folder / "grid.yaml").write_text(GRID)
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(folder)
+        assert call("sortkd-run --pair resnet20:resnet8 --methods kd,kd+sort --dataset folder:birds", SMALL) == 0
     return folder
-
-
-def call(line, extra=()):
-    "The command of `line`, as its entry point calls it."
-    name, *arguments = shlex.split(line)
-    command, = entry_points(group="console_scripts", name=name)
-    return command.load()([*arguments, *extra])
 
 
 @pytest.mark.parametrize("line", COMMANDS)

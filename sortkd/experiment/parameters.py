@@ -35,8 +35,9 @@ class _Run:
         "ce,kd,kd+sort",
         "objectives, alone or with a repair, separated by commas",
         "Objectives: ce, kd, dkd, rld, nkd, ttm, wttm, normkd, wsld, lskd, lskd_dkd, ctkd, "
-        "ctkd_dkd, mlkd, lskd_mlkd, sld, dist. Repairs: +skip, +swap, +smooth, +revise, +loca, "
-        "+mft, +sort (not with ce). Own numbers: kd(temperature=2)+sort.",
+        "ctkd_dkd, mlkd, lskd_mlkd, sld, dist, pld, rc, revision, ldrld, luminet, ikl, crld, abkd. "
+        "Repairs: +skip, +swap, +smooth, +revise, +loca, +mft, +sort (not with ce). "
+        "Own numbers: kd(temperature=2)+sort.",
     )
     plugin: str = _parameter(
         "",
