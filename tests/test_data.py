@@ -19,7 +19,9 @@ from sortkd.train.augmentation import (
     seeded_generator,
 )
 from sortkd.train.cifar import has_cifar100
-from sortkd.train.images import ImageData, load_cifar100, load_data, load_digits
+from sortkd.train.images import (
+    ImageData, channel_statistics, load_cifar100, load_data, load_digits,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -375,3 +377,10 @@ def test_strong_images_have_a_crop_and_flip_of_their_own():
              if (images == each).float().mean(1).max() > 0.9}
     assert len(found) > 50, "many of the 98 crops, plain and mirrored, are nearly unchanged"
     assert {number % 2 for number in found} == {0, 1}
+
+
+@needs_cifar100
+def test_the_normalisation_of_cifar100_is_that_of_its_images():
+    data = load_cifar100()
+    for known, found in zip((data.mean, data.std), channel_statistics(data.train_images)):
+        assert [*known] == pytest.approx([*found], abs=4e-4)  # as the field has it

@@ -257,3 +257,11 @@ def test_gradients_of_topk_and_one_graph():
 def test_bad_lists_are_named(change, error, message):
     with pytest.raises(error, match=message):
         sort_topk(*change(torch.ones(2, 3), torch.arange(6).view(2, 3), torch.tensor([1, 9])))
+
+
+def test_lists_of_a_row_that_is_left_out_stay():
+    values, classes = torch.tensor([[3.0, 2.0], [3.0, 2.0]]), torch.tensor([[4, 7], [4, 7]])
+    repaired, _ = sort_topk(values, classes, torch.tensor([7, 7]), ignore_index=7)
+    assert torch.equal(repaired, values)
+    repaired, _ = sort_topk(values, classes, torch.tensor([7, 9]), ignore_index=9)
+    assert repaired.tolist() == [[2.0, 3.0], [3.0, 2.0]]
