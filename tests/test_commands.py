@@ -16,7 +16,7 @@ from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS
 from sortkd.experiment.parameters import Parameters, parameter_cell, parameter_groups
 from sortkd.experiment.storage import append_record, read_records
 from sortkd.fronts.cards import card_command
-from sortkd.fronts.commands import evaluate_checkpoint, evaluate_command, run
+from sortkd.fronts.commands import evaluate_checkpoint, evaluate_command, measure_logits, run
 from sortkd.methods import OBJECTIVES, REPAIRS
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
@@ -172,3 +172,10 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr("sortkd.experiment.run.run_experiment", interrupt)
     assert run([*SMALL, *folders_in(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err
+
+
+def test_the_calibration_error_has_fifteen_bins():
+    "The confidences 0.34, right, and 0.39, wrong, share a bin, as they would not in fourteen."
+    logits = torch.tensor([[0.34, 0.33, 0.33], [0.39, 0.305, 0.305]]).log()
+    found = measure_logits(logits, torch.tensor([0, 1]))
+    assert found["calibration_error"] == pytest.approx(100 * (0.5 - 0.365), rel=1e-4)

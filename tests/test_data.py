@@ -365,13 +365,16 @@ def test_strong_augmentation_is_this():
     assert hashlib.sha256(content).hexdigest().startswith("f3ac9798d9d48e9a")
 
 
-def test_strong_images_have_a_crop_and_flip_of_their_own():
+def test_strong_images_have_a_crop_and_flip_of_their_own(monkeypatch):
     images = random_images(1, 16).clamp(min=1)
     batches = Batches(toy_data(train=1, pad=3, size=16, train_images=images))
     index = torch.zeros(3000, dtype=torch.int64)
     images = batches.strong_images(index, 5, 1, 0)
     assert torch.equal(images, batches.strong_images(index, 5, 1, 0))
     assert not torch.equal(images, batches.strong_images(index, 5, 2, 0)), "another epoch"
+    monkeypatch.setattr("sortkd.train.augmentation.augment_strongly", lambda pixels, *key: pixels)
+    crops = [batches.strong_images(index, 5, epoch, 0) for epoch in (1, 2)]
+    assert not torch.equal(*crops), "the crops, too"
     crops, images = batches.gather(torch.arange(98))[0].flatten(1), images.flatten(1)
     found = {number for number, each in enumerate(crops)
              if (images == each).float().mean(1).max() > 0.9}
