@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import needs_cifar100
 from synthetic import synthetic_record
 
 from sortkd.experiment.grid import make_grid
@@ -265,3 +266,11 @@ def test_killed_in_the_middle_nothing_is_lost(uncut, tmp_path):
     assert main([str(tmp_path / "grid.yaml"), "--quiet", "--budget=10m"]) == 0
     assert state_of(grid)["finished"].all()
     assert_same(records_in(tmp_path), uncut)
+
+
+@needs_cifar100
+def test_a_plan_shows_no_result_before_its_look(monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert main(["results/plans/few_steps.yaml", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 of 180 cells are missing" in shown and "SD" not in shown

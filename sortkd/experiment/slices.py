@@ -100,14 +100,16 @@ def forecast(state: pd.DataFrame) -> pd.DataFrame:
     return table.assign(hours=table["epochs_left"] * table["hours"] / 3600)
 
 
-def describe_state(state: pd.DataFrame) -> str:
-    "`forecast` as text, and the results so far: last-epoch top-1 (%), mean and SD over seeds."
+def describe_state(state: pd.DataFrame, results: bool = True) -> str:
+    """`forecast` as text, and with `results` the last-epoch top-1 (%) so far, mean and SD over
+    seeds. Those of a plan wait for its looks.
+    """
     table = forecast(state).to_string(na_rep="unknown", float_format="{:,.3g}".format)
     top1 = state[state["finished"]].groupby(["pair", "method"], sort=False)["top1"]
-    results = top1.agg(seeds="size", mean="mean", SD="std").to_string(
+    shown = top1.agg(seeds="size", mean="mean", SD="std").to_string(
         na_rep="", float_format="{:.2f}".format) if len(top1) else "No cell is finished yet."
-    missing = (~state["finished"]).sum()
-    return f"{table}\n{results}\n{missing} of {len(state)} cells are missing."
+    missing, table = (~state["finished"]).sum(), f"{table}\n{shown}" if results else table
+    return f"{table}\n{missing} of {len(state)} cells are missing."
 
 # %% ../../nbs/3_experiment/43_slices.ipynb #a65fae38
 class Deadline:
@@ -217,12 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         grid, errors = read_grid(given["grid"], given["plugin"]), list[str]()
         experiments = experiments_of(grid)
-        print(describe_state(read_state(experiments, grid.cells)), flush=True)
+        print(describe_state(read_state(experiments, grid.cells), not grid.plan), flush=True)
         if not given["dry_run"]:
             limit_threads(next(iter(experiments.values())))
             errors = run_slice(experiments, grid.cells, end - time.monotonic(), given["at_once"],
                                not given["quiet"])
-            print(describe_state(read_state(experiments, grid.cells)))
+            print(describe_state(read_state(experiments, grid.cells), not grid.plan))
         return int(bool(errors))
 
     return ends_cleanly(work, "What was saved is kept: run the same command again to continue.")
