@@ -36,80 +36,76 @@ class Pair:
     lr: float
     numbers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-
-PAIRS = {  # teacher, student, beta, learning rate, numbers of some objectives
-    "r56_r20": Pair(
-        "resnet56", "resnet20", 2.0, 0.05, {"lskd_dkd": {"temperature": 3.0, "kd_weight": 18.0}}
-    ),
-    "r110_r32": Pair("resnet110", "resnet32", 2.0, 0.05, {"lskd_dkd": {"kd_weight": 15.0}}),
-    "r32x4_r8x4": Pair("resnet32x4", "resnet8x4", 8.0, 0.05),
-    "wrn40_2_wrn16_2": Pair(
-        "wrn_40_2", "wrn_16_2", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
-    ),
-    "wrn40_2_wrn40_1": Pair(
-        "wrn_40_2", "wrn_40_1", 6.0, 0.05, {"lskd_dkd": {"kd_weight": 12.0, "beta": 2.0}}
-    ),
-    "vgg13_vgg8": Pair(
-        "vgg13", "vgg8", 6.0, 0.05,
-        {
-            "lskd": {"temperature": 3.0},
-            "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
-            "lskd_mlkd": {"kd_weight": 6.0, "lr": 0.01},
-        },
-    ),
-    "r32x4_shuv1": Pair(
-        "resnet32x4", "ShuffleV1", 8.0, 0.01,
-        {"mlkd": {"epochs": 960}, "lskd_mlkd": {"epochs": 960}, "sld": {"lr": 0.009}},
-    ),
-    "wrn40_2_shuv1": Pair("wrn_40_2", "ShuffleV1", 8.0, 0.01),
-    "vgg13_mv2": Pair(
-        "vgg13", "MobileNetV2", 6.0, 0.01,
-        {
-            "lskd": {"temperature": 3.0},
-            "lskd_dkd": {"temperature": 3.0, "beta": 2.0},
-            "lskd_mlkd": {"kd_weight": 6.0},
-            "sld": {"lr": 0.008},
-        },
-    ),
-    "r50_mv2": Pair(
-        "ResNet50", "MobileNetV2", 8.0, 0.01,
-        {
-            "lskd": {"temperature": 3.0, "kd_weight": 1.0},
-            "lskd_dkd": {"kd_weight": 15.0, "beta": 2.0},
-            "sld": {"lr": 0.008},
-        },
-    ),
-    "r32x4_shuv2": Pair(
-        "resnet32x4", "ShuffleV2", 8.0, 0.01,
-        {
-            "mlkd": {"epochs": 960},
-            "lskd_mlkd": {"epochs": 960, "kd_weight": 6.0},
-            "sld": {"lr": 0.008},
-        },
-    ),
-    "r32x4_mv2": Pair("resnet32x4", "MobileNetV2", 8.0, 0.01),
-}
-
 # %% ../../nbs/3_experiment/30_pairs.ipynb #30b00001
-_LATER: dict[str, dict[str, tuple[float, ...]]] = {
-    "luminet": {  # alpha, temperature, weight of cross-entropy
-        "r50_mv2": (70.0, 8.0, 2.0), "vgg13_mv2": (70.0, 8.0, 2.0), "vgg13_vgg8": (70.0, 8.0, 1.0),
-        "wrn40_2_shuv1": (35.0, 4.0, 1.0), "wrn40_2_wrn40_1": (75.0, 8.0, 1.0),
+_NUMBERS: dict[str, dict[str, dict[str, float]]] = {
+    "lskd": {
+        "vgg13_vgg8": {"temperature": 3.0},
+        "vgg13_mv2": {"temperature": 3.0},
+        "r50_mv2": {"temperature": 3.0, "kd_weight": 1.0},
     },
-    "ikl": {  # alpha, beta
-        "r110_r32": (1.0, 12.0), "r32x4_shuv2": (3.0, 12.0), "r50_mv2": (1.0, 12.0),
-        "r56_r20": (1.0, 4.0), "vgg13_mv2": (4.0, 12.0), "vgg13_vgg8": (1.0, 12.0),
-        "wrn40_2_shuv1": (1.0, 4.0), "wrn40_2_wrn16_2": (3.0, 12.0),
+    "lskd_dkd": {
+        "r56_r20": {"temperature": 3.0, "kd_weight": 18.0},
+        "r110_r32": {"kd_weight": 15.0},
+        "wrn40_2_wrn16_2": {"kd_weight": 12.0, "beta": 2.0},
+        "wrn40_2_wrn40_1": {"kd_weight": 12.0, "beta": 2.0},
+        "vgg13_vgg8": {"kd_weight": 15.0, "beta": 2.0},
+        "vgg13_mv2": {"temperature": 3.0, "beta": 2.0},
+        "r50_mv2": {"kd_weight": 15.0, "beta": 2.0},
+    },
+    "lskd_mlkd": {
+        "vgg13_vgg8": {"kd_weight": 6.0, "lr": 0.01},
+        "r32x4_shuv1": {"epochs": 960},
+        "vgg13_mv2": {"kd_weight": 6.0},
+        "r32x4_shuv2": {"epochs": 960, "kd_weight": 6.0},
+    },
+    "mlkd": {
+        "r32x4_shuv1": {"epochs": 960},
+        "r32x4_shuv2": {"epochs": 960},
+    },
+    "sld": {
+        "r32x4_shuv1": {"lr": 0.009},
+        "vgg13_mv2": {"lr": 0.008},
+        "r50_mv2": {"lr": 0.008},
+        "r32x4_shuv2": {"lr": 0.008},
+    },
+    "luminet": {
+        "wrn40_2_wrn40_1": {"alpha": 75.0, "temperature": 8.0, "ce_weight": 1.0},
+        "vgg13_vgg8": {"alpha": 70.0, "temperature": 8.0, "ce_weight": 1.0},
+        "wrn40_2_shuv1": {"alpha": 35.0, "temperature": 4.0, "ce_weight": 1.0},
+        "vgg13_mv2": {"alpha": 70.0, "temperature": 8.0, "ce_weight": 2.0},
+        "r50_mv2": {"alpha": 70.0, "temperature": 8.0, "ce_weight": 2.0},
+    },
+    "ikl": {
+        "r56_r20": {"alpha": 1.0, "beta": 4.0},
+        "r110_r32": {"alpha": 1.0, "beta": 12.0},
+        "wrn40_2_wrn16_2": {"alpha": 3.0, "beta": 12.0},
+        "vgg13_vgg8": {"alpha": 1.0, "beta": 12.0},
+        "wrn40_2_shuv1": {"alpha": 1.0, "beta": 4.0},
+        "vgg13_mv2": {"alpha": 4.0, "beta": 12.0},
+        "r50_mv2": {"alpha": 1.0, "beta": 12.0},
+        "r32x4_shuv2": {"alpha": 3.0, "beta": 12.0},
     },
 }
-_LATER_NAMES: dict[str, tuple[str, ...]] = {
-    "luminet": ("alpha", "temperature", "ce_weight"), "ikl": ("alpha", "beta")
+
+# %% ../../nbs/3_experiment/30_pairs.ipynb #30b00002
+_NETWORKS = {  # teacher, student, beta, learning rate
+    "r56_r20": ("resnet56", "resnet20", 2.0, 0.05),
+    "r110_r32": ("resnet110", "resnet32", 2.0, 0.05),
+    "r32x4_r8x4": ("resnet32x4", "resnet8x4", 8.0, 0.05),
+    "wrn40_2_wrn16_2": ("wrn_40_2", "wrn_16_2", 6.0, 0.05),
+    "wrn40_2_wrn40_1": ("wrn_40_2", "wrn_40_1", 6.0, 0.05),
+    "vgg13_vgg8": ("vgg13", "vgg8", 6.0, 0.05),
+    "r32x4_shuv1": ("resnet32x4", "ShuffleV1", 8.0, 0.01),
+    "wrn40_2_shuv1": ("wrn_40_2", "ShuffleV1", 8.0, 0.01),
+    "vgg13_mv2": ("vgg13", "MobileNetV2", 6.0, 0.01),
+    "r50_mv2": ("ResNet50", "MobileNetV2", 8.0, 0.01),
+    "r32x4_shuv2": ("resnet32x4", "ShuffleV2", 8.0, 0.01),
+    "r32x4_mv2": ("resnet32x4", "MobileNetV2", 8.0, 0.01),
 }
-for _objective, _of_pairs in _LATER.items():
-    for _name, _values in _of_pairs.items():
-        _numbers = dict(zip(_LATER_NAMES[_objective], _values, strict=True))
-        PAIRS[_name] = replace(
-            PAIRS[_name], numbers={**PAIRS[_name].numbers, _objective: _numbers})
+PAIRS = {
+    name: Pair(*row, {each: of[name] for each, of in _NUMBERS.items() if name in of})
+    for name, row in _NETWORKS.items()
+}
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #5f7793cc
 _IMAGENET_KD = {"temperature": 1.0, "ce_weight": 0.5, "kd_weight": 0.5}
