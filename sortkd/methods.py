@@ -20,11 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .utils.checks import shown
-from sortkd.later_losses import (
-    abkd_loss, crld_loss, ikl_loss, kd_rc_loss, ldrld_loss, luminet_loss, pld_loss, revision_loss,
-)
-from sortkd.earlier_losses import (
-    check_logits, dist_loss, dkd_loss, kd_loss, mlkd_loss, nkd_loss, normkd_loss, rld_loss,
+from sortkd.losses import (
+    abkd_loss, check_logits, crld_loss, dist_loss, dkd_loss, ikl_loss, kd_loss, kd_rc_loss,
+    ldrld_loss, luminet_loss, mlkd_loss, nkd_loss, normkd_loss, pld_loss, revision_loss, rld_loss,
     sld_loss, standardize, target_column, ttm_loss, wsld_loss,
 )
 from sortkd.repairs import (

@@ -123,10 +123,11 @@ def _what(experiment: Experiment) -> str:
     who = f"{pair.teacher} teaches {pair.student}" if experiment.uses_teacher else alone
     methods = ", ".join(method.name for method in experiment.methods)
     seeds = ", ".join(map(str, experiment.seeds))
+    epochs = experiment.recipe.epochs
     return (
         f"{who} on {data.name}: {len(data.train_targets):,} training images and "
         f"{len(data.test_targets):,} test images of {size}×{size}. One student is trained with "
-        f"each method ({methods}) and seed ({seeds}), for {experiment.recipe.epochs} epochs, on "
+        f"each method ({methods}) and seed ({seeds}), for {epochs} epoch{'s' * (epochs > 1)}, on "
         f"{experiment.device} in {experiment.precision}."
     )
 
