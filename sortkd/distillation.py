@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .methods import OBJECTIVES, LearnedTemperature, Method, create_method
+from .methods import OBJECTIVES, Method, create_method
 from .repairs import check_positive, leave_out_rows, widened
-from .sorted_kl import sorted_kd_loss
+from .sorted_kl import sorted_kd_of_rows
 from .sorting import check_floating, described, find_wrong_rows
 
 # %% ../nbs/1_method/04_distillation.ipynb #50000002
@@ -55,15 +55,6 @@ def _as_teacher(
 def as_rows(logits: Tensor, dim: int) -> Tensor:
     "Logits with the classes along `dim` as rows `(N, C)`."
     return logits.movedim(dim, -1).reshape(-1, logits.shape[dim])
-
-# %% ../nbs/1_method/04_distillation.ipynb #5000000b
-def _leave_out(
-    student: Tensor, teacher: Tensor, target: Tensor, counts: Tensor, take_out: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    "Logits `(N, C)` and target `(N,)` without the rows that do not count, or with constants there."
-    if take_out:
-        return student[counts], teacher[counts], target[counts]
-    return *leave_out_rows(student, teacher, target, ~counts), target
 
 # %% ../nbs/1_method/04_distillation.ipynb #82b1f99e
 class _InChunks(torch.autograd.Function):
@@ -122,23 +113,6 @@ def _check_settings(method: Method, reduction: str, chunk_tokens: int | None) ->
     if chunk_tokens is not None and not chunk_tokens > 0:
         raise ValueError(f"chunk_tokens must be a number of rows, but it is {chunk_tokens!r:.60}.")
 
-# %% ../nbs/1_method/04_distillation.ipynb #00bc7903
-def _loss_of_method(
-    method: Method, student: Tensor, teacher: Tensor, target: Tensor, epoch: int,
-    temperature: LearnedTemperature | None,
-) -> Tensor:
-    repaired = method.repair_logits(teacher, target) if method.uses_teacher else None
-    return method.loss(student, repaired, target, epoch, temperature=temperature)
-
-
-def _loss_of_sorted_kd(
-    method: Method, student: Tensor, teacher: Tensor, target: Tensor, epoch: int
-) -> Tensor:
-    "The same for kd+sort, with sorting inside the KL divergence."
-    share, settings = method.schedule(epoch)
-    term = sorted_kd_loss(student, teacher, target, **settings)
-    return method.ce_weight * F.cross_entropy(student, target) + method.kd_weight * share * term
-
 # %% ../nbs/1_method/04_distillation.ipynb #d7d6816f
 class RowLoss(nn.Module):
     "What the losses of this chapter and of chapter 06 share: their settings, and the loss of rows."
@@ -179,21 +153,27 @@ class RowLoss(nn.Module):
         return torch.as_tensor(num_items, device=counts.device)
 
     def loss_of_rows(
-        self, student: Tensor, teacher: Tensor, target: Tensor, counts: Tensor,
-        epoch: int | None, divisor: Tensor,
+        self, student: Tensor, teacher: Tensor, ranked: Sequence[Tensor], epoch: int,
+        divisor: Tensor,
     ) -> Tensor:
-        "The sum over rows, logits `(N, C)`, of which some count, divided by `divisor`."
-        student, teacher = widened(student), widened(teacher)
+        """The sum over rows, logits `(N, C)`, of which some count, divided by `divisor`. `ranked`:
+        what `find_wrong_rows` returns of the teacher's.
+        """
+        student, teacher, counts = widened(student), widened(teacher), ranked[2][:, 0]
         if self.in_chunks and not counts.any():
             return student.new_zeros(())
-        if not self.in_chunks or not counts.all():
-            take_out = self.in_chunks or self._relates_rows
-            student, teacher, target = _leave_out(student, teacher, target, counts, take_out)
-        rows = student, teacher, target, epoch or 1
-        if self.in_chunks and (self.method.objective, self.method.repair) == ("kd", "sort"):
-            loss = _loss_of_sorted_kd(self.method, *rows)
+        if self._relates_rows or (self.in_chunks and not counts.all()):
+            student, teacher, *ranked = (each[counts] for each in (student, teacher, *ranked))
+        target, method = ranked[0][:, 0], self.method
+        if not self._relates_rows and not self.in_chunks:
+            student, teacher = leave_out_rows(student, teacher, target, ~counts)
+        if self.in_chunks and (method.objective, method.repair) == ("kd", "sort"):
+            share, settings = method.schedule(epoch)
+            term = method.kd_weight * share * sorted_kd_of_rows(student, teacher, ranked, **settings)
+            loss = method.ce_weight * F.cross_entropy(student, target) + term
         else:
-            loss = _loss_of_method(self.method, *rows, self.temperature)
+            repaired = method.repair_logits(teacher, target) if method.uses_teacher else None
+            loss = method.loss(student, repaired, target, epoch, temperature=self.temperature)
         return loss * (len(target) / divisor.to(loss.dtype))
 
     def extra_repr(self) -> str:
@@ -231,20 +211,19 @@ class DistillationLoss(RowLoss):
         given = teacher_logits if self.method.uses_teacher else student_logits
         student = cut(student_logits, self.vocabulary, self.dim)
         teacher = _as_teacher(given, student, self.vocabulary, self.dim)
-        index, _, counts, wrong = find_wrong_rows(teacher, target, self.dim, self.ignore_index)
-        self.teacher_wrong = wrong.squeeze(self.dim) if self.method.uses_teacher else None
-        rows, teacher = as_rows(student, self.dim), as_rows(teacher, self.dim)
-        target, counts = index.flatten(), counts.flatten()
-        divisor = self.divisor(counts, num_items)
+        found = find_wrong_rows(teacher, target, self.dim, self.ignore_index)
+        self.teacher_wrong = found[-1].squeeze(self.dim) if self.method.uses_teacher else None
+        rows, teacher, *ranked = (as_rows(each, self.dim) for each in (student, teacher, *found))
+        divisor, epoch = self.divisor(ranked[2], num_items), epoch or 1
         if self.chunk_tokens is None:
-            return self.loss_of_rows(rows, teacher, target, counts, epoch, divisor)
+            return self.loss_of_rows(rows, teacher, ranked, epoch, divisor)
         parameters = list(self.parameters())
 
         def of_chunk(chunk: slice, gradients: list[Tensor]) -> Tensor:
             part = rows[chunk].detach().requires_grad_(bool(gradients))
             with torch.set_grad_enabled(bool(gradients)):
                 value = self.loss_of_rows(
-                    part, teacher[chunk], target[chunk], counts[chunk], epoch, divisor)
+                    part, teacher[chunk], [each[chunk] for each in ranked], epoch, divisor)
             if gradients:
                 gradients[0][chunk], *others = differentiate(value, (part, *parameters))
                 add_to(gradients[1:], others)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['described', 'check_floating', 'class_indices', 'target_index', 'can_read', 'check_range', 'find_wrong_rows',
-           'find_moving', 'find_sources', 'sort_logits', 'swap_logits', 'sort_topk']
+           'sort_whole_rows', 'find_moving', 'find_sources', 'sort_logits', 'swap_logits', 'sort_topk']
 
 # %% ../nbs/1_method/00_sorting.ipynb #8d4f50b9
 import torch
@@ -34,8 +34,6 @@ def class_indices(target: Tensor, name: str = "target") -> Tensor:
     ):
         is_instead = described(target)
         raise TypeError(f"{name} must be integers, class indices, but they are {is_instead}.")
-    if target.dtype == torch.uint64:  # above 2^63 they would turn negative, as ignore_index is
-        return target.long() & torch.iinfo(torch.int64).max
     return target.long()
 
 # %% ../nbs/1_method/00_sorting.ipynb #10000005
@@ -97,19 +95,17 @@ def find_wrong_rows(
     wrong = (logits.amax(dim, keepdim=True) > value) & counts  # z_π(1) > z_y
     return index, value, counts, wrong
 
-# %% ../nbs/1_method/00_sorting.ipynb #1000000b
-def _hand_out(ranked: Tensor, value: Tensor, dim: int) -> Tensor:
-    "The new values of classes that had `ranked`, z_π(1), z_π(2), ...; the target's was `value`."
+# %% ../nbs/1_method/00_sorting.ipynb #55551991
+def sort_whole_rows(
+    logits: Tensor, index: Tensor, value: Tensor, wrong: Tensor, dim: int
+) -> Tensor:
+    "The wrong rows sorted whole, with shapes that do not depend on the values."
+    ranked, order = logits.sort(dim=dim, descending=True, stable=True)  # z_π(j), π(j)
     below = ranked.roll(-1, dim)  # z_π(j+1)
     below = torch.where(below > value, below, value)  # by comparison: -0.0 stays itself
-    return torch.where(ranked > value, below, ranked)  # z̃_π(j)
-
-# %% ../nbs/1_method/00_sorting.ipynb #55551991
-def _sort_whole_rows(logits: Tensor, index: Tensor, value: Tensor, dim: int) -> Tensor:
-    "All rows sorted, as if each were wrong, with shapes that do not depend on the values."
-    ranked, order = logits.sort(dim=dim, descending=True, stable=True)  # z_π(j), π(j)
-    others = logits.scatter(dim, order, _hand_out(ranked, value, dim))
-    return others.scatter(dim, index, ranked.narrow(dim, 0, 1))  # z̃_y = z_π(1)
+    others = logits.scatter(dim, order, torch.where(ranked > value, below, ranked))
+    repaired = others.scatter(dim, index, ranked.narrow(dim, 0, 1))  # z̃_y = z_π(1)
+    return torch.where(wrong, repaired, logits)
 
 # %% ../nbs/1_method/00_sorting.ipynb #b883df2b
 _BLOCK = 128  # classes
@@ -141,10 +137,16 @@ def find_moving(
     return torch.cat([row, targets]), torch.cat([classes, index[targets, 0]])
 
 # %% ../nbs/1_method/00_sorting.ipynb #4831d033
-def find_sources(rows: Tensor, row: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From which class each of those that `find_moving` returned takes its value: `row`, `classes`
-    and `source`, so that `rows[row, classes]` becomes `rows[row, source]`.
+def find_sources(
+    rows: Tensor, index: Tensor, value: Tensor, wrong: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """From which class each of those that `find_moving` returns takes its value: `row`, `classes`
+    and `source`, so that `rows[row, classes]` becomes `rows[row, source]`. None where more than an
+    eighth of all classes move.
     """
+    row, classes = find_moving(rows, index, value, wrong)
+    if 8 * len(row) > rows.numel():
+        return None
     order = rows[row, classes].argsort(descending=True, stable=True)
     order = order[row[order].argsort(stable=True)]
     row, classes = row[order], classes[order]  # row by row π(1), π(2), ..., π(r)
@@ -162,10 +164,9 @@ def _sort_wrong_rows(
     inside = logits.movedim(dim, -1)
     rows, *which = (
         each.movedim(dim, -1).flatten(0, -2) for each in (logits, index, value, wrong))
-    moving = find_moving(rows, *which)
-    if 8 * len(moving[0]) > rows.numel():
-        return torch.where(wrong, _sort_whole_rows(logits, index, value, dim), logits)
-    row, classes, source = find_sources(rows, *moving)
+    if (found := find_sources(rows, *which)) is None:
+        return sort_whole_rows(logits, index, value, wrong, dim)
+    row, classes, source = found
     repaired = logits.clone()
     places = (row,) if inside.ndim == 2 else torch.unravel_index(row, inside.shape[:-1])
     repaired.movedim(dim, -1)[(*places, classes)] = rows[row, source]
@@ -205,7 +206,7 @@ def sort_logits(
         return torch.cat(repaired).view(inside.shape).movedim(-1, dim)
     if can_read(logits, target) and logits.numel() > 4096 and logits.ndim > 1:
         return _sort_wrong_rows(logits, index, value, wrong, dim)
-    return torch.where(wrong, _sort_whole_rows(logits, index, value, dim), logits)
+    return sort_whole_rows(logits, index, value, wrong, dim)
 
 # %% ../nbs/1_method/00_sorting.ipynb #a00ac7e1
 def swap_logits(

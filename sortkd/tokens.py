@@ -84,11 +84,10 @@ class LinearDistillationLoss(RowLoss):
             hidden = student[chunk].detach()
             logits = cut(F.linear(hidden, *head), self.vocabulary).requires_grad_(bool(gradients))
             of_teacher = cut(F.linear(teacher[chunk], *fixed), self.vocabulary)
-            *_, is_counted, is_wrong = find_wrong_rows(of_teacher, target[chunk], 1, -100)
-            wrong.append(is_wrong[:, 0])
+            ranked = find_wrong_rows(of_teacher, target[chunk], 1, self.ignore_index)
+            wrong.append(ranked[-1][:, 0])
             with torch.set_grad_enabled(bool(gradients)):
-                value = self.loss_of_rows(
-                    logits, of_teacher, target[chunk], is_counted[:, 0], epoch, divisor)
+                value = self.loss_of_rows(logits, of_teacher, ranked, epoch or 1, divisor)
             if gradients:
                 of_logits, *others = differentiate(value, (logits, *own))
                 _add_head_gradients(gradients, chunk, of_logits, hidden, head)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from special_logits import INTEGERS
 
 from sortkd import sort_logits, sort_topk, swap_logits
-from sortkd.sorting import _sort_whole_rows, _sort_wrong_rows, find_wrong_rows
+from sortkd.sorting import _sort_wrong_rows, find_wrong_rows, sort_whole_rows
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -19,7 +19,7 @@ REPAIRS = [sort_logits, swap_logits]
 
 def whole_rows(logits, target, dim=1):
     index, value, _, wrong = find_wrong_rows(logits, target, dim, -100)
-    return torch.where(wrong, _sort_whole_rows(logits, index, value, dim), logits)
+    return sort_whole_rows(logits, index, value, wrong, dim)
 
 
 def wrong_rows(logits, target, dim=1):
