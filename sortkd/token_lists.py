@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .repairs import check_positive, widened
@@ -25,16 +26,14 @@ class TokenLists(NamedTuple):
     classes: Tensor  # int64, (T, k), the tokens; -1 where there is none
 
 # %% ../nbs/1_method/07_token_lists.ipynb #85577ccb
-def _tabulate(values: Any, dtype: torch.dtype, pad: float = 0, width: int = 0) -> Tensor:
-    """Rows of numbers or bytes, of any lengths or missing, as a tensor `(T, n)`; short ones, and
-    those under `width`, end in `pad`.
-    """
+def _tabulate(values: Any, dtype: torch.dtype, pad: float = 0) -> Tensor:
+    "Rows of numbers or bytes, some short or missing, as a tensor `(T, n)` that ends in `pad`."
     if isinstance(values, Tensor):
         return values.to(dtype)
     if getattr(values, "ndim", 0) == 2:  # an array
         return torch.tensor(values).to(dtype)
     rows = [each.tolist() if hasattr(each, "tolist") else list(each or ()) for each in values]
-    width = max([width, *map(len, rows)])
+    width = max(map(len, rows), default=0)
     rows = [row + [pad] * (width - len(row)) for row in rows]
     return torch.tensor(rows, dtype=dtype).reshape(len(rows), width)
 
@@ -59,11 +58,8 @@ def _line_up(log_probs: Tensor, classes: Tensor, length: int, skip: int = 0) -> 
     log_probs, order = log_probs.masked_fill(missing, -torch.inf).sort(
         dim=-1, descending=True, stable=True)
     classes = classes.masked_fill(missing, -1).gather(-1, order)
-    filled = TokenLists(log_probs.new_full((length, log_probs.shape[-1]), -torch.inf),
-                        classes.new_full((length, log_probs.shape[-1]), -1))
-    for whole, part in zip(filled, (log_probs, classes)):
-        whole[:len(part)] = part
-    return filled
+    below = (0, 0, 0, length - len(log_probs))
+    return TokenLists(F.pad(log_probs, below, value=-torch.inf), F.pad(classes, below, value=-1))
 
 # %% ../nbs/1_method/07_token_lists.ipynb #f69cda56
 def read_distillkit_raw(row: Mapping[str, Any], log_values: bool = True) -> TokenLists:
@@ -86,10 +82,9 @@ def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     return (stream[:, :bits * count].unflatten(-1, (count, bits)) * weights).sum(-1)
 
 
-def _take(data: Tensor, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    "`count` numbers of type `dtype` from the beginning of bytes `(T, n)`, and the bytes after."
-    size = count * dtype.itemsize
-    return data[:, :size].clone(memory_format=torch.contiguous_format).view(dtype), data[:, size:]
+def _numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
+    "Numbers of type `dtype` from bytes `(T, n)`."
+    return data.clone(memory_format=torch.contiguous_format).view(dtype)
 
 # %% ../nbs/1_method/07_token_lists.ipynb #7be5ef09
 def _curve(coefficients: Tensor, terms: list[int | str], count: int, normalized: bool) -> Tensor:
@@ -102,38 +97,26 @@ def _curve(coefficients: Tensor, terms: list[int | str], count: int, normalized:
     return (torch.stack(curves, -1) * coefficients[:, None, :]).sum(-1)
 
 
-def _residuals(data: Tensor, scale_dtype: str, element_bits: int, num_elements: int,
-               ) -> tuple[Tensor, Tensor]:
-    "One bin of residuals `(T, num_elements)`, and the bytes after it."
-    scale, data = _take(data, 1, getattr(torch, scale_dtype))
-    size = -(-num_elements * element_bits // 8)
-    steps = _unpack(data[:, :size], element_bits, num_elements).double()
-    steps = 2 * steps - 1 if element_bits == 1 else steps - 2 ** (element_bits - 1)
-    return steps * scale.double(), data[:, size:]
-
 # %% ../nbs/1_method/07_token_lists.ipynb #41abebca
 def _decompress(data: Tensor, config: Mapping[str, Any]) -> Tensor:
     "Log-probabilities `(T, k)` in float32 from the bytes `(T, n)` that `config` describes."
-    exact_k, terms = config["exact_k"], config.get("polynomial_terms") or []
-    bins, others = config.get("residual_bins", []), config["k"] - config["exact_k"]
+    count, terms = config["exact_k"], config.get("polynomial_terms") or []
+    if config.get("residual_bins"):
+        raise ValueError("residual_bins are read by DistillKit alone; give read_distillkit_raw the "
+                         "values that its LogprobCompressor returns.")
     exact_dtype, term_dtype = (getattr(torch, config.get(name, "float32"))
                                for name in ("exact_dtype", "term_dtype"))
-    size = exact_k * exact_dtype.itemsize + len(terms) * term_dtype.itemsize + sum(
-        getattr(torch, each["scale_dtype"]).itemsize
-        + -(-each["num_elements"] * each["element_bits"] // 8) for each in bins)
-    if data.shape[1] != size:
-        raise ValueError(f"compressed_logprobs has {data.shape[1]} bytes a token, but config "
-                         f"describes {size}; it must be the one that the lists were made with.")
+    sizes = count * exact_dtype.itemsize, len(terms) * term_dtype.itemsize
+    if data.shape[1] != sum(sizes):
+        raise ValueError(
+            f"compressed_logprobs has {data.shape[1]} bytes a token, but config describes "
+            f"{sum(sizes)}; it must be the one that the lists were made with.")
+    exact, curve = data.split(sizes, 1)
     values = torch.zeros(len(data), config["k"], dtype=torch.float64)
-    exact, data = _take(data, exact_k, exact_dtype)
-    values[:, :exact_k] = exact
+    values[:, :count] = _numbers(exact, exact_dtype)
     if terms:
-        coefficients, data = _take(data, len(terms), term_dtype)
-        values[:, exact_k:] = _curve(coefficients, terms, others, config.get("normalize_t", False))
-    for each in bins:
-        residuals, data = _residuals(data, **each)
-        values[:, exact_k:][:, :residuals.shape[1]] += residuals
-        exact_k += residuals.shape[1]
+        values[:, count:] = _curve(_numbers(curve, term_dtype), terms, config["k"] - count,
+                                   config.get("normalize_t", False))
     return (values.cumsum(-1) if config.get("delta_encoding", True) else values).float()
 
 # %% ../nbs/1_method/07_token_lists.ipynb #2e3da45a
@@ -143,13 +126,10 @@ def read_distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> TokenL
 
     `config`: what `compression_config.yaml` beside the data says (`d`, `k`, `exact_k` and so on),
     with DistillKit's defaults for what it leaves out. The columns may be nested lists, arrays,
-    tensors or lists of bytes. Values stay in float32 where DistillKit rounds them to `exact_dtype`.
-    Raises `ValueError` for a missing column, for lists that do not fit `input_ids`, and for bytes
-    of another configuration, as far as their number shows it.
+    tensors or lists of bytes.
+    Raises `ValueError` for a missing column, for lists that do not fit `input_ids`, for residual
+    bins, and for bytes of another configuration, as far as their number shows it.
     """
-    if "packed_indices" in row:
-        raise ValueError("the row is in DistillKit's legacy format, with packed_indices, which "
-                         "only DistillKit's own LogprobCompressor reads.")
     log_probs = _decompress(_column(row, "compressed_logprobs", torch.uint8), config)
     packed, bits = _column(row, "bytepacked_indices", torch.uint8), (config["d"] - 1).bit_length()
     if packed.shape[1] != (size := -(-config["k"] * bits // 8)):
@@ -161,8 +141,8 @@ def read_distillkit(row: Mapping[str, Any], config: Mapping[str, Any]) -> TokenL
 def read_axolotl(
     row: Mapping[str, Any], temperature: float = 1.0, shifted: bool = False
 ) -> TokenLists:
-    """The lists of a row with Axolotl's columns `target_logprobs`, `target_token_ids`, and
-    `target_mask`, at temperature 1, over their own tokens alone.
+    """The lists of a row with Axolotl's columns `input_ids`, `target_logprobs`, `target_token_ids`,
+    and `target_mask`, at temperature 1, over their own tokens alone.
 
     `temperature`: the `kd_temperature` that the rows were made with. `shifted`: whether row `t` is
     already the distribution of token `t + 1`, as where Axolotl asks a vLLM server during training.
@@ -179,13 +159,12 @@ def read_axolotl(
                          f"{tuple(log_probs.shape)}.")
     counts = (counts != 0) & (log_probs > -1e8)
     log_probs = (temperature * log_probs).masked_fill(~counts, -torch.inf).log_softmax(-1)
-    length = len(row["input_ids"]) if "input_ids" in row else len(log_probs)
-    return _line_up(log_probs, classes, length, skip=0 if shifted else 1)
+    return _line_up(log_probs, classes, len(row["input_ids"]), skip=0 if shifted else 1)
 
 # %% ../nbs/1_method/07_token_lists.ipynb #9a108e99
 def _candidates(entry: Mapping[Any, Any] | None, k: int) -> list[tuple[float, int]]:
-    "Log-probability and token of the `k` highest candidates of one of vLLM's entries."
-    ranked = []
+    "Log-probability and token of the `k` highest candidates of one of vLLM's entries, or of none."
+    ranked = [(torch.inf, torch.inf, -1)] * k
     for token, info in (entry or {}).items():
         info = info if isinstance(info, Mapping) else vars(info)
         ranked.append((-info["logprob"], info.get("rank") or torch.inf, int(token)))
@@ -201,10 +180,8 @@ def read_vllm(prompt_logprobs: list[Mapping[Any, Any] | None], k: int) -> TokenL
     """
     check_positive("k", k)
     lists = [_candidates(entry, k) for entry in prompt_logprobs]
-    log_probs = [[value for value, _ in each] for each in lists]
-    classes = [[token for _, token in each] for each in lists]
-    return _line_up(_tabulate(log_probs, torch.float32, -torch.inf, k),
-                    _tabulate(classes, torch.int64, -1, k), len(lists), skip=1)
+    values, classes = torch.tensor(lists, dtype=torch.float64).reshape(-1, k, 2).unbind(-1)
+    return _line_up(values.float(), classes.long(), len(lists), skip=1)
 
 # %% ../nbs/1_method/07_token_lists.ipynb #152d6fb8
 def shifted_target(

@@ -75,7 +75,7 @@ def test_each_layout_gives_row_t_the_distribution_of_the_next_token():
     as_json = json.loads(json.dumps([entry and {token: vars(each) for token, each in entry.items()}
                                      for entry in vllm_entries()]))
     unshifted = axolotl(kept)
-    shifted = {name: column[1:] for name, column in unshifted.items() if name != "input_ids"}
+    shifted = {name: column[name != "input_ids":] for name, column in unshifted.items()}
     shuffled = torch.tensor([2, 0, 3, 1])
     read = {  # lists, rows that they have, values
         "raw": (read_distillkit_raw(raw(kept, last)), range(last), kept.values),
@@ -90,7 +90,7 @@ def test_each_layout_gives_row_t_the_distribution_of_the_next_token():
             read_distillkit(compressed(kept), EXACT), range(last + 1), kept.values),
         "axolotl": (read_axolotl(unshifted), range(1, last), over_list),
         "axolotl at 2": (read_axolotl(axolotl(kept, 2), temperature=2), range(1, last), over_list),
-        "axolotl, shifted": (read_axolotl(shifted | {"input_ids": INPUT_IDS}, shifted=True),
+        "axolotl, shifted": (read_axolotl(shifted, shifted=True),
                              range(1, last), over_list),
         "vllm": (read_vllm(vllm_entries(), K), range(last), kept.values),
         "vllm, json": (read_vllm(as_json, K), range(last), kept.values),
@@ -106,11 +106,10 @@ def test_each_layout_gives_row_t_the_distribution_of_the_next_token():
         torch.testing.assert_close(lists.log_probs[has_list], values[has_list])
 
 
-def compare(lists, log_probs, classes, name):
-    "What we read, and what DistillKit reads, which rounds the residuals of `residuals` to float16."
+def compare(lists, log_probs, classes):
+    "What we read, and what DistillKit reads."
     expected, order = log_probs.float().sort(descending=True, stable=True)
-    torch.testing.assert_close(lists.log_probs, expected, rtol=1e-5,
-                               atol=3e-4 if name == "residuals" else 1e-5)
+    torch.testing.assert_close(lists.log_probs, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(lists.classes, classes.long().gather(1, order))
 
 
@@ -119,7 +118,7 @@ def test_distillkits_own_rows_are_read_as_it_reads_them(name):
     columns = ("compressed_logprobs", "bytepacked_indices", "log_probs", "classes")
     row = {key: torch.from_numpy(GOLDENS[f"{name}_{key}"]) for key in columns}
     lists = read_distillkit(row | {"input_ids": [0, 0, 0]}, CONFIGS[name])
-    compare(lists, row["log_probs"], row["classes"], name)
+    compare(lists, row["log_probs"], row["classes"])
     one = {key: row[key][1:2].tolist() for key in columns[:2]}  # as Parquet gives it
     alone = read_distillkit(one | {"input_ids": [0]}, CONFIGS[name])
     assert torch.equal(alone.log_probs[0], lists.log_probs[1])
@@ -136,17 +135,16 @@ def test_distillkit_itself_agrees(name):
     classes, log_probs = compressor.decompress_to_sparse(row)
     row = {key: value[0] for key, value in row.items()}
     lists = read_distillkit(row | {"input_ids": [0] * 5}, CONFIGS[name])
-    compare(lists, log_probs[0], classes[0], name)
+    compare(lists, log_probs[0], classes[0])
 
 
 def test_rows_that_do_not_fit_are_refused():
     row, kept = compressed(teacher().topk(K)), teacher().topk(K)
     for change, message in (({"exact_k": 3}, "16 bytes a token, but config describes 12"),
+                            ({"residual_bins": [{"element_bits": 1}]}, "by DistillKit alone"),
                             ({"d": 300}, "has 2 bytes a token, but k = 4 and d = 300 need 5")):
         with pytest.raises(ValueError, match=message):
             read_distillkit(row, EXACT | change)
-    with pytest.raises(ValueError, match="legacy"):
-        read_distillkit({"packed_indices": [], "exact_values": [], "coeffs": []}, EXACT)
     with pytest.raises(ValueError, match="no column 'token_ids'; its columns are input_ids, top"):
         read_distillkit_raw({"input_ids": [1], "top_values": [[-1.0]]})
     with pytest.raises(ValueError, match="7 lists, but only 6 input_ids"):
