@@ -247,6 +247,14 @@ def test_constants_made_in_inference_mode_serve_training():
     assert weight.grad.isfinite().all()
 
 
+def test_a_channel_that_never_varies_is_only_centred():
+    images = random_images(4, 8)
+    images[..., 1] = 77
+    mean, std = channel_statistics(images)
+    normal = normalize(images, mean, std)
+    assert std[1] == 1 and normal[:, 1].abs().max() < 1e-4 and normal.isfinite().all()
+
+
 # Batches
 
 

@@ -122,8 +122,9 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
                           for channel in images.unbind(3)]).double()
     share, values = counts / counts[0].sum(), torch.arange(256).double() / 255
     mean = share @ values
-    std = (share @ values**2 - mean**2).sqrt()
-    return tuple(mean.round(decimals=4).tolist()), tuple(std.round(decimals=4).tolist())
+    std = (share @ values**2 - mean**2).clamp(min=0).sqrt().round(decimals=4)
+    std[std == 0] = 1  # a channel that never varies is centred, and not divided by 0
+    return tuple(mean.round(decimals=4).tolist()), tuple(std.tolist())
 
 # %% ../../nbs/2_train/12_images.ipynb #633f49c5
 def _in_memory(name, train_images, test_images, train_targets, test_targets, class_names,
