@@ -7,7 +7,6 @@ __all__ = ['REPAIRS', 'OBJECTIVES', 'LARGEST', 'numbers_of', 'LearnedTemperature
            'method_name', 'list_methods', 'plain_name', 'range_of', 'try_out', 'create_method']
 
 # %% ../nbs/1_method/03_methods.ipynb #50576adc
-import difflib
 import inspect
 import math
 import re
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .utils.checks import shown
+from .utils.checks import did_you_mean, shown
 from sortkd.losses import (
     abkd_loss, check_logits, crld_loss, dist_loss, dkd_loss, ikl_loss, kd_loss, kd_rc_loss,
     ldrld_loss, luminet_loss, mlkd_loss, nkd_loss, normkd_loss, pld_loss, revision_loss, rld_loss,
@@ -323,12 +322,10 @@ def _parts(name: str) -> tuple[str, str, str, str]:
     if objective in OBJECTIVES:
         repair = repair or OBJECTIVES[objective].repair
     if objective not in OBJECTIVES or repair not in REPAIRS:
-        close = difflib.get_close_matches(str(name)[:100], list_methods(), n=1)
         raise ValueError(
             f"methods is {shown(name)}; give objectives ({', '.join(OBJECTIVES)}), each alone or "
             f"with a repair (+{', +'.join(REPAIRS)}), such as 'kd+sort'."
-            + "".join(f" Did you mean {each!r}?" for each in close)
-        )
+            f"{did_you_mean(str(name)[:100], list_methods())}")
     if reason := _objection(objective, repair):
         raise ValueError(f"there is no method {name!r}: {reason}.")
     return objective, numbers, repair, repair_numbers
@@ -349,27 +346,23 @@ def _checked_number(word: str, key: str, value, known: Mapping[str, float]) -> f
         raise ValueError(f"{word} has no setting {key:.60}; it has {', '.join(known) or 'none'}. "
                          "Write numbers as in 'kd(temperature=2)'.")
     whole, (lowest, highest) = isinstance(known[key], int), range_of(known[key])
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not lowest <= value <= highest or (whole and value % 1):
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not lowest <= number <= highest or (whole and number % 1):
         raise ValueError(f"{key} of {word} must be a {'whole' if whole else 'finite'} number from "
                          f"{lowest:g} to {highest:g}, but it is {shown(value)}.")
-    return int(value) if whole else float(value)
+    return int(number) if whole else number
 
 # %% ../nbs/1_method/03_methods.ipynb #4000001c
-def _read(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def _checked_numbers(word: str, text: str, known: Mapping[str, float]) -> dict[str, float]:
     "The numbers in a text such as `alpha=1,beta=2`; `known`: their names and defaults."
     numbers: dict[str, float] = {}
     for key, _, value in (each.partition("=") for each in text.split(",") if text):
         if key in numbers:
             raise ValueError(f"{key} is given twice; give it once.")
-        numbers[key] = _checked_number(word, key, _read(value), known)
+        numbers[key] = _checked_number(word, key, value, known)
     return numbers
 
 # %% ../nbs/1_method/03_methods.ipynb #4000001f
