@@ -10,7 +10,7 @@ __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'IMAGENET_RECIPE', 'ImageFolderData'
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sortkd.train.augmentation import (
-    Block, ImageBatches, ImageSet, batch_bounds, seeded_generator,
+    Block, ImageBatches, ImageSet, Part, batch_bounds, seeded_generator,
 )
 import numpy  # after our modules, which say what is not installed
 
@@ -255,7 +255,7 @@ class ImageFolderBatches(ImageBatches):
         self.workers = workers
 
     def blocks(self, batch_size: int, seed: int, epoch: int,
-               part: Callable[[int], slice] = slice, steps: int = 1) -> Iterator[Block]:
+               part: Part = slice, steps: int = 1) -> Iterator[Block]:
         "As `ImageBatches.blocks`, but of one step, whatever `steps`: the workers read ahead."
         generator = seeded_generator("image order", seed, epoch)
         order = torch.randperm(len(self.train_targets), generator=generator)

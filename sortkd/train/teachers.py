@@ -73,17 +73,14 @@ _PLACES = ("model", "state_dict", "model_state_dict", "net", "network", "weights
            "state_dict_ema")
 _SAVE_WEIGHTS = "torch.save({'model': model.state_dict()}, PATH)"
 
-# %% ../../nbs/2_train/14_teachers.ipynb #54af7995
-def _is_state_dict(content: Any) -> bool:
-    return isinstance(content, dict) and bool(content) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-
 # %% ../../nbs/2_train/14_teachers.ipynb #efd814e5
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
     "The tensors by name in the content of a PyTorch file."
     inside = content if isinstance(content, dict) else {}
     for found in (content, *map(inside.get, _PLACES)):
-        if _is_state_dict(found):
+        if isinstance(found, dict) and found and all(
+                isinstance(name, str) and isinstance(value, Tensor)
+                for name, value in found.items()):
             return found
     raise ValueError(f"{path} holds no state dict: expected are tensors by name, at the top or "
                      f"under one of {_PLACES}; found: {shown(list(inside) or type(content))}. "

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ..methods import Method
 from .augmentation import Block, ImageBatches, batch_bounds
 from .batches import Batch, batch_of, teacher_blocks, with_repair
-from .checkpoints import Checkpoint, Stopped
-from .checkpoints import fingerprint, weights_on_cpu
+from .checkpoints import Checkpoint, Stopped, fingerprint, weights_on_cpu
 from .cuda_graphs import CapturedStep, new_stream, on_stream, side_stream, wait_for
 from .devices import RandomNumbers, Ranks, precision_of, synchronize_batch_norm
 from .teacher_logits import TeacherLogits
