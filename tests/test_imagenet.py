@@ -129,8 +129,7 @@ def test_formats_that_start_programs_are_not_opened(tmp_path):
         read_image(path)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("content", [b"no image", "half", None], ids=["text", "half", "gone"])
+@pytest.mark.parametrize("workers, content", [(0, b"no image"), (0, "half"), (1, None)])
 def test_an_unreadable_image_is_named(folder, workers, content):
     data = load_image_folder(folder, image_size=32)
     path = folder / "train" / "leaves" / "train_00001.JPEG"

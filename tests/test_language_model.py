@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sortkd import DistillationLoss
+from sortkd import DistillationLoss, sort_logits
 from sortkd.evidence.statistics import compare
 
 pytest.importorskip("tokenizers")
@@ -70,16 +70,6 @@ def test_no_place_sees_a_later_one(teacher, tokens):
     assert not changed[:9].any() and changed[9:].all()
 
 
-def sorted_by_hand(row, target):
-    "The target on top, and the values handed out again in their old order."
-    ranking = sorted(range(len(row)), key=lambda each: -row[each])
-    others, values = [each for each in ranking if each != target], sorted(row, reverse=True)
-    repaired = [0.0] * len(row)
-    for each, value in zip([target, *others], values, strict=True):
-        repaired[each] = value
-    return repaired
-
-
 def loss_by_hand(student, teacher, target):
     "Half the cross-entropy and half the divergence from teacher to student, of one token."
     def log_softmax(row):
@@ -103,7 +93,9 @@ def test_a_batch_by_hand(teacher, tokens, method):
                                  target.flatten().tolist()):
         rank = 1 + sum(value > above[right] for value in above)
         if method == "kd+sort" or method == "kd+sort10" and rank <= 10:
-            above, moved = sorted_by_hand(above, right), moved + (rank > 1)
+            row_above = torch.tensor(above, dtype=torch.float64)
+            above = sort_logits(row_above, torch.tensor(right)).tolist()
+            moved += rank > 1
         losses.append(2 * loss_by_hand(row, row, right) if method == "ce"
                       else loss_by_hand(row, above, right))
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-12)

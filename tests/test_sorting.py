@@ -1,5 +1,4 @@
 "The mechanism where the chapter does not look: devices, layouts, special values, top-k."
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -79,36 +78,15 @@ def test_gradient_is_the_permutation(way):
     assert torch.equal(gradient.sort(1).values, upstream.sort(1).values)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
-def test_compiles_to_machine_code():
-    logits, target = some_rows()
-    compiled = torch.compile(sort_logits, fullgraph=True)
-    assert torch.equal(compiled(logits, target), sort_logits(logits, target))
-
-
-def test_swap_exchanges_two_values():
-    logits, target = some_rows(500, 9)
-    logits = logits.mul(2).round()  # with ties
-    for before, after, label in zip(logits, swap_logits(logits, target), target):
-        expected = before.clone()
-        if before[label] < before.max():
-            expected[before.argmax()], expected[label] = before[label], before.max()
-        assert torch.equal(after, expected)
-
-
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("logits,target,dim,error,words", [
     (torch.zeros(3, 4), torch.tensor([0, 1, 4]), -1, ValueError, "target holds 4"),
     (torch.zeros(3, 4), torch.tensor([0, -1, 2]), -1, ValueError, "target holds -1"),
-    (torch.zeros(3, 4), torch.zeros(4, dtype=torch.int64), -1, ValueError, r"\(3,\)"),
     (torch.zeros(3, 4), torch.zeros(3, 1, dtype=torch.int64), -1, ValueError, r"\(3, 1\)"),
     (torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), 2, ValueError, "dim=2"),
-    (torch.zeros(()), torch.zeros((), dtype=torch.int64), -1, ValueError, "dim=-1"),
     (torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64), -1, ValueError, "no classes"),
     (torch.zeros(3, 4).long(), torch.zeros(3).long(), -1, TypeError, "floating-point"),
     ([[1.0, 2.0]], torch.zeros(1, dtype=torch.int64), -1, TypeError, "list"),
-    (torch.zeros(3, 4), torch.zeros(3), -1, TypeError, "class indices"),
     (torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), -1, TypeError, "class indices"),
 ])
 def test_bad_input_is_named(repair, logits, target, dim, error, words):

@@ -98,24 +98,16 @@ torch.manual_seed(0)
 batches = Batches(load_digits().subset(train_size=120))
 cache = CachedTeacherLogits(create_model('resnet8', 10), batches, sys.argv[1])
 cache.batch_size = 16
-if sys.argv[2] == "fill":
-    for rows in torch.arange(3000).split(100):
-        cache(rows)
-    cache.close()
-else:
-    cache(draw_views(120, 2, False, 0, 1))
-    cache.close()
-    cache(draw_views(120, 2, False, 0, 2))  # and not closed
-    os.kill(os.getpid(), signal.SIGKILL)
+cache(draw_views(120, 2, False, 0, 1))
+cache.close()
+cache(draw_views(120, 2, False, 0, 2))  # and not closed
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def start(tmp_path, word):
-    return subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path), word])
-
-
 def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
-    assert start(tmp_path, "kill").wait() == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", PROCESS, str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
     network = seeded_network()
     cache, counting = CachedTeacherLogits(network, batches, tmp_path), Counting(network)
     assert cache.files.sums.count_nonzero() == len(torch.cat([views(1), views(2)]).unique())
@@ -123,18 +115,6 @@ def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
     assert counting.rows == 0
     for epoch, kept in enumerate(found, 1):
         assert torch.equal(kept, TeacherLogits(network, batches)(views(epoch)).half().float())
-
-
-@pytest.mark.slow
-def test_several_processes_fill_one_cache(batches, tmp_path):
-    assert [writer.wait() for writer in [start(tmp_path, "fill") for _ in range(3)]] == [0, 0, 0]
-    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-    network = seeded_network()
-    cache = CachedTeacherLogits(network, batches, tmp_path)
-    everything = torch.arange(3000)
-    assert cache.files.sums.all()
-    computed = TeacherLogits(network, batches)(everything)
-    assert torch.equal(cache(everything), computed.half().float())
 
 
 def test_one_process_fills_and_others_wait(batches, tmp_path, capfd):
@@ -167,11 +147,8 @@ def test_other_teachers_images_and_arithmetic_have_other_caches(batches, tmp_pat
 
 DAMAGE = {  # to 8,000 bytes of logits and their checksums, of ten classes: 400 rows
     "a page of zeros": ("logits.bin", 0, 4096, lambda part: bytes(len(part))),
-    "NaN": ("logits.bin", 2000, 2002, lambda part: b"\x00\x7e"),
     "one bit": ("logits.bin", 7001, 7002, lambda part: bytes([part[0] ^ 1])),
     "two rows exchanged": ("logits.bin", 2000, 2040, lambda part: part[20:] + part[:20]),
-    "two classes exchanged": ("logits.bin", 2000, 2004, lambda part: part[2:] + part[:2]),
-    "a bit of a checksum": ("checksums.bin", 400, 401, lambda part: bytes([part[0] ^ 128])),
     "checksums of zeros": ("checksums.bin", 0, 1600, lambda part: bytes(len(part))),
 }
 

@@ -57,16 +57,6 @@ def test_names_behind_the_words_of_wrappers(tmp_path, weights, ending, words):
         load_teacher(path, "resnet8", 10)
 
 
-def test_a_network_whose_own_names_begin_like_a_wrappers(tmp_path, weights):
-    class Own(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = create_model("resnet8", 10)
-    own = {f"model.{name}": value for name, value in weights.items()}
-    path = save_teacher(tmp_path / "t.safetensors", own, {})
-    assert load_weights(Own(), read_checkpoint(path)[0]).state_dict().keys() == own.keys()
-
-
 @pytest.mark.parametrize("beside", [
     {"epoch": 3, "best": numpy.float64(70.5)}, {"best": numpy.arange(3)},
     {"args": argparse.Namespace(lr=0.1, out=Path("x"))}, {"optimizer": {"state": {}}},
@@ -244,11 +234,11 @@ def test_kept_teachers_say_what_they_are(path):
     assert {value.dtype for value in parameters} == {torch.float16}
 
 
-# 1,000 test images have a standard error of at most 1.6 points. The file's own number was taken on
+# 500 test images have a standard error of at most 2.3 points. The file's own number was taken on
 # all of them, in the precision of training, before the weights were rounded to half precision.
 @needs_cifar100
 @pytest.mark.parametrize(
-    "images, tolerance", [(1000, 5), pytest.param(0, 0.1, marks=pytest.mark.slow)])
+    "images, tolerance", [(500, 7), pytest.param(0, 0.1, marks=pytest.mark.slow)])
 @each_kept
 def test_kept_teachers_are_as_good_as_they_say(path, images, tolerance):
     _, text = read_checkpoint(path)

@@ -124,20 +124,6 @@ def test_distillkits_own_rows_are_read_as_it_reads_them(name):
     assert torch.equal(alone.log_probs[0], lists.log_probs[1])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_distillkit_itself_agrees(name):
-    compression = pytest.importorskip("distillkit.compression")
-    config = compression.DistributionQuantizationConfig.model_validate(CONFIGS[name])
-    compressor = compression.LogprobCompressor(config=config)
-    generator = torch.Generator().manual_seed(5)
-    ranks = 1 + torch.rand(1, 5, config.d, generator=generator).argsort(-1)
-    row = compressor.compress((-1.3 * ranks.log()).log_softmax(-1))
-    classes, log_probs = compressor.decompress_to_sparse(row)
-    row = {key: value[0] for key, value in row.items()}
-    lists = read_distillkit(row | {"input_ids": [0] * 5}, CONFIGS[name])
-    compare(lists, log_probs[0], classes[0])
-
-
 def test_rows_that_do_not_fit_are_refused():
     row, kept = compressed(teacher().topk(K)), teacher().topk(K)
     for change, message in (({"exact_k": 3}, "16 bytes a token, but config describes 12"),

@@ -2,7 +2,6 @@
 import itertools
 import math
 import os
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pytest
@@ -22,7 +21,7 @@ from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.train.trainer import (
-    Learner, Recipe, Student, evaluate, train, train_epoch, train_together,
+    Learner, Recipe, Student, evaluate, train, train_together,
 )
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
@@ -219,27 +218,6 @@ def test_no_step_on_a_gpu_asks_for_a_value():
         assert {loss_of(name).device.type for name in QUICK_METHODS} == {"cuda"}
         for name in ("resnet8x4", "wrn_16_2", "vgg8", "ShuffleV1", "ShuffleV2", "MobileNetV2"):
             assert create_model(name, 100)(torch.empty(64, 3, 32, 32)).shape == (64, 100)
-
-
-def test_streams_of_students_together(monkeypatch, batches, fabric):
-    "Each step is queued on its student's stream; the next batch waits for all of them."
-    log = []
-
-    @contextmanager
-    def on_stream(stream):
-        log.append(f"{stream} begins")
-        yield
-        log.append(f"{stream} queued")
-
-    trainer = "sortkd.train.trainer"
-    monkeypatch.setattr(f"{trainer}.on_stream", on_stream)
-    monkeypatch.setattr(f"{trainer}.wait_for", lambda stream: log.append(f"wait for {stream}"))
-    recipe = replace(RECIPE, batch_size=75)
-    learners = [Learner(Student(network(8), CE, recipe), fabric) for _ in "ab"]
-    for learner, learner.stream in zip(learners, "ab"):
-        learner.start_epoch(1)
-    train_epoch(learners, batches, None, 1)
-    assert log == 2 * ["a begins", "a queued", "b begins", "b queued", "wait for a", "wait for b"]
 
 
 @pytest.mark.cuda
