@@ -169,8 +169,9 @@ class RowLoss(nn.Module):
             student, teacher = leave_out_rows(student, teacher, target, ~counts)
         if self.in_chunks and (method.objective, method.repair) == ("kd", "sort"):
             share, settings = method.schedule(epoch)
-            term = method.kd_weight * share * sorted_kd_of_rows(student, teacher, ranked, **settings)
-            loss = method.ce_weight * F.cross_entropy(student, target) + term
+            term = sorted_kd_of_rows(student, teacher, ranked, **settings)
+            cross_entropy = F.cross_entropy(student, target)
+            loss = method.ce_weight * cross_entropy + method.kd_weight * share * term
         else:
             repaired = method.repair_logits(teacher, target) if method.uses_teacher else None
             loss = method.loss(student, repaired, target, epoch, temperature=self.temperature)

@@ -43,7 +43,7 @@ def sorted_kl_correction(
 def sorted_kd_of_rows(
     student: Tensor, teacher: Tensor, ranked: Sequence[Tensor], temperature: float
 ) -> Tensor:
-    "`sorted_kd_loss` of logits `(N, C)`; `ranked`: what `find_wrong_rows` returns of the teacher's."
+    "`sorted_kd_loss` of logits `(N, C)`; `ranked`: what `find_wrong_rows` tells of the teacher's."
     index, value, _, wrong = ranked
     found = find_sources(teacher, index, value, wrong) if can_read(teacher) else None
     if found is None:
