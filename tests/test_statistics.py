@@ -6,10 +6,10 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from sortkd.evidence.statistics import (
-    compare, crossed_interval, deviation_interval, seeds_needed, smallest_number,
+    compare, crossed_interval, deviation_interval, pool_effects, seeds_needed, smallest_number,
     t_half_width, t_test_power, verdict_probabilities, verdicts,
 )
 
@@ -39,6 +39,27 @@ def test_every_printed_interval_covers(seeds, deviation):
     top1 = np.random.default_rng(2).normal(57, deviation, (seeds, 3000))  # of one method
     mean, half = top1.mean(0), t_half_width(top1.std(0, ddof=1), seeds)
     assert 0.93 < covered(mean - half, mean + half, 57) < 0.97
+
+
+@pytest.mark.parametrize("seeds", [5, 8, 16, 60])
+def test_intervals_over_settings_cover(seeds):
+    "In studies of six settings, of which the effects differ by as much as seeds do."
+    truth = np.random.default_rng(1).normal(0.3, 0.5, 9000)
+    effects = simulated(truth, 0.68, seeds, 9000, seed=2)
+    pooled = pool_effects(effects.assign(comparison=np.repeat(np.arange(1500), 6).astype(str)))
+    assert 0.93 < covered(pooled.low, pooled.high, 0.3) < 0.97
+    improvement = special.ndtr(0.3 / math.hypot(0.68, 0.5))
+    assert 0.925 < covered(pooled.better_low, pooled.better_high, improvement) < 0.97
+
+
+def test_pairs_of_one_teacher_count_once():
+    effects = pd.DataFrame({"comparison": "a minus b", "teacher": list("aabc"),
+                            "mean": [0.0, 0.2, 0.3, 0.2], "better": [1.0, 0.5, 0.5, 0.75]})
+    row = pool_effects(effects).iloc[0]
+    interval = stats.ttest_1samp([0.1, 0.3, 0.2], 0).confidence_interval()
+    assert (row.settings, row.pairs, row.better) == (3, 4, pytest.approx(2 / 3))
+    assert (row.low, row.high) == pytest.approx(interval) and math.isnan(row.better_low)
+    assert math.isnan(pool_effects(effects[:3]).iloc[0].low), "two teachers give no interval"
 
 
 def test_arrays_and_runs_give_the_same():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 't_half_width', 'compare', 'paired_effects', 'holm', 'verdicts', 'verdict_probabilities', 't_test_power',
-           'smallest_number', 'deviation_interval', 'seeds_needed', 'crossed_interval']
+           'smallest_number', 'deviation_interval', 'seeds_needed', 'pool_effects', 'crossed_interval']
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #6f2c15b3
 import math
@@ -188,6 +188,32 @@ def seeds_needed(
     equivalent = smallest_number(
         lambda seeds: verdict_probabilities(0, std, seeds, smallest_effect)["equivalent"])
     return {**needed, f"equivalence within ±{smallest_effect:g}": equivalent}
+
+# %% ../../nbs/4_evidence/50_statistics.ipynb #5535d5b6
+_FEWEST = (3, 6)  # settings, for an interval of the mean and of `better` that holds 95 %
+
+
+def pool_effects(effects: pd.DataFrame) -> pd.DataFrame:
+    """The mean effect over settings, one row for each comparison of `effects` (`compare`): 95 %
+    t intervals over teachers, or over pairs where none is named.
+
+    Columns: comparison, settings (teachers or pairs), pairs, mean, low, high, std (between
+    settings), better, better_low, better_high. Intervals are NaN with fewer than three settings,
+    those of `better` with fewer than six.
+    """
+    by = ["comparison", "teacher" if "teacher" in effects else "pair"]
+    each = effects.groupby(by, sort=False)[["mean", "better"]].mean()
+    pairs = effects.groupby("comparison", sort=False).size()
+    each = each.groupby("comparison", sort=False)
+    mean, std, count = each.mean(), each.std(), each.size()
+    half = std.apply(lambda values: t_half_width(values, count))
+    half = half.where((std > 0) & (count.to_numpy()[:, None] >= np.array(_FEWEST)))
+    low, high = mean - half, mean + half
+    return pd.DataFrame({
+        "settings": count, "pairs": pairs, "mean": mean["mean"], "low": low["mean"],
+        "high": high["mean"], "std": std["mean"], "better": mean["better"],
+        "better_low": low["better"].clip(0), "better_high": high["better"].clip(upper=1),
+    }).reset_index()
 
 # %% ../../nbs/4_evidence/50_statistics.ipynb #399ee790
 def crossed_interval(
