@@ -119,16 +119,6 @@ def test_a_network_that_gives_no_logits_is_refused(monkeypatch, answer, words):
         check_takes("odd", 16, 10)
 
 
-def test_a_network_is_tried_in_the_memory_order_of_training(monkeypatch):
-    class Flat(nn.Sequential):
-        def forward(self, images):
-            return self[1](self[0](images).view(len(images), -1))  # as contiguous maps allow
-    monkeypatch.setitem(NETWORKS, "flat", lambda num_classes: Flat(
-        nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, num_classes)))
-    with pytest.raises(ValueError, match="flat cannot take images .*view size is not compatible"):
-        check_takes("flat", 16, 10)
-
-
 # Published weights
 
 

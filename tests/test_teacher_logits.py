@@ -1,13 +1,13 @@
 "Cached logits are the teacher's, whatever happens to their files and whoever computes them."
+import os
 import resource
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from faults import context
 
 from sortkd.train.augmentation import Batches, draw_views
 from sortkd.train.images import load_digits
@@ -87,27 +87,19 @@ def test_what_another_process_computes_reaches_a_copy_on_the_device(batches, tmp
     assert torch.equal(two(views()[32:96])[:32], first[32:]), "beside missing views"
 
 
-PROCESS = """
-import os, signal, sys, torch
-from sortkd.train.augmentation import Batches, draw_views
-from sortkd.train.images import load_digits
-from sortkd.train.networks import create_model
-from sortkd.train.teacher_logits import CachedTeacherLogits
-torch.set_num_threads(1)
-torch.manual_seed(0)
-batches = Batches(load_digits().subset(train_size=120))
-cache = CachedTeacherLogits(create_model('resnet8', 10), batches, sys.argv[1])
-cache.batch_size = 16
-cache(draw_views(120, 2, False, 0, 1))
-cache.close()
-cache(draw_views(120, 2, False, 0, 2))  # and not closed
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+def compute_and_die(folder, batches):
+    cache = CachedTeacherLogits(seeded_network(), batches, folder)
+    cache(views(1))
+    cache.close()
+    cache(views(2))  # and not closed
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
-    killed = subprocess.run([sys.executable, "-c", PROCESS, str(tmp_path)])
-    assert killed.returncode == -signal.SIGKILL
+    killed = context.Process(target=compute_and_die, args=(tmp_path, batches))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     network = seeded_network()
     cache, counting = CachedTeacherLogits(network, batches, tmp_path), Counting(network)
     assert cache.files.sums.count_nonzero() == len(torch.cat([views(1), views(2)]).unique())
