@@ -2,11 +2,9 @@
 import json
 import shutil
 
-import numpy
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import FakeData
 
 from sortkd.experiment.record import RecordError, check_record
 from sortkd.experiment.storage import read_records
@@ -124,15 +122,6 @@ def test_cifar10(monkeypatch):
 # Any two splits
 
 
-def test_splits_of_torchvision():
-    train, test = FakeData(12, (3, 20, 20), 4), FakeData(6, (3, 20, 20), 4, random_offset=1)
-    data = ImageData.from_splits(train, test)
-    assert (data.name, data.pad, data.flip) == ("own", 2, True)
-    assert data.class_names == tuple("0123"[:data.num_classes])
-    assert numpy.array_equal(data.train_images[5], train[5][0])
-    assert data.train_targets.tolist() == [train[number][1] for number in range(12)]
-
-
 def test_splits_of_hugging_face():
     datasets = pytest.importorskip("datasets")
     names = datasets.ClassLabel(names=["owl", "wren"])
@@ -170,6 +159,8 @@ def test_names_of_classes():
                                (plain, plain, ["owl", "wren"])):
         data = ImageData.from_splits(train, test, class_names=given)
         assert data.class_names == ("owl", "wren") and data.test_targets.tolist() == [0, 1]
+    data = ImageData.from_splits(plain, plain)
+    assert (data.name, data.class_names, data.pad, data.flip) == ("own", ("0", "1"), 4, True)
     for other in (["wren", "owl"], ["owl", "wren", "tit"]):
         with pytest.raises(ValueError, match="train has the classes .'owl', 'wren'., and test "):
             ImageData.from_splits(named, Named([0, 1], other))
