@@ -30,7 +30,6 @@ from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.methods import REPAIRS
-from sortkd.train.checkpoints import Stopped
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import fetch_published, get_teacher, read_checkpoint, save_teacher
@@ -75,10 +74,10 @@ def teacher_file(tmp_path_factory):
     return save_teacher(path, weights, known | {"dataset": "digits"})
 
 
-def small_run(folder, teacher_file, stop=None):
+def small_run(folder, teacher_file, *callbacks):
     folders = {"results_dir": f"{folder}/results", "teachers_dir": f"{folder}/teachers"}
     experiment = prepare_experiment(**SMALL, teacher=str(teacher_file), **folders)
-    return run_experiment(experiment, progress=False, stop=stop)
+    return run_experiment(experiment, progress=False, callbacks=callbacks)
 
 
 def state_of(folder):
@@ -111,9 +110,12 @@ def test_a_checkpoint_that_would_run_code(tmp_path, save, name, capsys, monkeypa
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, teacher_file):
     "The folders of a run that was stopped after its first epoch."
+    def stop(row):
+        raise KeyboardInterrupt
+
     folder = tmp_path_factory.mktemp("interrupted")
-    with pytest.raises(Stopped):
-        small_run(folder, teacher_file, stop=lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(folder, teacher_file, stop)
     assert len(list(folder.rglob("checkpoint.pt"))) == 1
     return folder
 
@@ -166,7 +168,7 @@ def test_archives_of_teachers(tmp_path, web):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inner", "web"]
 
 
-@pytest.mark.parametrize("way", ["absent", "page", "cut", "cut file"])
+@pytest.mark.parametrize("way", ["page", "cut", "cut file"])
 def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, web, way):
     folder, address, _ = web
     members = [member(known(name), os.urandom(50_000)) for name in ("resnet56", "vgg13")]
@@ -174,7 +176,7 @@ def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, web, way):
     changed = {"page": b"<html>please log in</html>" * 100,
                "cut file": archive.read_bytes()[:60_000]}
     archive.write_bytes(changed.get(way, archive.read_bytes()))
-    name = {"absent": "nowhere.tar", "cut": "cut/teachers.tar"}.get(way, "teachers.tar")
+    name = "cut/teachers.tar" if way == "cut" else "teachers.tar"
     with pytest.raises(ConnectionError, match="published teachers could not be downloaded from"):
         fetch_published(tmp_path / "teachers", f"{address}/{name}")
     assert not list((tmp_path / "teachers").rglob("*"))
@@ -239,9 +241,9 @@ PLAN = {"question": "?", "primary": None, "comparisons": [], "beside": [], "outc
         "smallest_effect": 0.5, "level": 0.05, "looks": []}
 
 
-@pytest.mark.parametrize("way", ["grid", "config.yaml beside it", "plan"])
-def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, way):
-    "Not on a dry run either; if the command line names it, it is loaded."
+@pytest.mark.parametrize("beside", [False, True], ids=["grid", "config.yaml beside it"])
+def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, beside):
+    "Not on a dry run either, nor in a plan; if the command line names it, it is loaded."
     def fine(*_):
         raise RuntimeError("fine")
 
@@ -249,13 +251,11 @@ def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, way):
     plugin, mark, grid = (tmp_path / name for name in ("mine.py", "executed", "grid.yaml"))
     plugin.write_text(PLUGIN.format(mark=str(mark)))
     named = GRID | {"options": OPTIONS | {"plugin": str(plugin)}}
-    grid.write_text(json.dumps(named | ({"plan": PLAN} if way == "plan" else {})))
-    if way == "plan":
-        with pytest.raises(ValueError, match="names the plugin .*mine.py"):
-            read_plan(grid)
-        assert not mark.exists()
-        return
-    if way == "config.yaml beside it":
+    grid.write_text(json.dumps(named | {"plan": PLAN}))
+    with pytest.raises(ValueError, match="names the plugin .*mine.py"):
+        read_plan(grid)
+    grid.write_text(json.dumps(named))
+    if beside:
         grid.rename(tmp_path / "config.yaml")
         grid.write_text(json.dumps({name: GRID[name] for name in GRID if name != "options"}))
     assert main([str(grid), "--dry-run"]) == 1

@@ -129,7 +129,6 @@ def _start(run: Run) -> Run:
     path = run.folder / "started"
     if not path.exists():
         save_atomically(path, lambda temporary: temporary.write_text(time_now()))
-        remove_leftovers(run.folder, path.name)
     started = path.read_text()
     datetime.strptime(started, _TIME)  # it becomes a part of a path
     return replace(run, started=started)
@@ -169,12 +168,12 @@ def _claim(
 # %% ../../nbs/3_experiment/37_one_run.ipynb #f6ffd627
 def _noting(run: Run, about: dict) -> Callable[[dict], None]:
     "A callback that notes the first epoch of a session with `about`, which tells the machine."
-    began, noted = time_now(), list[dict]()
+    session = {"began": time_now(), **about}
 
     def note(row):
-        if not noted:
-            noted.append({"first_epoch": row["epoch"], "began": began, **about})
-            append_record(run.folder / "sessions.jsonl", noted[0])
+        if session:
+            append_record(run.folder / "sessions.jsonl", {"first_epoch": row["epoch"], **session})
+            session.clear()
 
     return note
 
@@ -254,10 +253,7 @@ def _record(
 ) -> dict:
     "The record of a run that has ended. `students`: how many were trained together."
     sometimes: Mapping[str, Any] = {
-        "plan": experiment.plan,
-        "processes": fabric.world_size if fabric.world_size > 1 else None,
-        "students": students if students > 1 else None,
-    }
+        "plan": experiment.plan, "processes": fabric.world_size, "students": students}
     names = (outcome.curve or [{}])[-1]
     return {
         "schema": SCHEMA_VERSION,
@@ -265,7 +261,7 @@ def _record(
         "started": run.started,
         "finished": time_now(),
         **run.facts,
-        **{name: value for name, value in sometimes.items() if value},
+        **{name: value for name, value in sometimes.items() if value not in (None, 1)},
         **about,
         **_sessions(run),
         "curve": {name: [row[name] for row in outcome.curve] for name in names},
@@ -281,7 +277,6 @@ class Resources:
     teacher_logits: TeacherLogits | None
     fabric: "Fabric"
     progress: bool = True
-    stop: Callable[[], bool] | None = None
     callbacks: Sequence[Callable[[dict], None]] = ()
 
 # %% ../../nbs/3_experiment/37_one_run.ipynb #83f33717
@@ -309,13 +304,12 @@ def _train_and_record(
     """
     fabric, records = shared.fabric, dict[Path, dict]()
     about = describe_machine(fabric.device.type)
-    methods = ", ".join(dict.fromkeys(run.method.name for run in runs))
-    seeds = ", ".join(dict.fromkeys(str(run.seed) for run in runs))
-    title = f"{experiment.pair_name}, {methods}, seed {seeds}"
+    title = f"{experiment.pair_name}, " + ", ".join(
+        f"{run.method.name} of seed {run.seed}" for run in runs)
     outcomes = train_together(
         [_student(experiment, run, [_noting(run, about), *shared.callbacks]) for run in runs],
         shared.batches, fabric, teacher=shared.teacher_logits,
-        stop=shared.stop, progress=title if shared.progress else "",
+        progress=title if shared.progress else "",
     )
     for run, outcome in zip(runs, outcomes):
         records[run.folder] = _record(experiment, run, about, outcome, len(runs), fabric)

@@ -7,7 +7,7 @@ __all__ = ['STUDENTS_AT_ONCE', 'create_teacher_logits', 'Results', 'run_experime
 
 # %% ../../nbs/3_experiment/39_run.ipynb #6888d5c5
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +40,12 @@ def create_teacher_logits(
 STUDENTS_AT_ONCE = 8  # on a GPU
 
 
-def _groups(experiment: Experiment, runs: Sequence[Run], students: int) -> list[list[Run]]:
-    "The runs in groups of one batch size, each of which is trained together."
-    in_memory = experiment.data.views_per_image is not None
-    fills_gpu = experiment.device == "cuda" and in_memory
-    shared: dict[tuple, list[Run]] = {}
-    for run in runs:
-        batch_size = experiment.recipe_for(run.method).batch_size
-        shared.setdefault((None if fills_gpu else run.seed, batch_size), []).append(run)
-    at_once = students if fills_gpu else max(1, len(runs))
-    return [group[start : start + at_once] for group in shared.values()
-            for start in range(0, len(group), at_once)]
+def _groups(experiment: Experiment, runs: Sequence[Run]) -> list[list[Run]]:
+    "The runs in groups, each of which is trained together."
+    if experiment.device == "cuda" and experiment.data.views_per_image is not None:
+        return [[*runs[start : start + STUDENTS_AT_ONCE]]
+                for start in range(0, len(runs), STUDENTS_AT_ONCE)]
+    return [[run for run in runs if run.seed == seed] for seed in experiment.seeds]
 
 # %% ../../nbs/3_experiment/39_run.ipynb #2e983d74
 @dataclass(frozen=True, eq=False)
@@ -70,69 +65,60 @@ class Results:
         return "No method used a teacher."
 
     def describe(self) -> str:
-        "How many records were appended to which file."
-        before, s = len(self.records) - self.appended, "s" * (self.appended != 1)
-        recorded = f"; {before} had been recorded before" if before else ""
-        return f"{self.appended} record{s} appended to {self.experiment.records_file}{recorded}"
+        "How many records were appended to which file; the others had been recorded before."
+        return (f"{self.appended} of {len(self.records)} records appended to "
+                f"{self.experiment.records_file}.")
 
 # %% ../../nbs/3_experiment/39_run.ipynb #9c87b567
-def _meet_teacher(
-    experiment: Experiment, runs: Sequence[Run], teacher: Teacher, before: Collection[str],
-    shared: Resources,
-) -> None:
-    """Measure the teacher and fill the cache of its logits, if a run that uses it is not recorded
-    yet. `before`: the keys of recorded runs.
-    """
-    fabric, taught = shared.fabric, [run for run in runs if run.method.uses_teacher]
-    missing = experiment.again or any(run.key not in before for run in taught)
-    if not fabric.broadcast(missing or not runs):
-        return
-    top1 = evaluate(teacher.model, shared.batches, fabric).top1
+def _meet_teacher(experiment: Experiment, teacher: Teacher, shared: Resources) -> float:
+    "The top-1 (%) of the teacher, which is said; and the cache of its logits, if that is due."
+    top1 = evaluate(teacher.model, shared.batches, shared.fabric).top1
     chance = 100 / experiment.data.num_classes
-    for run in taught:
-        run.facts["about_teacher"]["top1"] = top1
     said = (f"The teacher {teacher.architecture} ({teacher.file}) is right on {top1:.1f} % of the "
             f"test images, where chance is {chance:.3g} %.")
     if top1 < 2 * chance:
         warnings.warn(f"{said} Was it trained on these classes, in this order, with this "
                       "normalisation?", stacklevel=3)
-    elif shared.progress and fabric.is_global_zero:
+    elif shared.progress and shared.fabric.is_global_zero:
         print(said, flush=True)
     # A GPU would wait for every augmented image that is missing.
-    at_first = experiment.cache == "full" or fabric.device.type == "cuda"
+    at_first = experiment.cache == "full" or shared.fabric.device.type == "cuda"
     if at_first and isinstance(shared.teacher_logits, CachedTeacherLogits):
         shared.teacher_logits.fill(shared.progress)
+    return top1
 
 # %% ../../nbs/3_experiment/39_run.ipynb #38430d52
 def run_experiment(
-    experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None,
-    callbacks: Sequence[Callable[[dict], None]] = (), students: int = STUDENTS_AT_ONCE,
+    experiment: Experiment, progress: bool = True,
+    callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Results:
     """Find or make the teacher, if a method uses one; train a student for every seed and method,
-    and append a record of each to `experiment.records_file`. `students`: how many are trained
-    together on a GPU, at most.
+    and append a record of each to `experiment.records_file`.
 
     After an interruption the same call continues: finished runs are taken from their records, the
-    others from their checkpoints. `stop` and `callbacks`: as for `train`, called with every epoch
-    of the teacher and of the students; `stop` ends the call with `Stopped`.
+    others from their checkpoints. `callbacks`: as for `train`, called with every epoch of the
+    teacher and of the students; whatever they raise is an interruption.
     """
     fabric = create_fabric(experiment.device, experiment.precision, experiment.deterministic)
-    teacher = teacher_of(experiment, progress, stop, callbacks)
+    teacher = teacher_of(experiment, progress, callbacks)
     fabric.barrier()
     batches = experiment.data.batches(fabric.device)
     logits = create_teacher_logits(experiment, teacher, batches) if teacher else None
-    shared = Resources(batches, logits, fabric, progress, stop, callbacks)
+    shared = Resources(batches, logits, fabric, progress, callbacks)
     kind, before = logits.kind if logits else None, experiment.recorded()
-    about_teacher = teacher.as_record() if teacher else None
+    about_teacher = teacher.as_record() if teacher else {}
     runs = [
         prepare_run(experiment, method, seed, kind, about_teacher)
         for seed in experiment.seeds
         for method in experiment.methods
     ]
-    if teacher:
-        _meet_teacher(experiment, runs, teacher, before.keys(), shared)
+    missing = not runs or experiment.again or any(
+        run.key not in before for run in runs if run.method.uses_teacher)
+    if teacher and fabric.broadcast(missing):
+        # The facts of all runs hold this dictionary.
+        about_teacher["top1"] = _meet_teacher(experiment, teacher, shared)
     found: dict[Path, dict] = {}
-    for group in _groups(experiment, runs, students):
+    for group in _groups(experiment, runs):
         found |= run_together(experiment, group, shared)
     records = [found[run.folder] for run in runs]
     known = {each["run_id"] for own in before.values() for each in own}

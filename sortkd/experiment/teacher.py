@@ -50,11 +50,10 @@ def teacher_training(data: ImageSet, recipe: Recipe, seed: int) -> dict:
 def train_teacher(
     architecture: str, data: ImageSet, recipe: Recipe, *, seed: int = 0, device: str = "auto",
     precision: str = "auto", deterministic: bool = False, runs_dir: str | Path = "results/runs",
-    callbacks: Sequence[Callable[[dict], None]] = (), stop: Callable[[], bool] | None = None,
-    progress: bool = True,
+    callbacks: Sequence[Callable[[dict], None]] = (), progress: bool = True,
 ) -> tuple[dict, dict]:
     """Train a network on `data` without a teacher, with a checkpoint under `runs_dir`; `callbacks`
-    and `stop` as for `train`.
+    as for `train`.
 
     Returns the last weights and plain values about them. `save_teacher` keeps both:
     `save_teacher(path, weights, {"architecture": architecture, "dataset": data.name, **values})`.
@@ -63,9 +62,6 @@ def train_teacher(
     training = teacher_training(data, recipe, seed)
     name = f"teacher-{re.sub('[/:]', '-', architecture)}-{fingerprint(architecture, training)}.pt"
     checkpoint = Path(runs_dir) / name
-    if progress and fabric.is_global_zero:
-        print(f"Training the teacher {architecture} on {len(data.train_targets):,} images for "
-              f"{recipe.epochs} epochs.", flush=True)
     outcome = train(
         initial_model(architecture, data.num_classes, seed),
         data.batches(fabric.device),
@@ -75,7 +71,6 @@ def train_teacher(
         seed=seed,
         checkpoint=checkpoint,
         callbacks=callbacks,
-        stop=stop,
         progress=f"teacher {architecture}, seed {seed}" if progress else "",
     )
     values = {
@@ -110,11 +105,11 @@ def existing_teacher(experiment: Experiment) -> Teacher | None:
         return load_teacher(experiment.teacher_file, architecture, data.num_classes)
     training = plain(_own_teacher(experiment)[1])
     return find_teacher(architecture, data, experiment.teachers_dir,
-                        experiment.preset.teacher_min_epochs, training)
+                        experiment.preset.teacher_recipe.epochs, training)
 
 # %% ../../nbs/3_experiment/36_teacher.ipynb #dc18716d
 def teacher_of(
-    experiment: Experiment, progress: bool = True, stop: Callable[[], bool] | None = None,
+    experiment: Experiment, progress: bool = True,
     callbacks: Sequence[Callable[[dict], None]] = (),
 ) -> Teacher | None:
     """The teacher of an experiment, found or trained; None if no method uses one. Arguments as for
@@ -131,10 +126,10 @@ def teacher_of(
         weights, values = train_teacher(
             architecture, own_data, preset.teacher_recipe, device=experiment.device,
             precision=experiment.precision, deterministic=experiment.deterministic,
-            runs_dir=experiment.results_dir / "runs", callbacks=callbacks, stop=stop,
+            runs_dir=experiment.results_dir / "runs", callbacks=callbacks,
             progress=progress)
         return weights, values | {"complete": own_data is experiment.full_data}
 
     return get_teacher(
         architecture, experiment.data, experiment.teachers_dir, training, train_it,
-        min_epochs=preset.teacher_min_epochs, fetch=preset.fetch_teacher)
+        min_epochs=preset.teacher_recipe.epochs, fetch=preset.fetch_teacher)
