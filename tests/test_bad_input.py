@@ -3,16 +3,12 @@ line that names what is wrong.
 """
 import functools
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import EVERY_METHOD
 from safetensors.torch import save_file
-from test_data import toy_data
 
 import sortkd.experiment.run
 import sortkd.experiment.setup
@@ -22,11 +18,9 @@ from sortkd.experiment.setup import prepare_experiment
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.methods import REPAIRS, create_method
 from sortkd.train.devices import create_fabric
-from sortkd.train.augmentation import Batches
 from sortkd.train.images import load_data, load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import find_teacher, load_teacher, read_checkpoint, save_teacher
-from sortkd.train.trainer import Recipe, train
 
 SMALL = {"pair": "resnet20:resnet8", "preset": "quick", "dataset": "digits", "epochs": 1,
          "train_size": 200, "test_size": 100, "device": "cpu"}
@@ -35,9 +29,10 @@ SMALL = {"pair": "resnet20:resnet8", "preset": "quick", "dataset": "digits", "ep
 
 WRONG = {
     "pair": [None, "", "r56", "resnet8:", "resnet8:resnet9", "timm:resnet8", "kd\nce"],
-    "methods": [None, "", "kd,", "kd+fix", "kd+sort+sort", "kd(", "kd(a=1)", "kd(temperature=)", "kd,kd"],
-    "seeds": [None, "", 1.5, -1, "-1", "0,0", "0;1", [0, 0], 2**31],
-    "recipe": [1, "lr", "lr=", "=1", "lr=x", "lr=nan", "lr=-1", "batch_size=0", "epochs=3", "lr==1"],
+    "methods": [None, "", "kd,", "kd+fix", "kd+sort+sort", "kd(", "kd(a=1)", "kd(temperature=)", "kd,kd",
+                "kd(kd_weight=1,temperature=2),kd(temperature=2.0,kd_weight=1)"],
+    "seeds": [None, "", 1.5, -1, "-1", "0,0", "0-2,1", "0;1", [0, 0], 2**31],
+    "recipe": [1, "lr", "lr=", "=1", "lr=x", "lr=nan", "lr=-1", "batch_size=0", "epochs=3", "lr==1", "batchsize=3"],
     **dict.fromkeys(("preset", "dataset", "device", "precision", "cache"), [None, "", "AUTO", "tpu"]),
     **dict.fromkeys(("epochs", "train_size", "test_size"), [None, True, -1, 1.5, 10**30, "1"]),
     **dict.fromkeys(("teachers_dir", "results_dir", "cache_dir"), [
@@ -111,7 +106,7 @@ def stop(*_):
 def test_bad_values_for_commands(place, value, capsys, monkeypatch):
     monkeypatch.setattr(sortkd.experiment.run, "run_experiment", stop)
     given = SMALL | {"results_dir": place / "r", "teachers_dir": place / "t"}
-    for name in ("pair", "methods", "preset", "epochs", "results_dir"):
+    for name in ("pair", "epochs", "results_dir"):
         one_line(run, [f"--{key.replace('_', '-')}={each}"
                        for key, each in (given | {name: value}).items()], capsys)
     one_line(evaluate_command, ["--", value], capsys)
@@ -119,30 +114,6 @@ def test_bad_values_for_commands(place, value, capsys, monkeypatch):
     path = save_teacher(place.with_name("eval") / "a.safetensors", weights, known)
     for name in ("architecture", "dataset", "device", "precision"):
         one_line(evaluate_command, [str(path), f"--{name}={value}"], capsys)
-
-
-def test_in_a_process_of_its_own(tmp_path):
-    command = [Path(sys.executable).with_name("sortkd-run"), "--results-dir=é", "--epochs=-1"]
-    done = subprocess.run(command, capture_output=True, timeout=100, cwd=tmp_path, text=True)
-    assert done.returncode == 1 and "epochs is -1" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
-
-
-# Data
-
-
-@pytest.mark.parametrize("data, batch_size", [
-    (toy_data(), 10**6), (toy_data(train=1, test=1), 16),
-    (toy_data(train_images=torch.zeros(3, 8, 8, 40, dtype=torch.uint8).permute(3, 1, 2, 0)), 16),
-], ids=["batch beyond the data", "one image", "not contiguous"])
-def test_odd_data_is_trained_on(data, batch_size):
-    torch.manual_seed(0)
-    recipe = Recipe(epochs=1, batch_size=batch_size, lr=0.01, milestones=())
-    outcome = train(create_model("resnet8", data.num_classes), Batches(data), create_method("ce"),
-                    recipe, create_fabric("cpu"))
-    losses = [outcome.last["train_loss"], outcome.last["test_loss"]]
-    assert len(outcome.curve) == 1 and torch.tensor(losses).isfinite().all()
-    assert all(value.isfinite().all() for value in outcome.last_weights.values())
 
 
 # Checkpoints
@@ -180,10 +151,9 @@ def test_weights_of_another_precision(tmp_path, weights, dtype):
     assert {value.dtype for value in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("text", ["{", ""])
-def test_texts_of_teachers(tmp_path, weights, text):
+def test_texts_of_teachers(tmp_path, weights):
     weights = {name: value.contiguous() for name, value in weights.items()}
-    save_file(weights, tmp_path / "odd.safetensors", {"sortkd": text})
+    save_file(weights, tmp_path / "odd.safetensors", {"sortkd": "{"})
     with pytest.raises(ValueError, match="odd.safetensors"):
         find_teacher("resnet8", load_digits(), tmp_path, 1, {})
 

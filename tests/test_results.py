@@ -38,7 +38,8 @@ SMALL = {"preset": "quick", "dataset": "digits", "train_size": 100, "test_size":
 
 def test_what_an_experiment_writes_is_valid(tmp_path):
     folders = {"teachers_dir": f"{tmp_path}/teachers", "results_dir": f"{tmp_path}/results"}
-    experiment = prepare_experiment(pair="r56_r20", methods="ce,kd+sort", epochs=4, **SMALL, **folders)
+    experiment = prepare_experiment(
+        pair="resnet20:resnet8", methods="ce,kd+sort", epochs=2, **SMALL, **folders)
     file = experiment.records_file
     alone, taught = map(check_record, run_experiment(experiment, progress=False).records)
     with pytest.raises(RecordError, match="about_teacher"):
@@ -146,7 +147,7 @@ def test_nothing_planted_reaches_a_table(tmp_path):
     reasons = left_out.reason.str.cat(sep="\n")
     assert reasons.count("quick runs are no evidence") == 1
     assert reasons.count("the same run as synthetic-r56_r20-kd-seed0, which finished first") == 1
-    assert reasons.count("is not a whole record") == 4
+    assert reasons.count("is not a whole record") == 3
     assert "it is not synthetic" in reasons and "required field `finished`" in reasons
     assert len(load_results(dirty)[0]) == 1, "the one without the mark"
 
@@ -173,8 +174,6 @@ def test_a_folder_without_runs(tmp_path):
     assert frame.empty and "no evidence" in left_out.reason[0]
     frame, left_out = load_results(empty)
     assert paired_effects(select_paper(frame)).empty and left_out.empty
-    with pytest.raises(FileNotFoundError, match="there is no file of records"):
-        load_results(tmp_path / "absent.jsonl")
 
 
 def test_a_frame_says_what_its_record_says(tmp_path):

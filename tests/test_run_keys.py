@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 import yaml
@@ -20,12 +21,14 @@ from sortkd.train.image_files import load_image_folder
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.grid import read_grid
 from sortkd.experiment.slices import experiments_of
-from sortkd.experiment.parameters import parameter_cell, read_parameters
+from sortkd.experiment.parameters import read_parameters
 from sortkd.experiment.pairs import IMAGENET_PAIRS
 from sortkd.experiment.record import plain
 from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.one_run import prepare_run
 
+NOTEBOOK = nbformat.read(Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb", 4)
+CELL, = [cell.source for cell in NOTEBOOK.cells if "parameters" in cell.metadata.get("tags", [])]
 SNAKEFILE = (Path(__file__).parents[1] / "workflow" / "Snakefile").read_text()
 TEACHER = {"architecture": "any", "source": "found", "file": "t.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}
 PAIRS = ["r56_r20", "wrn40_2_shuv1", "resnet20:resnet8", "resnet8:ShuffleV2"]  # the papers', with other numbers, and own
@@ -86,7 +89,7 @@ def by_command(arguments, monkeypatch):
 
 def by_notebook(parameters):
     variables = {}
-    exec(parameter_cell(), variables)
+    exec(CELL, variables)
     return prepare_experiment(**read_parameters(variables | parameters, {"__builtins__"}))
 
 

@@ -54,8 +54,7 @@ class Grid:
         return {**shared, "plan": self.plan} if self.plan else shared
 
 # %% ../../nbs/3_experiment/42_grid.ipynb #37f45b5b
-_OF_CELLS = {"pair", "methods", "seeds", "preset", "plan", "teachers_dir", "results_dir", "workers",
-             "again"}
+_OF_CELLS = {"pair", "methods", "seeds", "preset", "plan", "teachers_dir", "results_dir", "again"}
 _OPTIONS = [name for name in vars(Parameters()) if name not in _OF_CELLS]
 
 # %% ../../nbs/3_experiment/42_grid.ipynb #abb86e65
@@ -82,8 +81,7 @@ def _cells(settings: Mapping) -> pd.DataFrame:
                 check(each)
     seeds = settings["seeds"]
     if seeds != "paper":
-        is_number = isinstance(seeds, int | float)
-        chosen["seeds"] = (range(whole_number("seeds", seeds, 1, 1000)) if is_number
+        chosen["seeds"] = (range(whole_number("seeds", seeds, 1, 1000)) if isinstance(seeds, int)
                            else listed_seeds("seeds", seeds))
     return paper_grid(**chosen)
 

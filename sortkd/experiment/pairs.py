@@ -232,8 +232,7 @@ class Preset:
     epochs: int
     train_size: int
     test_size: int
-    teacher_recipe: Recipe  # for a teacher that has to be trained
-    teacher_min_epochs: int  # a teacher found on disk must have had at least these, on all images
+    teacher_recipe: Recipe  # one found on disk must have had as many epochs, on all images
     teacher_train_size: int = 0
     teacher_data: str = ""  # the data set that the teacher learns from; empty: the students'
     fetch_teacher: bool = False
@@ -243,17 +242,20 @@ class Preset:
 SHORT_TEACHER = Recipe(lr=0.02, batch_size=32).shortened(4)
 FEW_DIGITS = "digits(train=0:30)"
 PRESETS = {
-    ("paper", "cifar100"): Preset(240, 0, 0, Recipe(), 240, fetch_teacher=True),
-    ("paper", "imagenet"): Preset(100, 0, 0, Recipe(**IMAGENET_RECIPE), 100, fetch_teacher=True),
+    ("paper", "cifar100"): Preset(240, 0, 0, Recipe(), fetch_teacher=True),
+    ("paper", "imagenet"): Preset(100, 0, 0, Recipe(**IMAGENET_RECIPE), fetch_teacher=True),
     ("quick", "imagenet"): Preset(
-        2, 2000, 1000, Recipe(epochs=2, batch_size=16, lr=0.01, milestones=()), 1
+        2,
+        2000,
+        1000,
+        Recipe(epochs=2, batch_size=16, lr=0.01, milestones=()),
+        recipe=Recipe(**IMAGENET_RECIPE | {"batch_size": 16, "lr": 0.2 * 16 / 512}),
     ),
     ("quick", "cifar100-mini"): Preset(
         12,
         300,
         500,
         Recipe(epochs=4, batch_size=32, lr=0.01, milestones=(3,)),
-        4,
         teacher_train_size=5000,
         recipe=Recipe(epochs=12, batch_size=32, lr=0.02, milestones=(11,)),
     ),
@@ -262,14 +264,13 @@ PRESETS = {
         0,
         0,
         Recipe(epochs=4, batch_size=16, lr=0.02, milestones=(3,)),
-        4,
         teacher_data="digits(train=100:900)",
         recipe=Recipe(epochs=60, batch_size=10, lr=0.02, milestones=(54,)),
     ),
-    ("quick", "digits"): Preset(6, 0, 0, SHORT_TEACHER, 1, teacher_train_size=400),
-    ("paper", "other"): Preset(240, 0, 0, Recipe(), 240),
-    ("short", "other"): Preset(5, 20000, 0, Recipe().shortened(10), 10),
-    ("quick", "other"): Preset(3, 1000, 500, SHORT_TEACHER, 1),
+    ("quick", "digits"): Preset(6, 0, 0, SHORT_TEACHER, teacher_train_size=400),
+    ("paper", "other"): Preset(240, 0, 0, Recipe()),
+    ("short", "other"): Preset(5, 20000, 0, Recipe().shortened(10)),
+    ("quick", "other"): Preset(3, 1000, 500, SHORT_TEACHER),
 }
 
 # %% ../../nbs/3_experiment/30_pairs.ipynb #629f106a
@@ -286,4 +287,4 @@ def preset_for(name: str, dataset: str, pair: Pair) -> Preset:
     if dataset != "cifar100-mini" or pair.teacher not in _LARGE:
         return preset
     recipe = replace(preset.teacher_recipe, epochs=2, milestones=(1,))
-    return replace(preset, teacher_recipe=recipe, teacher_min_epochs=2)
+    return replace(preset, teacher_recipe=recipe)

@@ -14,7 +14,6 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -46,23 +45,21 @@ _owners: dict[tuple[str, str], Plugin] = {}  # by kind and name
 _loading: list[Plugin] = []  # the plugin whose code is running
 
 
-def _register(
-    kind: str, name: str, entry_of: Callable[[Callable], Any], function: Callable
-) -> Callable:
-    "Enter what `entry_of` makes of `function` in the registry. Returns `function`."
-    owner = _loading[-1] if _loading else Plugin(f"session:{name}", _source_checksum(function))
+def _register(kind: str, name: str, function: Callable, entry: Any) -> Callable:
+    "Put `entry`, which was made of `function`, into the registry. Returns `function`."
+    if _loading:
+        owner = _loading[-1]
+    else:  # in a notebook or a script; the source tells it apart
+        source = inspect.getsource(function).encode()
+        owner = Plugin(f"session:{name}", hashlib.sha256(source).hexdigest())
     if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
         raise ValueError(f"{shown(name)} cannot be the name of a {kind}; "
                          "give letters, digits and underscores.")
     before = _owners.get((kind, name))  # what a file has registered, it may register anew
     if name in _REGISTRIES[kind] and (before is None or before.path != owner.path):
         raise ValueError(f"the {kind} {name!r} exists already; choose another name.")
-    _REGISTRIES[kind][name], _owners[kind, name] = entry_of(function), owner
+    _REGISTRIES[kind][name], _owners[kind, name] = entry, owner
     return function
-
-# %% ../../nbs/3_experiment/41_plugins.ipynb #156747b7
-def _source_checksum(function: Callable) -> str:
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #7800db37
 def _settings_of(kind: str, name: str, function: Callable, tensors: int) -> dict[str, float]:
@@ -77,7 +74,7 @@ def _settings_of(kind: str, name: str, function: Callable, tensors: int) -> dict
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #5861c35f
 _STUDENT, _TEACHER = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))
-_TARGET = torch.tensor([0, 1, 2, 3, 4, 0])
+_TARGET = torch.arange(6) % 5
 
 
 def _try_out(kind: str, name: str, function: Callable, tensors: tuple, wanted: tuple) -> Any:
@@ -99,12 +96,12 @@ def register_repair(name: str) -> Callable:
     returns logits `(N, C)`. Raises `ValueError` if the name is taken, for another signature, and if
     the function fails on random logits.
     """
-    def checked(function: Callable) -> Callable:
+    def register(function: Callable) -> Callable:
         _settings_of("repair", name, function, 2)
         _try_out("repair", name, function, (_TEACHER, _TARGET), (6, 5))
-        return function
+        return _register("repair", name, function, function)
 
-    return partial(_register, "repair", name, checked)
+    return register
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #65e4c0c2
 def register_objective(
@@ -118,15 +115,16 @@ def register_objective(
     `sortkd.methods.Objective`. Raises `ValueError` as `register_repair` does, and if the term has
     no gradient for the student.
     """
-    def objective(function: Callable) -> Objective:
+    def register(function: Callable) -> Callable:
         settings = _settings_of("objective", name, function, 3)
         inputs = _STUDENT.clone().requires_grad_(), _TEACHER, _TARGET
         if not _try_out("objective", name, function, inputs, ()).requires_grad:
             raise ValueError(f"the objective {name} has no gradient for the student's logits.")
-        return Objective(function, ce_weight, kd_weight, warmup_epochs, standardize, relates_rows,
-                         settings=settings)
+        objective = Objective(function, ce_weight, kd_weight, warmup_epochs, standardize,
+                              relates_rows, settings=settings)
+        return _register("objective", name, function, objective)
 
-    return partial(_register, "objective", name, objective)
+    return register
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #93f8d456
 def register_model(name: str) -> Callable:
@@ -134,7 +132,7 @@ def register_model(name: str) -> Callable:
 
     `create(num_classes=…)` returns a freshly initialised module.
     """
-    return partial(_register, "network", name, lambda function: function)
+    return lambda function: _register("network", name, function, function)
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #d13f0d75
 def register_data(name: str) -> Callable:
@@ -142,8 +140,8 @@ def register_data(name: str) -> Callable:
     from sortkd.train.images import DATASETS  # repairs and objectives need PyTorch alone
 
     _REGISTRIES["data set"] = DATASETS
-    return partial(_register, "data set", name,
-                   lambda function: lambda root: replace(function(), name=name))
+    return lambda function: _register(
+        "data set", name, function, lambda root: replace(function(), name=name))
 
 # %% ../../nbs/3_experiment/41_plugins.ipynb #cb9f6c71
 _loaded: dict[str, Plugin] = {}  # by path

@@ -8,7 +8,7 @@ __all__ = ['Experiment', 'sees_all', 'plugins_of', 'prepare_experiment', 'limit_
 # %% ../../nbs/3_experiment/32_setup.ipynb #f7ad8da1
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,7 @@ from sortkd.experiment.pairs import (
     FEW_DIGITS, IMAGENET_PAIRS, PAIRS, Pair, Preset, check_takes, method_for, pair_for, preset_for,
     published_recipe, recipe_for,
 )
-from sortkd.experiment.checked import (
-    check_together, checked_folders, checked_values, recipe_changes,
-)
+from .checked import checked_folders, checked_values, recipe_changes
 from .parameters import Parameters
 from .plugins import Plugin, load_plugins, owners_of
 from .record import run_key
@@ -44,7 +42,6 @@ class Experiment:
     be written.
     """
 
-    plugins: tuple[Plugin, ...]
     # those of `prepare_experiment` that repeat its runs, all but method and seed
     parameters: Mapping[str, Any]
     pair_name: str
@@ -105,8 +102,7 @@ class Experiment:
 
     def describe(self) -> str:
         "What this run is, and what its numbers are evidence of."
-        kind, evidence = _kind_of(self)
-        return f"This is {kind}. {_what(self)} {_about_logits(self)} {evidence}"
+        return f"{_kind_of(self)} {_what(self)}"
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #b06a8740
 def sees_all(experiment: Experiment) -> bool:
@@ -118,50 +114,35 @@ def sees_all(experiment: Experiment) -> bool:
 # %% ../../nbs/3_experiment/32_setup.ipynb #caaa5e4d
 def _what(experiment: Experiment) -> str:
     "Networks, images, methods, seeds, epochs and device of an experiment, in sentences."
-    data, pair, size = experiment.data, experiment.pair, experiment.data.image_size
+    data, pair, epochs = experiment.data, experiment.pair, experiment.recipe.epochs
     alone = f"{pair.student} is trained alone"
     who = f"{pair.teacher} teaches {pair.student}" if experiment.uses_teacher else alone
     methods = ", ".join(method.name for method in experiment.methods)
     seeds = ", ".join(map(str, experiment.seeds))
-    epochs = experiment.recipe.epochs
     return (
         f"{who} on {data.name}: {len(data.train_targets):,} training images and "
-        f"{len(data.test_targets):,} test images of {size}×{size}. One student is trained with "
-        f"each method ({methods}) and seed ({seeds}), for {epochs} epoch{'s' * (epochs > 1)}, on "
-        f"{experiment.device} in {experiment.precision}."
+        f"{len(data.test_targets):,} test images of {data.image_size}×{data.image_size}. "
+        f"Methods: {methods}. Seeds: {seeds}. Epochs: {epochs}. "
+        f"Device: {experiment.device}, in {experiment.precision}."
     )
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #ec8e5f21
-def _kind_of(experiment: Experiment) -> tuple[str, str]:
-    "How an experiment is called, and what it is evidence of."
-    data, preset = experiment.data, experiment.preset_name
+def _kind_of(experiment: Experiment) -> str:
+    "How an experiment is called, and what its numbers are evidence of."
+    preset = experiment.preset_name
     named = all(method.name == plain_name(method.name) for method in experiment.methods)
     if experiment.is_full_recipe and named and experiment.pair_name in PAIRS | IMAGENET_PAIRS:
-        return "a full run of the published recipe", (
-            "Its numbers can be compared with published ones, last epoch with last and best with "
-            "best.")
-    whole = data.checksum == experiment.full_data.checksum and data.name != "imagenet"
-    if experiment.is_full_recipe or preset == "paper" and whole:
-        return "the published recipe with changes, or for another pair or data set", (
-            "Its numbers can be compared with each other, not with published ones.")
+        return ("This is a full run of the published recipe: its numbers can be compared with "
+                "published ones, last epoch with last and best with best.")
+    if preset == "paper" and experiment.data.checksum == experiment.full_data.checksum:
+        return ("This is the published recipe with changes, or for another pair or data set: its "
+                "numbers can be compared with each other, not with published ones.")
     if preset == "short":
-        return "a short run", (
-            "Its numbers hold for short training with this teacher, and are not evidence about the "
-            "published recipe.")
-    return f"a {'shortened' if preset == 'paper' else 'quick'} run", (
-        "It shows how everything works; its numbers are not evidence about the methods. For "
-        "evidence, use preset='paper' on all images, a GPU and several seeds.")
-
-# %% ../../nbs/3_experiment/32_setup.ipynb #56db1749
-def _about_logits(experiment: Experiment) -> str:
-    "What caching the teacher's logits costs in an experiment."
-    data = experiment.data
-    if not experiment.uses_teacher:
-        return "No method uses a teacher."
-    if experiment.cache == "off" or not data.views_per_image:
-        return "The teacher runs in every epoch."
-    size = len(data.train_targets) * data.views_per_image * data.num_classes * 2 / 1e6
-    return f"The teacher's logits are cached ({size:,.2f} MB)."
+        return ("This is a short run: its numbers hold for short training with this teacher, and "
+                "are not evidence about the published recipe.")
+    return ("This is a quick run: it shows how everything works, and its numbers are not evidence "
+            "about the methods. For evidence, use preset='paper' on all images, a GPU and several "
+            "seeds.")
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #9cb35d83
 def _read_plan(path: str) -> dict[str, str] | None:
@@ -189,18 +170,15 @@ def _part_of(data: ImageSet, given: Parameters, preset: Preset) -> ImageSet:
     # a folder may hold fewer than the preset says
     train_size = given.train_size or min(preset.train_size, len(data.train_targets))
     test_size = given.test_size or min(preset.test_size, len(data.test_targets))
-    sizes = {"train_size": train_size, "test_size": test_size}
-    return data.subset(**sizes) if any(sizes.values()) else data
+    if not train_size and not test_size:
+        return data
+    return data.subset(train_size=train_size, test_size=test_size)
 
 
 def _recipe_of(given: Parameters, pair: Pair, preset: Preset) -> Recipe:
     "The recipe of the preset, or the published one of the pair, in as many epochs as asked for."
     recipe, epochs = preset.recipe or published_recipe(pair), given.epochs or preset.epochs
-    if epochs != recipe.epochs:
-        recipe = recipe.shortened(epochs)
-    if given.pair in IMAGENET_PAIRS and given.preset == "quick":
-        recipe = replace(recipe, batch_size=16, lr=recipe.lr * 16 / recipe.batch_size)
-    return recipe
+    return recipe if epochs == recipe.epochs else recipe.shortened(epochs)
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #ab722281
 def plugins_of(method: Method, pair: Pair, data: ImageSet) -> tuple[Plugin, ...]:
@@ -220,7 +198,7 @@ _REPEATED = (  # the parameters on which the numbers of a run depend, besides me
 )
 
 # %% ../../nbs/3_experiment/32_setup.ipynb #06323412
-def _experiment(given: Parameters, full_data: ImageSet, loaded: Sequence[Plugin]) -> Experiment:
+def _experiment(given: Parameters, full_data: ImageSet) -> Experiment:
     "The experiment of parameters that have been checked."
     pair = pair_for(given.pair)
     images = "imagenet" if given.pair in IMAGENET_PAIRS else full_data.name
@@ -229,11 +207,9 @@ def _experiment(given: Parameters, full_data: ImageSet, loaded: Sequence[Plugin]
     share = recipe.epochs / published_recipe(pair).epochs
     methods = tuple(method_for(name, pair, share)
                     for name in listed_names("methods", given.methods))
-    used = (each for method in methods for each in plugins_of(method, pair, full_data))
     same = {name: getattr(given, name) for name in (
         "device", "precision", "deterministic", "compile", "again")}
     return Experiment(
-        plugins=tuple(dict.fromkeys([*loaded, *used])),
         parameters={name: getattr(given, name) for name in _REPEATED},
         pair_name=given.pair,
         pair=pair,
@@ -279,18 +255,17 @@ def prepare_experiment(data: ImageSet | None = None, **parameters) -> Experiment
     for name in parameters:
         choice("parameter", name, list(Parameters.__dataclass_fields__))
     given = Parameters(**parameters)
-    plugins = load_plugins(given.plugin)  # before the names that they register are checked
+    load_plugins(given.plugin)  # before the names that they register are checked
     given = checked_values(given)
     fabric = create_fabric(given.device, given.precision, given.deterministic)
     if given.preset == "auto":
         given = replace(given, preset="paper" if fabric.device.type == "cuda" else "quick")
-    check_together(given)
     given = checked_folders(given)
     full_data = data or load_data(_dataset_name(given))
     given = replace(
         given, dataset=full_data.name, device=fabric.device.type, precision=precision_of(fabric)
     )
-    experiment = _experiment(given, full_data, plugins)
+    experiment = _experiment(given, full_data)
     _check_with_data(experiment)
     return experiment
 
