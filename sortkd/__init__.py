@@ -18,7 +18,7 @@ __version__ = "0.2.0"
 def show_commands() -> None:
     "The command `sortkd`: the version, and the other commands."
     print(f"sortkd {__version__}")
-    commands = "sortkd-run, sortkd-eval, sortkd-card, sortkd-grid, sortkd-table"
+    commands = "sortkd-run, sortkd-eval, sortkd-grid, sortkd-table"
     print(f"Commands: {commands}; each explains itself with --help.")
 
 

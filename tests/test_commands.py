@@ -1,26 +1,20 @@
 "The commands do what the notebook does, and say what is wrong in one line."
 import ast
 import re
-import subprocess
-import sys
 from dataclasses import fields
-from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
 from papermill import inspect_notebook
 
 from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS
-from sortkd.experiment.parameters import Parameters, parameter_cell, parameter_groups
+from sortkd.experiment.parameters import Parameters, parameter_groups
 from sortkd.experiment.storage import append_record, read_records
-from sortkd.fronts.cards import card_command
 from sortkd.fronts.commands import evaluate_checkpoint, evaluate_command, measure_logits, run
 from sortkd.methods import OBJECTIVES, REPAIRS
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
-from sortkd.utils.progress import ends_cleanly
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = ("--pair resnet20:resnet8 --dataset digits --preset quick --epochs 1 --train-size 200 "
@@ -35,11 +29,7 @@ def folders_in(tmp_path, results="results"):
 
 
 def test_the_notebook_has_the_parameters_of_the_dataclass():
-    "Regenerate the cell with `parameter_cell()` after a change to `Parameters`."
-    cell, = [cell for cell in nbformat.read(NOTEBOOK, 4).cells
-             if "parameters" in cell.metadata.get("tags", [])]
-    assert cell.source == parameter_cell()
-    assert all(len(line) <= 100 for line in cell.source.splitlines()), "longer ones are clipped"
+    "Chapter 31 has the text of the cell."
     found = inspect_notebook(NOTEBOOK)
     assert found.pop("progress")["default"] == "True"
     assert list(found) == [each.name for group in parameter_groups().values() for each in group]
@@ -60,25 +50,30 @@ def test_the_help_names_every_pair_objective_and_repair():
     assert set(re.findall(r"\+([a-z]+)", repairs)) == set(REPAIRS) - {"none"}
 
 
-def test_help_needs_no_experiment():
-    code = ("import sys; from sortkd.fronts.commands import run\ntry: run(['--help'])\n"
-            "except SystemExit: assert not {'pandas', 'sklearn', 'torchvision', "
-            "'lightning_fabric'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
-
-
 # What the commands do
 
 
-def test_run_and_eval(tmp_path, capsys):
-    assert run([*SMALL, *folders_in(tmp_path), "--methods", "kd+sort", "--seeds", "3"]) == 0
-    record, = read_records(tmp_path / "results" / "quick.jsonl")
-    assert record["seed"] == 3 and record["method"]["name"] == "kd+sort"
-    assert "This is a quick run" in (shown := capsys.readouterr().out) and "kd+sort" in shown
-    teacher, = (tmp_path / "teachers").rglob("*.safetensors")
+TWO = [*SMALL, "--methods", "kd,kd+sort", "--seeds", "3"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    "A folder in which two students were trained."
+    folder = tmp_path_factory.mktemp("ran")
+    assert run([*TWO, *folders_in(folder)]) == 0
+    return folder
+
+
+def test_run_and_eval(ran, capsys):
+    assert run([*TWO, *folders_in(ran)]) == 0
+    shown = capsys.readouterr().out
+    assert "This is a quick run" in shown and "0 of 2 records appended" in shown
+    records = read_records(ran / "results" / "quick.jsonl")
+    assert [(each["seed"], each["method"]["name"]) for each in records] == [(3, "kd"), (3, "kd+sort")]
+    teacher, = (ran / "teachers").rglob("*.safetensors")
     quality = evaluate_checkpoint(teacher, device="cpu")
     assert quality["images"] == 360 and quality["top1"] <= quality["top5"] <= 100
-    student, = (tmp_path / "results").rglob("last.safetensors")
+    student, *_ = (ran / "results").rglob("last.safetensors")
     named = ["--architecture", "resnet8", "--dataset", "digits", "--device", "cpu"]
     assert evaluate_command([str(student), *named]) == 0
     assert "calibration error (%)" in capsys.readouterr().out
@@ -110,17 +105,16 @@ def test_eval_agrees_with_arithmetic(tmp_path):
     assert quality["loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_from_record(tmp_path, capsys):
-    assert run([*SMALL, *folders_in(tmp_path), "--methods", "kd,kd+sort"]) == 0
-    path = tmp_path / "results" / "quick.jsonl"
+def test_from_record(ran, tmp_path, capsys):
+    path = ran / "results" / "quick.jsonl"
     record = read_records(path)[1]
-    again = ["--quiet", *folders_in(tmp_path, "repeated"), "--from-record"]
+    again = ["--quiet", *folders_in(ran, "repeated"), "--from-record"]
     assert run([*again, f"{path}:{record['run_id']}"]) == 0
     assert "agree to the bit" in capsys.readouterr().out
     changed = tmp_path / "changed.jsonl"
     append_record(changed, record | {"result": record["result"] | {"student_sha256": "0" * 64}})
     assert run([*again, str(changed)]) == 3 and "weights differ" in capsys.readouterr().out
-    assert len(read_records(path)) == len(read_records(tmp_path / "repeated/quick.jsonl")) == 2
+    assert len(read_records(path)) == len(read_records(ran / "repeated/quick.jsonl")) == 2
     for arguments, words in (
         ([str(path)], "2 records"), ([f"{path}:nobody"], "0 records"),
         ([f"{path}x"], "quick.jsonlx"), ([str(changed), "--epochs", "5"], "record says epochs"),
@@ -135,8 +129,7 @@ def test_from_record(tmp_path, capsys):
 @pytest.mark.parametrize("command, arguments, words", [
     (run, ["--epoch", "3"], "Did you mean '--epochs'"), (run, ["--epochs", "three"], "three"),
     (run, ["--method=kd"], "Did you mean '--methods'"), (run, ["kd"], "unrecognized"),
-    (evaluate_command, ["a.pth", "--arch=resnet8"], "--arch"), (card_command, [], "FILE"),
-    (card_command, ["a.safetensors", "--writ"], "Did you mean '--write'"),
+    (evaluate_command, ["a.pth", "--arch=resnet8"], "--arch"),
 ])
 def test_options_are_not_abbreviated(command, arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -151,27 +144,6 @@ def test_eval_mistakes(tmp_path, capsys):
                         ("absent.pth", "there is no checkpoint")):
         assert evaluate_command([str(tmp_path / path), "--dataset", "digits"]) == 1
         assert words in capsys.readouterr().err
-
-
-def test_a_terminal_without_a_character_shows_another(monkeypatch):
-    streams = [TextIOWrapper(BytesIO(), "ascii", write_through=True) for _ in range(2)]
-    for name, stream in zip(("stdout", "stderr"), streams):
-        monkeypatch.setattr(sys, name, stream)
-
-    def work():
-        print("kd 70.1 ± 0.2, 16×16, –")
-        raise ValueError("été – 名")
-    assert ends_cleanly(work, "") == 1
-    out, err = (stream.buffer.getvalue().decode() for stream in streams)
-    assert out == "kd 70.1 ? 0.2, 16?16, ?\n" and "ValueError: ?t? ? ?" in err
-
-
-def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    def interrupt(*arguments, **settings):
-        raise KeyboardInterrupt
-    monkeypatch.setattr("sortkd.experiment.run.run_experiment", interrupt)
-    assert run([*SMALL, *folders_in(tmp_path)]) == 130
-    assert "give the same command again" in capsys.readouterr().err
 
 
 def test_the_calibration_error_has_fifteen_bins():

@@ -15,10 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
 from ..experiment.parameters import Parameters, parameter_groups
 from ..utils.checks import need_experiments, parse_options
-from ..utils.progress import Progress, ends_cleanly
+from ..utils.progress import ends_cleanly
 
 need_experiments()
 
@@ -50,7 +49,6 @@ def _run_parser() -> argparse.ArgumentParser:
         for field in members:
             _add_option(group, field)
     group = parser.add_argument_group("This command")
-    group.add_argument("--version", action="version", version=__version__)
     group.add_argument("--quiet", action="store_true", help="print no line for each epoch")
     group.add_argument("--from-record", metavar="FILE[:RUN_ID]",
                        help="repeat the run of a record and report whether the numbers are the "
@@ -101,7 +99,7 @@ def _find_record(source: str) -> dict:
     "The record that FILE or FILE:RUN_ID names."
     from sortkd.experiment.storage import read_records
 
-    path, run_id = (source, "") if Path(source).is_file() else source.partition(":")[::2]
+    path, _, run_id = source.partition(":")
     found = [record for record in read_records(path) if run_id in ("", record["run_id"])]
     if len(found) != 1:
         raise ValueError(f"{path} has {len(found)} records for {source!r}; name one run as "
@@ -147,27 +145,17 @@ def measure_logits(logits: Tensor, target: Tensor) -> dict[str, float]:
         "images": len(target),
     }
 
-# %% ../../nbs/6_fronts/70_commands.ipynb #932492ef
-def _names_in(training: dict, architecture: str, dataset: str, path: str | Path) -> tuple[str, str]:
-    "`architecture` and `dataset`, where they are `auto` as the file at `path` names them."
-    given = {"architecture": architecture, "dataset": dataset}
-    known = training | {name: value for name, value in given.items() if value != "auto"}
-    if "architecture" not in known:
-        raise ValueError(f"{path} does not name its network; "
-                         "give the name as architecture (--architecture).")
-    return known["architecture"], known.get("dataset", "auto")
-
 # %% ../../nbs/6_fronts/70_commands.ipynb #d90e94af
 def evaluate_checkpoint(
     path: str | Path, architecture: str = "auto", dataset: str = "auto", device: str = "auto",
-    precision: str = "float32", progress: bool = False, plugin: str = "",
+    precision: str = "float32", plugin: str = "",
 ) -> dict[str, float]:
     """`measure_logits` of a checkpoint on the test images of `dataset`, without augmentation.
 
     `path`: as for `read_checkpoint`. `architecture`: a name of `list_models()`; `auto` for a file
-    that names its own. `progress`: print a line every five seconds. `plugin`: files that register
-    the network or the data, as for `prepare_experiment`. Raises `ValueError` for an architecture
-    that is missing or does not fit, and what `read_checkpoint` raises.
+    that names its own. `plugin`: files that register the network or the data, as for
+    `prepare_experiment`. Raises `ValueError` for an architecture that is missing or does not fit,
+    and what `read_checkpoint` raises.
     """
     from sortkd.experiment.plugins import load_plugins
     from sortkd.train.devices import create_fabric
@@ -176,18 +164,20 @@ def evaluate_checkpoint(
     from sortkd.train.teachers import load_weights, read_checkpoint
 
     weights, training = read_checkpoint(path)
-    architecture, dataset = _names_in(training, architecture, dataset, path)
+    if architecture == "auto":
+        architecture = training.get("architecture", "")
+    if dataset == "auto":
+        dataset = training.get("dataset", "auto")
+    if not architecture:
+        raise ValueError(f"{path} does not name its network; "
+                         "give the name as architecture (--architecture).")
     load_plugins(plugin)
     data, fabric = load_data(dataset), create_fabric(device, precision)
     network = load_weights(create_model(architecture, data.num_classes), weights, str(path))
     network = fabric.setup_module(network.to(memory_format=torch.channels_last)).eval()
-    report = Progress(str(path), len(data.test_targets), "image", pause=5.0, shown=progress)
-    logits, target, done = [], [], 0
     with torch.inference_mode():
-        for images, classes in data.batches(fabric.device).test(200):
-            logits.append(network(images).float())
-            target.append(classes)
-            report(done := done + len(classes))
+        logits, target = zip(*((network(images).float(), classes)
+                               for images, classes in data.batches(fabric.device).test(200)))
         return measure_logits(torch.cat(logits), torch.cat(target))
 
 # %% ../../nbs/6_fronts/70_commands.ipynb #8b886493
@@ -215,7 +205,7 @@ def evaluate_command(arguments: Sequence[str] | None = None) -> int:
         import pandas as pd
 
         paths = given.pop("checkpoints")
-        table = pd.DataFrame([evaluate_checkpoint(path, **given, progress=True) for path in paths])
+        table = pd.DataFrame([evaluate_checkpoint(path, **given) for path in paths])
         table.columns = ["top-1 (%)", "top-5 (%)", "loss", "calibration error (%)", "images"]
         print(table.set_axis(paths).round(3).to_string())
 

@@ -55,12 +55,11 @@ def whole_number(name: str, value, minimum: int = 0, maximum: int = 2**31 - 1) -
     return int(value)
 
 # %% ../../nbs/7_utils/80_checks.ipynb #3fda2949
-def finite_number(name: str, value, above: bool = False) -> float:
-    "`value` as a finite `float`, at least 0, or greater than 0 if `above`."
+def finite_number(name: str, value) -> float:
+    "`value` as a finite `float`, at least 0."
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not 0 <= number < math.inf or (above and not number):
-        raise ValueError(f"{name} is {shown(value)}; "
-                         f"give a finite number {'above' if above else 'of at least'} 0.")
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{name} is {shown(value)}; give a finite number of at least 0.")
     return number
 
 # %% ../../nbs/7_utils/80_checks.ipynb #4569c5f9
@@ -142,14 +141,14 @@ def markdown_text(text) -> str:
 
 # %% ../../nbs/7_utils/80_checks.ipynb #e94c6362
 EXPERIMENT_PACKAGES = (  # what the modules import of `experiments_requirements` in settings.ini
-    "PIL", "filelock", "lightning_fabric", "matplotlib", "msgspec", "numpy", "pandas", "psutil",
+    "PIL", "filelock", "lightning_fabric", "matplotlib", "msgspec", "numpy", "pandas",
     "safetensors", "scipy", "sklearn", "torchmetrics", "torchvision", "yaml",
 )  # and papermill, which is asked for where a notebook is executed
 
 # %% ../../nbs/7_utils/80_checks.ipynb #ebbf33a5
-def need_experiments(*others: str) -> None:
-    "`ModuleNotFoundError` unless all that experiments import, and `others`, are installed."
-    needed = ("fcntl", *EXPERIMENT_PACKAGES, *others)
+def need_experiments() -> None:
+    "`ModuleNotFoundError` unless all that experiments import is installed."
+    needed = ("fcntl", *EXPERIMENT_PACKAGES)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         needs = f"{', '.join(missing)}; pip install 'sortkd[experiments]'."

@@ -80,24 +80,22 @@ def check_writable(folder: Path) -> None:
 
 # %% ../../nbs/7_utils/81_files.ipynb #9fa82727
 @contextmanager
-def exclusive(lock: str | Path, activity: str) -> Iterator[bool]:
-    """Hold the file `lock` while the block runs. Yields whether it had to wait.
-
-    If another process holds it, print that it is `activity`, and wait.
+def exclusive(lock: str | Path, activity: str) -> Iterator[None]:
+    """Hold the file `lock` while the block runs. If another process holds it, print that it is
+    `activity`, and wait.
     """
     from filelock import FileLock, Timeout  # PyTorch depends on it
 
     refuse_links(lock)
     Path(lock).parent.mkdir(parents=True, exist_ok=True)
-    held, waited = FileLock(lock), False
+    held = FileLock(lock)
     try:
         held.acquire(timeout=0)
     except Timeout:
         print(f"Another process is {activity} ({lock}); waiting for it.", flush=True)
-        waited = True
         held.acquire()
     try:
-        yield waited
+        yield
     finally:
         held.release()
 
