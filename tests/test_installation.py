@@ -68,26 +68,14 @@ def test_everyone_promises_the_same(settings, package):
     assert [classifiers, *matrices] == [pythons] * 3
 
 
-def test_every_extra_runs_experiments_and_the_base_is_torch(settings, package):
-    needed, extras = settings["experiments_requirements"].split(), package["extras_require"]
-    assert [Requirement(each).name for each in package["install_requires"]] == ["torch"]
-    users = ("hub", "workflow")
-    assert extras.keys() == {"experiments", *users, "all", "docs", "dev"}
-    assert extras["experiments"] == needed
-    for name in (*users, "all", "docs"):
-        assert set(needed) < set(extras[name]) < set(extras["dev"])
-    assert set(extras["all"]) == set().union(*(extras[name] for name in users))
-
-
-def test_the_package_is_the_modules_and_their_types(package):
+def test_the_package_its_page_and_citations(package, settings):
+    "README's links lead somewhere from the package page, too; every file names the same version."
     folders = (path.parent.relative_to(ROOT) for path in (ROOT / "sortkd").rglob("__init__.py"))
     assert set(package["packages"]) == {".".join(folder.parts) for folder in folders}
     assert package["package_data"] == {"sortkd": ["py.typed"]}
-    assert (ROOT / "sortkd" / "py.typed").exists() and (ROOT / "LICENSE").exists()
-
-
-def test_the_package_page_and_citations(package, settings):
-    "README's links lead somewhere from the package page, too; every file names the same version."
+    assert [Requirement(each).name for each in package["install_requires"]] == ["torch"]
+    needed, extras = settings["experiments_requirements"].split(), package["extras_require"]
+    assert all(set(needed) <= set(extras[name]) for name in extras)
     links = re.findall(r"\]\(([^)]*)\)", package["long_description"])
     assert len(links) > 10 and all(re.match("https?://|#", link) for link in links), links
     local = re.findall(package["url"] + r"/(?:blob|raw)/main/([^\s#]+)", " ".join(links))
