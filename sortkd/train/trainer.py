@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..methods import Method
 from .augmentation import Block, ImageBatches, batch_bounds
 from .batches import Batch, batch_of, teacher_blocks, with_repair
-from .checkpoints import Checkpoint, Stopped, fingerprint, weights_on_cpu
+from .checkpoints import Checkpoint, fingerprint, weights_on_cpu
 from .cuda_graphs import CapturedStep, new_stream, on_stream, side_stream, wait_for
 from .devices import RandomNumbers, Ranks, precision_of, synchronize_batch_norm
 from .teacher_logits import TeacherLogits
@@ -324,9 +324,9 @@ def _run_epoch(
 # %% ../../nbs/2_train/16_trainer.ipynb #bcc59f79
 def _run_epochs(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None,
-    report: Progress, stop: Callable[[], bool] | None,
+    report: Progress,
 ) -> None:
-    "All epochs that are missing. Raise `Stopped` after one of them if `stop()` is true."
+    "All epochs that are missing."
     fabric, last = learners[0].fabric, report.total
     for epoch in range(report.start + 1, last + 1):
         learning = [each for each in learners
@@ -341,14 +341,11 @@ def _run_epochs(
         for learner, row in zip(learning, rows) if fabric.is_global_zero else ():
             for callback in learner.student.callbacks:
                 callback(row)
-        if stop and epoch < last and fabric.broadcast(fabric.is_global_zero and stop()):
-            raise Stopped(f"{report.title} was asked to stop after epoch {epoch} of {last}.")
 
 # %% ../../nbs/2_train/16_trainer.ipynb #8c3fc0c3
 def train_together(
     students: Sequence[Student], batches: ImageBatches, fabric: "Fabric", *,
-    teacher: nn.Module | TeacherLogits | None = None, stop: Callable[[], bool] | None = None,
-    progress: str = "",
+    teacher: nn.Module | TeacherLogits | None = None, progress: str = "",
 ) -> list[Outcome | Diverged]:
     """Train `students` side by side; return the outcome of each, or the error of one whose loss is
     not finite. As `train`; all recipes must have one batch size. Students of one seed share their
@@ -374,7 +371,7 @@ def train_together(
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices), side_stream(fabric.device):
         try:
-            _run_epochs(learners, batches, teacher, report, stop)
+            _run_epochs(learners, batches, teacher, report)
         finally:
             for learner in learners:
                 if learner.checkpoint is not None:
@@ -389,23 +386,19 @@ def train_together(
 # %% ../../nbs/2_train/16_trainer.ipynb #3cb751f0
 def train(
     model: nn.Module, batches: ImageBatches, method: Method, recipe: Recipe, fabric: "Fabric", *,
-    teacher: nn.Module | TeacherLogits | None = None, stop: Callable[[], bool] | None = None,
-    progress: str = "", **options,
+    teacher: nn.Module | TeacherLogits | None = None, progress: str = "", **options,
 ) -> Outcome:
     """Train `model`, from the weights that it has; return the curve and the weights.
 
     `teacher`: a network, or `TeacherLogits`, which may cache its logits; not needed for `ce`. It is
-    put into evaluation mode and never changed. `stop`: asked after every epoch but the last; when
-    it is true, the checkpoint is written and `Stopped` raised. `progress`: the name of the run, to
-    print a line after each epoch. `options`: as in `Student`: seed, checkpoint, context, compile
-    and callbacks. Of several processes the first alone writes the checkpoint, calls the callbacks,
-    and asks `stop`. Raises `ValueError` for a missing teacher or another run's checkpoint,
-    `Diverged` when the loss is not finite, and `OSError` when the checkpoint cannot be written; the
-    one before is kept.
+    put into evaluation mode and never changed. `progress`: the name of the run, to print a line
+    after each epoch. `options`: as in `Student`: seed, checkpoint, context, compile and callbacks.
+    Of several processes the first alone writes the checkpoint and calls the callbacks. Raises
+    `ValueError` for a missing teacher or another run's checkpoint, `Diverged` when the loss is not
+    finite, and `OSError` when the checkpoint cannot be written; the one before is kept.
     """
     student = Student(model, method, recipe, **options)
-    outcome, = train_together(
-        [student], batches, fabric, teacher=teacher, stop=stop, progress=progress)
+    outcome, = train_together([student], batches, fabric, teacher=teacher, progress=progress)
     if isinstance(outcome, Diverged):
         raise outcome
     return outcome
