@@ -236,7 +236,7 @@ def ttm_loss(
     student_logits: Tensor, teacher_logits: Tensor, exponent: float = 0.1, weighted: bool = False
 ) -> Tensor:
     """Transformed teacher matching: KL of the student's probabilities from the teacher's raised to
-    `exponent` (the paper's gamma) and normalised, averaged over rows; `weighted`: each row times
+    `exponent` (the paper's gamma) and normalized, averaged over rows; `weighted`: each row times
     the sum of the powers (WTTM).
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider,

@@ -211,7 +211,7 @@ def _teacher_on_list(
     log_probs: Tensor, listed: Tensor, temperature: float | None
 ) -> tuple[Tensor, Tensor]:
     """The teacher's log-probabilities, -inf where not listed, and the mass outside of the list;
-    normalised at a temperature, or for `None` as they are.
+    normalized at a temperature, or for `None` as they are.
     """
     log_probs = widened(log_probs.detach()).masked_fill(~listed, -torch.inf)
     total = log_probs.logsumexp(-1, keepdim=True)
@@ -262,7 +262,7 @@ def topk_kd_loss(
     `student_logits`: `(..., V)`; `log_probs`, `classes`: `(..., k)`, the teacher's at temperature
     1, in any order. A place with class -1 or -inf is empty; a row of empty places is 0 and does not
     count. `tail`: "class" compares the mass outside of the list as if it were one class, and needs
-    temperature 1; "zero" normalises the list. `num_items` divides the sum in place of the number of
+    temperature 1; "zero" normalizes the list. `num_items` divides the sum in place of the number of
     rows, for a batch in parts. Returns a scalar in float32 or wider, in nats; 0 without any list.
     No gradient reaches the teacher. Raises `TypeError` for dtypes and `ValueError` for shapes,
     classes and settings that do not fit.

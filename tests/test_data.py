@@ -343,7 +343,7 @@ def test_strong_images_have_a_crop_and_flip_of_their_own(monkeypatch):
 
 
 @needs_cifar100
-def test_the_normalisation_of_cifar100_is_that_of_its_images():
+def test_the_normalization_of_cifar100_is_that_of_its_images():
     data = load_cifar100()
     for known, found in zip((data.mean, data.std), channel_statistics(data.train_images)):
         assert [*known] == pytest.approx([*found], abs=4e-4)  # as the field has it

@@ -55,16 +55,16 @@ def give_advice(answers: pd.DataFrame, not_shown: Sequence[str]) -> str:
         return " and ".join(answers["name"][which].str.lower()) or "none"
 
     known = answers["verdict_kd"] == "gain"
-    changes = [f"where KD gains {row['mean_kd']:.1f} points ({row['name'].lower()}), it changes "
-               f"them by {effect_text(row)}" for row in answers[known].to_dict("records")]
+    changes = [f"where KD gains {row['mean_kd']:.1f} points ({row['name'].lower()}), sorting "
+               f"changes top-1 by {effect_text(row)}" for row in answers[known].to_dict("records")]
     if len(others := answers[~known]):
-        changes += [f"where KD is not known to gain, by {signed(others['low'].min())} to "
-                    f"{signed(others['high'].max())}"]
+        changes += ["where KD is not known to gain, sorting changes top-1 by "
+                    f"{signed(others['low'].min())} to {signed(others['high'].max())}"]
     gains = answers["verdict"] == "gain"
     return ("Use it if your labels are right and the label must be the teacher's first choice. "
             f"Expect {'a' if gains.any() else 'no'} gain in accuracy: of {len(answers)} planned "
             f"settings, sorting gains in {named(gains)} and loses in "
-            f"{named(answers['high'] < 0)}; {', '.join(changes) or 'nothing is measured yet'}. "
+            f"{named(answers['high'] < 0)}; {'; '.join(changes) or 'nothing is measured yet'}. "
             f"Not shown: {', '.join(not_shown)}.")
 
 # %% ../../nbs/4_evidence/55_answers.ipynb #89c38fae

@@ -182,7 +182,7 @@ def check_takes(network: str, image_size: int, num_classes: int) -> None:
             images = torch.randn(2, 3, image_size, image_size).contiguous(memory_format=layout)
             for logits in (model.train()(images), model.eval()(images)):
                 if logits.shape != shape or not logits.isfinite().all():
-                    raise ValueError(f"{shown(logits)} are no finite logits of shape {shape}")
+                    raise ValueError(f"{shown(logits)} are not finite logits of shape {shape}")
     except Exception as error:  # networks of other libraries fail in many ways
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{network} cannot take images of {image_size}×{image_size} "

@@ -91,7 +91,7 @@ class _Places:
         "auto",
         "a file, or a name in teachers/; auto: found, downloaded or trained",
         "File: .safetensors, or a state dict saved by PyTorch, of the pair's teacher on the same "
-        "classes and normalisation. Name: such as resnet20-cifar100. auto: found in teachers_dir, "
+        "classes and normalization. Name: such as resnet20-cifar100. auto: found in teachers_dir, "
         "else downloaded (paper only), else trained and saved there.",
     )
     teachers_dir: str = _parameter("teachers", "folder in which teachers are looked for and saved")

@@ -78,7 +78,7 @@ def _meet_teacher(experiment: Experiment, teacher: Teacher, shared: Resources) -
             f"test images, where chance is {chance:.3g} %.")
     if top1 < 2 * chance:
         warnings.warn(f"{said} Was it trained on these classes, in this order, with this "
-                      "normalisation?", stacklevel=3)
+                      "normalization?", stacklevel=3)
     elif shared.progress and shared.fabric.is_global_zero:
         print(said, flush=True)
     # A GPU would wait for every augmented image that is missing.

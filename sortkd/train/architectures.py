@@ -57,7 +57,7 @@ def _conv(in_channels, out_channels, size, stride=1, groups=1):
 
 # %% ../../nbs/2_train/10_architectures.ipynb #e02a18b0
 def _conv_norm(in_channels, out_channels, size, stride=1, groups=1):
-    "A convolution, and the batch normalisation of its output."
+    "A convolution, and the batch normalization of its output."
     convolution = _conv(in_channels, out_channels, size, stride, groups)
     return convolution, nn.BatchNorm2d(out_channels)
 
@@ -153,7 +153,7 @@ class ResNet(Network):
 
 # %% ../../nbs/2_train/10_architectures.ipynb #fb9fa7af
 class WideBlock(nn.Module):
-    "Residual block with normalisation and ReLU before its convolutions (1605.07146, figure 1a)."
+    "Residual block with normalization and ReLU before its convolutions (1605.07146, figure 1a)."
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)

@@ -258,7 +258,7 @@ class Block(NamedTuple):
     target: Tensor  # int64 (rows,), on the device
     bounds: list[tuple[int, int]]  # (start, stop) of each step's rows within the block
     views: Tensor | None  # int64 (rows,), on the CPU; None if they have no numbers
-    images: Sequence[Tensor]  # of each step, normalised (n, 3, H, W)
+    images: Sequence[Tensor]  # of each step, normalized (n, 3, H, W)
     teacher_logits: Tensor | None = None  # (rows, C)
     strong_images: Sequence[Tensor] | None = None  # of each step, strongly augmented
     strong_teacher_logits: Tensor | None = None  # of these
@@ -313,7 +313,7 @@ class ImageBatches(ABC):
 
 # %% ../../nbs/2_train/11_augmentation.ipynb #80417d6c
 class Batches(ImageBatches):
-    "`data` (an `ImageData`) on `device`: padded once, each batch gathered and normalised."
+    "`data` (an `ImageData`) on `device`: padded once, each batch gathered and normalized."
 
     data: Any  # an ImageData, whose module uses this one
 

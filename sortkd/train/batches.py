@@ -54,7 +54,7 @@ def teacher_blocks(
 class Batch(NamedTuple):
     "Images are this process's part of the batch; all else covers all of its rows."
 
-    images: Tensor  # normalised (n, 3, H, W)
+    images: Tensor  # normalized (n, 3, H, W)
     target: Tensor  # int64 (rows,)
     teacher_logits: Tensor | None = None  # (rows, C), repaired
     strong_images: Tensor | None = None  # strongly augmented

@@ -242,7 +242,7 @@ def read_squares(root: Path, files: Sequence[str]) -> Tensor | None:
 # %% ../../nbs/2_train/13_image_files.ipynb #a67484f7
 class ImageFolderBatches(ImageBatches):
     """The images of `data`, an `ImageFolderData`, in batches on `device`, decoded by `workers`
-    processes and normalised. With 0 workers the calling process decodes.
+    processes and normalized. With 0 workers the calling process decodes.
 
     Images are (B, 3, image_size, image_size), channels-last; B may be 0. An unreadable image raises
     a `ValueError` that names its file.

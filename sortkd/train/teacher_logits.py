@@ -55,7 +55,7 @@ class TeacherLogits:
             yield self._forward(self.batches.gather(views[start:start + self.batch_size])[0])
 
     def of_images(self, images: Tensor) -> Tensor:
-        "The logits (N, C) of N normalised images (N, 3, H, W) on the device; never cached."
+        "The logits (N, C) of N normalized images (N, 3, H, W) on the device; never cached."
         return torch.cat([self._forward(part) for part in images.split(self.batch_size)])
 
     def __call__(self, views: Tensor) -> Tensor:

@@ -168,13 +168,13 @@ def load_weights(
     return model
 
 # %% ../../nbs/2_train/14_teachers.ipynb #507fc9a1
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalization
 
 # %% ../../nbs/2_train/14_teachers.ipynb #1e42c7be
 def save_teacher(path: str | Path, weights: Mapping[str, Tensor], training: Mapping) -> Path:
     """Write `weights` and the plain values of `training` to a `.safetensors` file, whole or not.
 
-    Weights become float16, statistics of batch normalisation float32; integers stay. `ValueError`
+    Weights become float16, statistics of batch normalization float32; integers stay. `ValueError`
     if `training` or, after this conversion, the weights hold NaN or infinity.
     """
     from safetensors.torch import save

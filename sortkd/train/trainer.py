@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # %% ../../nbs/2_train/16_trainer.ipynb #e716a85e
 @dataclass(frozen=True)
 class Recipe:
-    """For how long and with which optimiser a network is trained; by default the field's recipe for
+    """For how long and with which optimizer a network is trained; by default the field's recipe for
     CIFAR-100. `ValueError` for values that are not finite numbers of at least 0, or not whole.
     """
 
