@@ -34,7 +34,7 @@ class FrozenTeacher(nn.Module):
 
 # %% ../../nbs/5_loops/60_bring_your_own.ipynb #90cf48a5
 def refuse_learned_temperature(loss: DistillationLoss) -> None:
-    "Raises `ValueError` for `ctkd`, which learns its temperature: these loops train the student alone."
+    "Raises `ValueError` for `ctkd`, whose temperature such a loop does not train."
     if loss.temperature is not None:
         raise ValueError(
             f"{loss.method.name} learns its temperature, but this loop's optimizer trains the "
