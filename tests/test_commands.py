@@ -70,6 +70,10 @@ def test_run_and_eval(ran, capsys):
     assert "This is a quick run" in shown and "0 of 2 records appended" in shown
     records = read_records(ran / "results" / "quick.jsonl")
     assert [(each["seed"], each["method"]["name"]) for each in records] == [(3, "kd"), (3, "kd+sort")]
+    plan = Path(__file__).parents[1] / "results" / "plans" / "sorting.yaml"
+    assert "minus" in shown and run([*TWO, *folders_in(ran), "--plan", str(plan)]) == 0
+    shown = capsys.readouterr().out
+    assert "belong to a plan" in shown and "minus" not in shown, "it waits for its look"
     teacher, = (ran / "teachers").rglob("*.safetensors")
     quality = evaluate_checkpoint(teacher, device="cpu")
     assert quality["images"] == 360 and quality["top1"] <= quality["top5"] <= 100

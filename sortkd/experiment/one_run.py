@@ -304,8 +304,9 @@ def _train_and_record(
     """
     fabric, records = shared.fabric, dict[Path, dict]()
     about = describe_machine(fabric.device.type)
-    title = f"{experiment.pair_name}, " + ", ".join(
-        f"{run.method.name} of seed {run.seed}" for run in runs)
+    methods = ", ".join(dict.fromkeys(run.method.name for run in runs))
+    seeds = ", ".join(dict.fromkeys(str(run.seed) for run in runs))
+    title = f"{experiment.pair_name}, {methods}, seed {seeds}"
     outcomes = train_together(
         [_student(experiment, run, [_noting(run, about), *shared.callbacks]) for run in runs],
         shared.batches, fabric, teacher=shared.teacher_logits,

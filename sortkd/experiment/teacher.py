@@ -62,6 +62,9 @@ def train_teacher(
     training = teacher_training(data, recipe, seed)
     name = f"teacher-{re.sub('[/:]', '-', architecture)}-{fingerprint(architecture, training)}.pt"
     checkpoint = Path(runs_dir) / name
+    if progress and fabric.is_global_zero:
+        print(f"Training the teacher {architecture} on {len(data.train_targets):,} images for "
+              f"{recipe.epochs} epochs.", flush=True)
     outcome = train(
         initial_model(architecture, data.num_classes, seed),
         data.batches(fabric.device),

@@ -70,7 +70,11 @@ def _run_experiment(given: dict, progress: bool) -> None:
         print(experiment.describe(), flush=True)
     results = run_experiment(experiment, progress)
     if first:
-        print(results.describe(), summarize(results.records).to_string(),
+        print(results.describe())
+    if first and experiment.plan:
+        print("These runs belong to a plan, which says when they are compared (chapter 54).")
+    elif first:
+        print(summarize(results.records).to_string(),
               f"{conclude(results.records)} {results.describe_teacher()}", sep="\n")
 
 # %% ../../nbs/6_fronts/70_commands.ipynb #6b6271bd
