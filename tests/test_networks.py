@@ -107,8 +107,8 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("answer, words", [
     (lambda logits, training: (logits, logits) if training else logits, "tuple"),
-    (lambda logits, training: logits[:, 1:], r"no finite logits of shape \(2, 10\)"),
-    (lambda logits, training: logits if training else logits * torch.nan, "no finite logits"),
+    (lambda logits, training: logits[:, 1:], r"not finite logits of shape \(2, 10\)"),
+    (lambda logits, training: logits if training else logits * torch.nan, "not finite logits"),
     (lambda logits, training: 1 / 0 if training else logits, "division"),
 ])
 def test_a_network_that_gives_no_logits_is_refused(monkeypatch, answer, words):
