@@ -177,6 +177,27 @@ def measure_students(pair: str, images: int, count: int, repetitions: int, devic
     return {"what": f"{count} students, {precision}", "setting": setting_of(names, images), "ms": times}
 
 
+def measure_compiled(pair: str, images: int, repetitions: int, device: str) -> dict:
+    "As many steps as an epoch has, on one ready batch, as they are and compiled. The compilation, in the first round, is not counted."
+    data, names, precision = cifar_like(images, images // 8), pair_for(pair), native_precision(device)
+    recipe, fabric, batches = Recipe(lr=names.lr).shortened(1), create_fabric(device, precision), Batches(data, device)
+    pixels, target, _ = next(batches.train(recipe.batch_size, 0, 1))
+    method, teacher = create_method("kd+sort"), random_teacher(names.teacher).to(device)
+    with torch.no_grad():
+        batch = Batch(pixels, target, method.repair_logits(teacher(pixels), target))
+
+    def steps(learner):
+        learner.start_epoch(1)
+        for _ in range(images // recipe.batch_size):
+            learner.learn(batch)
+
+    ways = {}
+    for compiled in (False, True):
+        learner = Learner(Student(create_model(names.student, 100), method, recipe, compile=compiled), fabric)
+        ways["compiled" if compiled else "as they are"] = lambda learner=learner: steps(learner)
+    return {"what": f"steps, {precision}", "setting": setting_of(names, images), "ms": time_in_turns(ways, repetitions, device)}
+
+
 PROFILE = {  # operations of PyTorch, by what a network needs them for
     "convolutions, backward": ("aten::convolution_backward",),
     "convolutions, forward": ("aten::mkldnn_convolution", "aten::cudnn_convolution"),
@@ -220,7 +241,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of the epoch; by default 512, and 12,800 on a GPU, where a run's start would count")
     parser.add_argument("--students", type=int, default=2, choices=range(2, len(METHODS) + 1), help="of one seed")
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--only", choices=["sorting", "epoch", "students", "profile"], help="measure one part")
+    parser.add_argument("--only", choices=["sorting", "epoch", "students", "compiled", "profile"], help="measure one part")
     parser.add_argument("--quick", action="store_true", help="small things, for seconds; no record")
     parser.add_argument("--results", default="results/measurements/benchmarks.jsonl")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -239,6 +260,8 @@ def main() -> None:
         rows.append(measure_epoch(arguments.pair, images, repetitions, device))
     if arguments.only in (None, "students"):
         rows.append(measure_students(arguments.pair, images, arguments.students, repetitions, device))
+    if arguments.only in (None, "compiled"):
+        rows.append(measure_compiled(arguments.pair, images, repetitions, device))
     if arguments.only in (None, "profile"):
         rows.append(measure_profile(arguments.pair, images, min(3, repetitions), device))
     print_table(rows)
