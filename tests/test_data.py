@@ -1,5 +1,6 @@
 "Images in memory: what is loaded, what is refused, and that a batch holds exactly its pixels."
 import hashlib
+import math
 import pickle
 import tarfile
 import urllib.error
@@ -14,7 +15,7 @@ from conftest import at_once, needs_cifar100, part_of_rank
 from torchvision.datasets import CIFAR100
 
 from sortkd.train.augmentation import (
-    Batches, augment_strongly, batch_bounds, crop, draw_views, normalize, pad_images,
+    Batches, _augmented, augment_strongly, batch_bounds, crop, draw_views, normalize, pad_images,
     seeded_generator,
 )
 from sortkd.train.cifar import has_cifar100
@@ -317,6 +318,47 @@ def test_a_batch_does_not_make_the_host_wait():
 
 
 # Strong augmentation
+
+
+def by_torchvision(image, operation, level, sign):
+    "One operation of RandAugment on one image (3, H, W)."
+    amount, shift = sign * level / 30, int(150 / 331 * image.shape[2] * sign * level / 30)
+    shear = math.degrees(math.atan(0.3 * amount))
+    return [
+        lambda: image,
+        lambda: vision.affine(image, 0.0, [0, 0], 1.0, [shear, 0.0], center=[0, 0]),
+        lambda: vision.affine(image, 0.0, [0, 0], 1.0, [0.0, shear], center=[0, 0]),
+        lambda: vision.affine(image, 0.0, [shift, 0], 1.0, [0.0, 0.0]),
+        lambda: vision.affine(image, 0.0, [0, shift], 1.0, [0.0, 0.0]),
+        lambda: vision.rotate(image, 30 * amount),
+        lambda: vision.adjust_brightness(image, 1 + 0.9 * amount),
+        lambda: vision.adjust_saturation(image, 1 + 0.9 * amount),
+        lambda: vision.adjust_contrast(image, 1 + 0.9 * amount),
+        lambda: vision.adjust_sharpness(image, 1 + 0.9 * amount),
+        lambda: vision.posterize(image, 8 - round(level * 4 / 30)),
+        lambda: vision.solarize(image, 255 * (1 - level / 30)),
+        lambda: vision.autocontrast(image),
+        lambda: vision.equalize(image),
+    ][operation]()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operation", range(14))
+def test_operations_are_those_of_torchvision(device, operation):
+    "Every level and both signs at once, next to images of another operation."
+    images = random_images(124, 16)
+    level, sign = torch.arange(124) // 4, 1 - 2 * (torch.arange(124) % 2)
+    kinds = torch.full((124,), operation)
+    kinds[::4] = 0
+    ours = _augmented(images.to(device), kinds, sign * level / 30).cpu()
+    expected = torch.stack([
+        by_torchvision(image.permute(2, 0, 1), *each).permute(1, 2, 0)
+        for image, *each in zip(images, kinds.tolist(), level.tolist(), sign.tolist())])
+    difference = (ours.int() - expected.int()).abs()
+    if operation in (1, 2, 5):  # where a pixel lies between two, either is right
+        assert (difference > 0).float().mean() < 0.01
+    else:
+        assert difference.max() <= (1 if 6 <= operation <= 9 else 0)
 
 
 def test_strong_augmentation_is_this():
