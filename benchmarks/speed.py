@@ -139,12 +139,18 @@ def setting_of(names, images: int) -> str:
     return f"{names.teacher} to {names.student}, batch 64, {images:,} training and {images // 8:,} test images"
 
 
+def what_students_need(pair: str, images: int, device: str) -> tuple:
+    "The networks of `pair`, the native precision, the recipe of one epoch, a fabric and the batches."
+    names, precision = pair_for(pair), native_precision(device)
+    recipe, fabric = Recipe(lr=names.lr).shortened(1), create_fabric(device, precision)
+    return names, precision, recipe, fabric, Batches(cifar_like(images, images // 8), device)
+
+
 def measure_students(pair: str, images: int, count: int, repetitions: int, device: str) -> dict:
     """An epoch of `count` students of one seed, teacher's logits cached: one after the other, together, and their steps on
     one ready batch with the evaluation, which no sharing can make cheaper.
     """
-    data, names, precision = cifar_like(images, images // 8), pair_for(pair), native_precision(device)
-    recipe, fabric, batches = Recipe(lr=names.lr).shortened(1), create_fabric(device, precision), Batches(data, device)
+    names, precision, recipe, fabric, batches = what_students_need(pair, images, device)
     methods = [create_method(name) for name in METHODS[:count]]
 
     def student(method):
@@ -179,8 +185,7 @@ def measure_students(pair: str, images: int, count: int, repetitions: int, devic
 
 def measure_compiled(pair: str, images: int, repetitions: int, device: str) -> dict:
     "As many steps as an epoch has, on one ready batch, as they are and compiled. The compilation, in the first round, is not counted."
-    data, names, precision = cifar_like(images, images // 8), pair_for(pair), native_precision(device)
-    recipe, fabric, batches = Recipe(lr=names.lr).shortened(1), create_fabric(device, precision), Batches(data, device)
+    names, precision, recipe, fabric, batches = what_students_need(pair, images, device)
     pixels, target, _ = next(batches.train(recipe.batch_size, 0, 1))
     method, teacher = create_method("kd+sort"), random_teacher(names.teacher).to(device)
     with torch.no_grad():
@@ -210,8 +215,7 @@ def measure_profile(pair: str, images: int, repetitions: int, device: str) -> di
     """Where the time of an epoch of one student goes, teacher's logits cached. The profiler makes small operations, which
     are most of the rest, look longer than they are.
     """
-    data, names, precision = cifar_like(images, images // 8), pair_for(pair), native_precision(device)
-    recipe, fabric, batches = Recipe(lr=names.lr).shortened(1), create_fabric(device, precision), Batches(data, device)
+    names, precision, recipe, fabric, batches = what_students_need(pair, images, device)
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device == "cuda")
     times: dict[str, list[float]] = {part: [] for part in (*PROFILE, "the rest")}
     with tempfile.TemporaryDirectory() as folder:
