@@ -8,7 +8,6 @@ __all__ = ['sorted_kl_correction', 'sorted_kd_of_rows', 'sorted_kd_loss']
 # %% ../nbs/1_method/02a_sorted_kl.ipynb #22b5b30a
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .earlier_losses import checked_logits, divergence, kd_loss, soften

@@ -14,7 +14,6 @@ from torch import nn
 import sortkd
 from sortkd.evidence.statistics import compare
 from sortkd.methods import REPAIRS
-from sortkd.token_lists import TokenLists
 from sortkd.tokens import LinearDistillationLoss
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import load_teacher, save_teacher
