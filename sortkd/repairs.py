@@ -89,13 +89,13 @@ def smooth_logits(
     check_positive("temperature", temperature)
     index, _, _, wrong = find_wrong_rows(logits, target, dim, ignore_index)
     classes, masked = logits.shape[dim], logits == -torch.inf
-    if not 1 / classes < confidence < 1:
+    if not 1 / max(classes, 2) < confidence < 1:
         raise ValueError(f"confidence must lie between 1 / {classes} and 1, "
                          f"but it is {confidence!r}.")
     possible = widened((~masked).to(logits.dtype))
     others = (possible.sum(dim, keepdim=True) - possible.gather(dim, index)).clamp(min=1)
-    usual = temperature * math.log(confidence * (classes - 1) / (1 - confidence))
-    lead = usual + temperature * (others / (classes - 1)).log()  # over the other classes
+    usual = temperature * math.log(confidence * max(classes - 1, 1) / (1 - confidence))
+    lead = usual + temperature * (others / max(classes - 1, 1)).log()  # over the other classes
     lead = lead.clamp(0, torch.finfo(logits.dtype).max).to(logits.dtype)
     smoothed = torch.zeros_like(logits).masked_fill(masked, -torch.inf).scatter(dim, index, lead)
     return torch.where(wrong & logits.amax(dim, keepdim=True).isfinite(), smoothed, logits)

@@ -34,6 +34,8 @@ def class_indices(target: Tensor, name: str = "target") -> Tensor:
     ):
         is_instead = described(target)
         raise TypeError(f"{name} must be integers, class indices, but they are {is_instead}.")
+    if target.dtype == torch.uint64:  # above 2^63 they would turn negative, as ignore_index is
+        return target.long() & torch.iinfo(torch.int64).max
     return target.long()
 
 # %% ../nbs/1_method/00_sorting.ipynb #10000005

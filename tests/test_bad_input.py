@@ -3,24 +3,30 @@ line that names what is wrong.
 """
 import functools
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import EVERY_METHOD
 from safetensors.torch import save_file
+from test_data import toy_data
 
 import sortkd.experiment.run
 import sortkd.experiment.setup
-from sortkd.experiment.run import run_experiment
 from sortkd.experiment.parameters import Parameters
+from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.methods import REPAIRS, create_method
+from sortkd.train.augmentation import Batches
 from sortkd.train.devices import create_fabric
 from sortkd.train.images import load_data, load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import find_teacher, load_teacher, read_checkpoint, save_teacher
+from sortkd.train.trainer import Recipe, train
 
 SMALL = {"pair": "resnet20:resnet8", "preset": "quick", "dataset": "digits", "epochs": 1,
          "train_size": 200, "test_size": 100, "device": "cpu"}
@@ -106,7 +112,7 @@ def stop(*_):
 def test_bad_values_for_commands(place, value, capsys, monkeypatch):
     monkeypatch.setattr(sortkd.experiment.run, "run_experiment", stop)
     given = SMALL | {"results_dir": place / "r", "teachers_dir": place / "t"}
-    for name in ("pair", "epochs", "results_dir"):
+    for name in ("pair", "methods", "preset", "epochs", "results_dir"):
         one_line(run, [f"--{key.replace('_', '-')}={each}"
                        for key, each in (given | {name: value}).items()], capsys)
     one_line(evaluate_command, ["--", value], capsys)
@@ -216,7 +222,7 @@ def test_losses_of_odd_shapes_and_dtypes(name):
         refused += [
             ("floating-point", student, teacher.long(), target),
             ("floating-point", student, None, target),
-            ("at least two classes|between 1 . 1 and 1", student[:, :1], teacher[:, :1], target * 0),
+            ("at least two classes", student[:, :1], teacher[:, :1], target * 0),
             ("shape", student, teacher[:, :4], target % 4), ("shape", student[:3], teacher, target)]
     for words, *arguments in refused:
         with pytest.raises((ValueError, TypeError), match=words):
@@ -298,3 +304,24 @@ def test_files_of_no_records(tmp_path, content, capsys):
     path.write_bytes(content)
     for source in (str(path), str(tmp_path), "nowhere:"):
         one_line(run, ["--quiet", f"--from-record={source}"], capsys)
+
+
+def test_in_a_process_of_its_own(tmp_path):
+    command = [Path(sys.executable).with_name("sortkd-run"), "--results-dir=é", "--epochs=-1"]
+    done = subprocess.run(command, capture_output=True, timeout=100, cwd=tmp_path, text=True)
+    assert done.returncode == 1 and "epochs is -1" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("data, batch_size", [
+    (toy_data(), 10**6), (toy_data(train=1, test=1), 16),
+    (toy_data(train_images=torch.zeros(3, 8, 8, 40, dtype=torch.uint8).permute(3, 1, 2, 0)), 16),
+], ids=["batch beyond the data", "one image", "not contiguous"])
+def test_odd_data_is_trained_on(data, batch_size):
+    torch.manual_seed(0)
+    recipe = Recipe(epochs=1, batch_size=batch_size, lr=0.01, milestones=())
+    outcome = train(create_model("resnet8", data.num_classes), Batches(data), create_method("ce"),
+                    recipe, create_fabric("cpu"))
+    losses = [outcome.last["train_loss"], outcome.last["test_loss"]]
+    assert len(outcome.curve) == 1 and torch.tensor(losses).isfinite().all()
+    assert all(value.isfinite().all() for value in outcome.last_weights.values())

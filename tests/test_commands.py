@@ -155,3 +155,11 @@ def test_the_calibration_error_has_fifteen_bins():
     logits = torch.tensor([[0.34, 0.33, 0.33], [0.39, 0.305, 0.305]]).log()
     found = measure_logits(logits, torch.tensor([0, 1]))
     assert found["calibration_error"] == pytest.approx(100 * (0.5 - 0.365), rel=1e-4)
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("sortkd.experiment.run.run_experiment", interrupt)
+    assert run([*SMALL, *folders_in(tmp_path)]) == 130
+    assert "give the same command again" in capsys.readouterr().err

@@ -15,13 +15,18 @@ from conftest import at_once, needs_cifar100, part_of_rank
 from torchvision.datasets import CIFAR100
 
 from sortkd.train.augmentation import (
-    Batches, _augmented, augment_strongly, batch_bounds, crop, draw_views, normalize, pad_images,
+    Batches,
+    _augmented,
+    augment_strongly,
+    batch_bounds,
+    crop,
+    draw_views,
+    normalize,
+    pad_images,
     seeded_generator,
 )
 from sortkd.train.cifar import has_cifar100
-from sortkd.train.images import (
-    ImageData, channel_statistics, load_cifar100, load_data, load_digits,
-)
+from sortkd.train.images import ImageData, channel_statistics, load_cifar100, load_data, load_digits
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
@@ -389,3 +394,9 @@ def test_the_normalization_of_cifar100_is_that_of_its_images():
     data = load_cifar100()
     for known, found in zip((data.mean, data.std), channel_statistics(data.train_images)):
         assert [*known] == pytest.approx([*found], abs=4e-4)  # as the field has it
+
+
+def test_copies_of_one_image_become_different():
+    strong = augment_strongly(random_images(1, 32).repeat(2000, 1, 1, 1), 0)
+    assert len(strong.flatten(1).unique(dim=0)) > 1900
+    assert augment_strongly(strong[:0], 0).shape == (0, 32, 32, 3)

@@ -3,6 +3,8 @@ import dataclasses
 import fcntl
 import json
 import resource
+import subprocess
+import sys
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -12,21 +14,23 @@ import pytest
 import torch
 from conftest import QUICK_METHODS, needs_cifar100, save_sample_folder
 
-from sortkd.train.images import load_digits
-from sortkd.experiment.setup import prepare_experiment
-from sortkd.experiment.pairs import PAIRS, method_for, published_recipe, recipe_for
 from sortkd.evidence.plots import conclude, summarize
-from sortkd.experiment.storage import append_record, read_lines, read_records
-from sortkd.experiment.record import compare_runs
 from sortkd.evidence.results import load_results
-from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.one_run import prepare_run
+from sortkd.experiment.pairs import PAIRS, method_for, published_recipe, recipe_for
+from sortkd.experiment.record import compare_runs
+from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.run import run_experiment
+from sortkd.experiment.setup import prepare_experiment
+from sortkd.experiment.storage import append_record, read_lines, read_records
+from sortkd.methods import create_method
+from sortkd.train.augmentation import Batches
+from sortkd.train.devices import create_fabric
+from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import read_checkpoint, weights_checksum
+from sortkd.train.trainer import Outcome, Recipe, train, train_together
 from sortkd.utils.files import save_atomically
-from sortkd.train.devices import create_fabric
-from sortkd.train.trainer import Outcome, Recipe, train_together
 
 NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
 SMALL = {
@@ -199,8 +203,8 @@ def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_method(folder, tmp_path, which):
     "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole."
-    from sortkd.methods import OBJECTIVES, list_methods
     from sortkd.experiment.record import check_record
+    from sortkd.methods import OBJECTIVES, list_methods
     names = QUICK_METHODS if which == "some" else list_methods()
     experiment = small(folder, methods=",".join(names), epochs=3, train_size=128, cache="full", results_dir=tmp_path)
     records = run(experiment).records
@@ -483,3 +487,53 @@ def test_a_record_that_is_not_whole_blocks_no_run(folder, tmp_path):
     assert results.appended == 1 and compare_runs(record, results.records[0]) == []
     with pytest.raises(ValueError, match="`curve`"):
         prepare_repetition(damaged)
+
+
+def test_import_needs_torch_and_nothing_else():
+    "Nor do experiments load large packages that they do not use."
+    code = """import sys, torch
+before = set(sys.modules)
+import sortkd
+print({name.split('.')[0] for name in set(sys.modules) - before})
+from sortkd.train.devices import create_fabric
+create_fabric("cpu")
+import sortkd.experiment.run, sortkd.evidence.plots
+large = "torchmetrics torchvision transformers scipy sklearn matplotlib pandas PIL"
+print({*large.split()} & set(sys.modules))"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "{'sortkd'}\nset()\n"
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_every_pair_takes_a_step(pair):
+    data = load_digits().subset(train_size=40, test_size=20)
+    teacher, student = create_model(PAIRS[pair].teacher, 10), create_model(PAIRS[pair].student, 10)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    method = create_method("dkd+sort", beta=PAIRS[pair].beta)
+    recipe = Recipe(lr=PAIRS[pair].lr, batch_size=40).shortened(1)
+    outcome = train(student, Batches(data), method, recipe, create_fabric("cpu"), teacher=teacher)
+    after = outcome.last_weights
+    assert all(value.isfinite().all() for value in after.values())
+    trained = [name for name, _ in student.named_parameters() if name.endswith("weight")]
+    assert not any(torch.equal(before[name], after[name]) for name in trained)
+
+
+@needs_cifar100
+def test_real_cifar100(tmp_path):
+    "The documented CIFAR-100 command, much smaller."
+    experiment = small(tmp_path, pair="r56_r20", dataset="cifar100", epochs=1, train_size=150)
+    records = run(experiment).records
+    data = records[0]["data"]
+    assert (data["full_checksum"], data["train_images"]) == (experiment.full_data.checksum, 150)
+    assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0
+
+
+@pytest.mark.slow
+def test_the_same_command_twice_at_once(folder, tmp_path):
+    code = ("import sys, torch; torch.set_num_threads(1); from sortkd.fronts.commands import run\n"
+            f"sys.exit(run('--pair resnet20:resnet8 --dataset digits --preset quick --methods kd,kd+sort --epochs 2 --train-size 100 --test-size 60 --quiet --teachers-dir {folder}/teachers --results-dir {tmp_path}'.split()))")
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [each.wait(timeout=200) for each in started] == [0, 0]
+    records = read_records(tmp_path / "quick.jsonl")
+    assert sorted(names(records)) == ["kd", "kd+sort"]
+    assert len({record["result"]["student_sha256"] for record in records}) == 2

@@ -3,6 +3,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,17 +12,22 @@ import yaml
 from conftest import needs_cifar100
 from synthetic import synthetic_record
 
-from sortkd.experiment.grid import make_grid
 from sortkd.experiment import slices
-from sortkd.experiment.storage import append_record, read_records
-from sortkd.experiment.record import compare_runs
-from sortkd.experiment.provenance import describe_machine
+from sortkd.experiment.grid import make_grid
 from sortkd.experiment.one_run import prepare_run
+from sortkd.experiment.provenance import describe_machine
+from sortkd.experiment.record import compare_runs
 from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.slices import (
-    describe_state, experiments_of, forecast, main, read_state, run_slice,
+    describe_state,
+    experiments_of,
+    forecast,
+    main,
+    read_state,
+    run_slice,
 )
+from sortkd.experiment.storage import append_record, read_records
 from sortkd.experiment.teacher import existing_teacher
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import save_teacher
@@ -238,3 +244,23 @@ def test_a_plan_shows_no_result_before_its_look(monkeypatch, capsys):
     assert main(["results/plans/few_steps.yaml", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "0 of 180 cells are missing" in shown and "SD" not in shown
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_nothing_is_lost(uncut, tmp_path):
+    runs, grid = tmp_path / "results" / "runs", grid_in(tmp_path, seeds=1)
+    settings = {**SETTINGS, "seeds": 1, **places_in(tmp_path)}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
+    program = "import sys; from sortkd.experiment.slices import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, tmp_path / "grid.yaml"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline, session = time.monotonic() + 120, "resnet20-resnet8-kd*/sessions.jsonl"
+    while process.poll() is None and not list(runs.glob(session)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == -signal.SIGKILL and "teacher resnet20" in said, said
+    assert main([str(tmp_path / "grid.yaml"), "--quiet", "--budget=10m"]) == 0
+    assert state_of(grid)["finished"].all()
+    assert_same(records_in(tmp_path), uncut)

@@ -11,12 +11,29 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sortkd.earlier_losses import _gram_loss
 from sortkd.later_losses import (
-    abkd_loss, class_costs, ikl_loss, ldrld_loss, luminet_loss, pld_loss, rc_loss, revision_loss,
+    abkd_loss,
+    class_costs,
+    ikl_loss,
+    label_first,
+    ldrld_loss,
+    luminet_loss,
+    pld_loss,
+    rc_loss,
+    revision_loss,
     wkd_loss,
 )
 from sortkd.losses import (
-    dist_loss, dkd_loss, kd_loss, mlkd_loss, nkd_loss, normkd_loss, rld_loss, sld_loss,
-    standardize, ttm_loss, wsld_loss,
+    dist_loss,
+    dkd_loss,
+    kd_loss,
+    mlkd_loss,
+    nkd_loss,
+    normkd_loss,
+    rld_loss,
+    sld_loss,
+    standardize,
+    ttm_loss,
+    wsld_loss,
 )
 from sortkd.methods import OBJECTIVES, numbers_of
 from sortkd.repairs import leave_out_rows
@@ -263,3 +280,19 @@ def test_mlkd_weighs_rows_and_classes_by_shares_of_their_own():
 def test_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_pld_ranks_as_sorting_does():
+    "So sorting changes its weights alone: those of wrong rows, which then fall in the ranking."
+    order = label_first(TEACHER, TARGET)
+    values = TEACHER.sort(-1, descending=True)[0]
+    assert torch.equal(torch.zeros_like(TEACHER).scatter(-1, order, values), SORTED)
+    assert torch.equal(order, label_first(SORTED, TARGET))
+    right = TEACHER.argmax(-1) == TARGET
+    for rows, same in ((right, True), (~right, False)):
+        both = [pld_loss(STUDENT[rows], each[rows], TARGET[rows]) for each in (TEACHER, SORTED)]
+        assert (both[0] == both[1]) == same
+    weights = SORTED.softmax(-1).gather(-1, order)
+    chosen = [STUDENT.gather(-1, order)[:, place:].log_softmax(-1)[:, 0] for place in range(100)]
+    by_hand = -(weights * torch.stack(chosen, 1)).sum(1).mean()
+    torch.testing.assert_close(pld_loss(STUDENT, SORTED, TARGET, 1.0), by_hand)

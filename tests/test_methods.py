@@ -9,16 +9,32 @@ import torch
 import torch.nn.functional as F
 from conftest import EVERY_METHOD
 from special_logits import CASES, INFINITE, NO_LIMIT, outcome
-from test_losses import GOLDENS, SORTED, STRONG_STUDENT, STRONG_TEACHER, STUDENT, TARGET, TEACHER
-from test_losses import cases
-
-from sortkd.experiment.pairs import IMAGENET_PAIRS, method_for
-from sortkd.losses import kd_loss
-from sortkd.methods import (
-    OBJECTIVES, REPAIRS, LearnedTemperature, create_method, curriculum_factor, list_methods,
-    numbers_of, range_of, try_out,
+from test_losses import (
+    GOLDENS,
+    SORTED,
+    STRONG_STUDENT,
+    STRONG_TEACHER,
+    STUDENT,
+    TARGET,
+    TEACHER,
+    cases,
 )
-from sortkd.repairs import revise_logits, smooth_logits
+
+from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS, method_for
+from sortkd.experiment.setup import prepare_experiment
+from sortkd.losses import dkd_loss, kd_loss
+from sortkd.methods import (
+    OBJECTIVES,
+    REPAIRS,
+    LearnedTemperature,
+    create_method,
+    curriculum_factor,
+    list_methods,
+    numbers_of,
+    range_of,
+    try_out,
+)
+from sortkd.repairs import revise_logits, skip_logits, smooth_logits
 from sortkd.sorting import swap_logits
 
 
@@ -320,3 +336,28 @@ def test_special_logits(name):
             # nothing is left of a loss whose rows are all skipped
             allowed |= {"∞", "right"}
         assert outcome(name, case) in allowed, case
+
+
+def test_warm_up():
+    for epoch, ramp in ((1, 1 / 20), (20, 1.0), (100, 1.0)):
+        expected = ramp * dkd_loss(STUDENT, SORTED, TARGET) + F.cross_entropy(STUDENT, TARGET)
+        torch.testing.assert_close(loss_of("dkd+sort", epoch=epoch), expected)
+
+
+def test_skipped_rows_are_never_taken_for_logits():
+    skipped = skip_logits(TEACHER, TARGET)
+    assert kd_loss(STUDENT, skipped).isnan() and dkd_loss(STUDENT, skipped, TARGET).isnan()
+    broken = TEACHER.clone()
+    broken[0, 0] = torch.nan
+    assert loss_of("kd+skip", teachers=(broken, broken)).isnan()
+
+
+def test_an_experiment_gives_the_pair_its_beta_and_no_other_objective():
+    plan = prepare_experiment(pair="r56_r20", methods="dkd,lskd_dkd+sort,dist,ctkd_dkd",
+                           dataset="digits", device="cpu")
+    dkd, lskd_dkd, dist, ctkd_dkd = plan.methods
+    assert dkd.settings["beta"] == lskd_dkd.settings["beta"] == PAIRS["r56_r20"].beta == 2
+    assert lskd_dkd.kd_weight == 18 and lskd_dkd.settings["temperature"] == 3  # of this pair
+    assert dist == create_method("dist")
+    wide = prepare_experiment(pair="r32x4_r8x4", methods="ctkd_dkd", dataset="digits", device="cpu")
+    assert wide.methods[0].settings["beta"] == ctkd_dkd.settings["beta"] == 2

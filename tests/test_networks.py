@@ -1,4 +1,5 @@
 "What training needs of the networks; chapters 10 and 10a compare them with the reference."
+import copy
 import math
 import urllib.error
 
@@ -144,3 +145,23 @@ def test_damaged_weights_and_networks_without_any(hub):
             pretrained_weights("imagenet/ResNet34")
     with pytest.raises(ValueError, match="no weights of 'imagenet/MobileNetV1'"):
         pretrained_weights("imagenet/MobileNetV1")
+
+
+def test_compiled_training_gives_the_same_gradients():
+    torch._dynamo.reset()
+    network, images = seeded("resnet8").train(), images_for("resnet8")
+    reference = copy.deepcopy(network)
+    torch.compile(network, fullgraph=True, backend="aot_eager")(images).square().mean().backward()
+    reference(images).square().mean().backward()
+    for ours, plain in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_network_is_tried_in_the_memory_order_of_training(monkeypatch):
+    class Flat(nn.Sequential):
+        def forward(self, images):
+            return self[1](self[0](images).view(len(images), -1))  # as contiguous maps allow
+    monkeypatch.setitem(NETWORKS, "flat", lambda num_classes: Flat(
+        nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, num_classes)))
+    with pytest.raises(ValueError, match="flat cannot take images .*view size is not compatible"):
+        check_takes("flat", 16, 10)

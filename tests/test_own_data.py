@@ -1,18 +1,25 @@
 "Data of one's own: folders, CIFAR-10, two splits; and experiments on them."
 import json
 import shutil
+from dataclasses import replace
 
+import numpy
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import FakeData
 
-from sortkd.experiment.record import RecordError, check_record
-from sortkd.experiment.storage import read_records
+from sortkd.experiment.one_run import prepare_run
+from sortkd.experiment.pairs import check_takes
+from sortkd.experiment.record import RecordError, check_record, compare_runs
+from sortkd.experiment.repeat import prepare_repetition
+from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
+from sortkd.experiment.storage import read_records
 from sortkd.fronts.commands import evaluate_command, run
+from sortkd.train.augmentation import seeded_generator
 from sortkd.train.image_files import ImageFolderData
 from sortkd.train.images import ImageData, channel_statistics, load_data, load_folder
-from sortkd.train.augmentation import seeded_generator
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import find_teacher, save_teacher
 
@@ -242,3 +249,56 @@ def test_a_teacher_of_a_folder_of_the_same_name_is_not_taken(birds, tmp_path):
     save_teacher(tmp_path / "teachers" / "two.safetensors", weights, text | training)
     found = find_teacher("resnet8", data, tmp_path / "teachers", 100, training)
     assert found.file == "two.safetensors"
+
+
+def test_splits_of_torchvision():
+    train, test = FakeData(12, (3, 20, 20), 4), FakeData(6, (3, 20, 20), 4, random_offset=1)
+    data = ImageData.from_splits(train, test)
+    assert (data.name, data.pad, data.flip) == ("own", 2, True)
+    assert data.class_names == tuple("0123"[:data.num_classes])
+    assert numpy.array_equal(data.train_images[5], train[5][0])
+    assert data.train_targets.tolist() == [train[number][1] for number in range(12)]
+
+
+def test_an_interrupted_experiment_on_a_folder_continues(birds, tmp_path):
+    def plan(name):
+        return small(tmp_path, name, methods="kd+sort", epochs=2, dataset=f"folder:{birds}")
+
+    straight, = run_experiment(plan("straight"), progress=False).records
+    def interrupt(row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(plan("broken"), progress=False, callbacks=[interrupt])
+    assert list((tmp_path / "broken").rglob("checkpoint.pt")), "one of two epochs is trained"
+    continued, = run_experiment(plan("broken"), progress=False).records
+    assert compare_runs(straight, continued) == []
+
+
+def test_the_published_recipe_on_other_data(birds, tmp_path, monkeypatch):
+    # of runs that have not been made
+    monkeypatch.setattr("sortkd.experiment.repeat.check_record", lambda record: record)
+    paper = {"preset": "paper", "epochs": 0, "dataset": f"folder:{birds}"}
+    plan = small(tmp_path, **paper)
+    assert plan.recipe.epochs == 240 and not plan.is_full_recipe and not plan.preset.fetch_teacher
+    assert "on folder:birds" in plan.describe() and "not with published ones" in plan.describe()
+    changed = small(tmp_path, **paper, methods="mlkd", recipe="lr=0.01")
+    about = {"weights_sha256": "0" * 64, "file": "none"}
+    for each in (replace(plan, methods=changed.methods), changed):
+        run = prepare_run(each, each.methods[0], 0, "cached", about)
+        assert run.facts["recipe"]["epochs"] == 480, "MLKD's own length, on any data"
+        assert not run.facts["full_recipe"]
+        record = {**run.facts,
+                  "machine": {"threads": 1}}
+        repeated = prepare_repetition(record, dataset=f"folder:{birds}",
+                                   results_dir=str(tmp_path / "results"))
+        assert repeated.recipe_for(repeated.methods[0]) == each.recipe_for(each.methods[0])
+
+
+def test_a_network_that_cannot_take_the_images_is_refused(tmp_path):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match="squeezenet1_1 cannot take images of 16×16"):
+        small(tmp_path, pair="resnet20:torchvision:squeezenet1_1", dataset="digits")
+    state = torch.get_rng_state()
+    check_takes("resnet8", 32, 10)
+    assert torch.equal(state, torch.get_rng_state())

@@ -6,14 +6,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from synthetic import synthetic_record, synthetic_records, write_lines
 
 from sortkd.evidence.results import CIFAR100_CHECKSUM, load_results, select, select_paper
 from sortkd.evidence.statistics import paired_effects
-from sortkd.experiment.storage import append_record, read_records, save_correct
-from sortkd.experiment.run import run_experiment
 from sortkd.experiment.record import RecordError, check_record
+from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
-from synthetic import synthetic_record, synthetic_records, write_lines
+from sortkd.experiment.storage import append_record, read_records, save_correct
 
 
 def changed(record, path, value):
@@ -147,7 +147,7 @@ def test_nothing_planted_reaches_a_table(tmp_path):
     reasons = left_out.reason.str.cat(sep="\n")
     assert reasons.count("quick runs are no evidence") == 1
     assert reasons.count("the same run as synthetic-r56_r20-kd-seed0, which finished first") == 1
-    assert reasons.count("is not a whole record") == 3
+    assert reasons.count("is not a whole record") == 4
     assert "it is not synthetic" in reasons and "required field `finished`" in reasons
     assert len(load_results(dirty)[0]) == 1, "the one without the mark"
 
@@ -174,6 +174,8 @@ def test_a_folder_without_runs(tmp_path):
     assert frame.empty and "no evidence" in left_out.reason[0]
     frame, left_out = load_results(empty)
     assert paired_effects(select_paper(frame)).empty and left_out.empty
+    with pytest.raises(FileNotFoundError, match="there is no file of records"):
+        load_results(tmp_path / "absent.jsonl")
 
 
 def test_a_frame_says_what_its_record_says(tmp_path):

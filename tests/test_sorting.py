@@ -1,11 +1,11 @@
 "The mechanism where the chapter does not look: devices, layouts, special values, top-k."
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from special_logits import INTEGERS
 
 from sortkd import sort_logits, sort_topk, swap_logits
@@ -232,3 +232,27 @@ def test_lists_of_a_row_that_is_left_out_stay():
     assert torch.equal(repaired, values)
     repaired, _ = sort_topk(values, classes, torch.tensor([7, 9]), ignore_index=9)
     assert repaired.tolist() == [[2.0, 3.0], [3.0, 2.0]]
+
+
+def some_rows(rows=64, classes=100):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, classes, generator=generator), torch.randint(
+        classes, (rows,), generator=generator)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_compiles_to_machine_code():
+    logits, target = some_rows()
+    compiled = torch.compile(sort_logits, fullgraph=True)
+    assert torch.equal(compiled(logits, target), sort_logits(logits, target))
+
+
+def test_swap_exchanges_two_values():
+    logits, target = some_rows(500, 9)
+    logits = logits.mul(2).round()  # with ties
+    for before, after, label in zip(logits, swap_logits(logits, target), target):
+        expected = before.clone()
+        if before[label] < before.max():
+            expected[before.argmax()], expected[label] = before[label], before.max()
+        assert torch.equal(after, expected)

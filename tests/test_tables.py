@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from synthetic import synthetic_record, synthetic_records, write_lines
 
 from sortkd.evidence.plots import summarize
 from sortkd.evidence.statistics import paired_effects
 from sortkd.evidence.tables import comparison_table, effect_table, read_reported, write_table
 from sortkd.experiment.pairs import PAIRS
 from sortkd.fronts.table import table_command
-from synthetic import synthetic_record, synthetic_records, write_lines
 
 NOTEBOOKS = Path(__file__).parents[1] / "nbs"
 REPORTED = read_reported(NOTEBOOKS / "assets" / "reported.csv")
@@ -227,3 +227,17 @@ def test_figures_regenerate_to_the_pixel_and_none_is_lost(synthetic_folder, monk
     pdfs = b"".join(content for name, content in first.items() if name.endswith("pdf"))
     assert b"CreationDate" not in pdfs and b"/Subtype /Type3" not in pdfs
     assert run_notebook("paper_figures", synthetic_folder)[1] == first
+
+
+@pytest.mark.slow
+def test_notebooks_run_where_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("SORTKD_DATA", str(tmp_path / "no data"))
+    (tmp_path / "results").mkdir()
+    text, tables = run_notebook("paper_tables", tmp_path, synthetic=False)
+    assert "the folder holds no file of records" in tables["left_out.md"].decode()
+    assert "short_runs.md" not in tables
+    written = [content.decode() for name, content in tables.items() if name.endswith("md")]
+    assert all(content.count("\n| ") > 2 for content in written)
+    text, figures = run_notebook("paper_figures", tmp_path, synthetic=False)
+    assert "answer is not drawn" in text
+    assert {Path(name).stem for name in figures} == {"diagram", "repairs"}

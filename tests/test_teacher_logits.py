@@ -137,10 +137,37 @@ def test_other_teachers_images_and_arithmetic_have_other_caches(batches, tmp_pat
     assert folder(data=batches.data.subset(test_size=50)) == folder()  # test images do not matter
 
 
+def compute_all(folder, batches):
+    cache = CachedTeacherLogits(seeded_network(), batches, folder)
+    for rows in torch.arange(3000).split(100):
+        cache(rows)
+    cache.close()
+
+
+@pytest.mark.slow
+def test_several_processes_fill_one_cache(batches, tmp_path):
+    writers = [context.Process(target=compute_all, args=(tmp_path, batches)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    network = seeded_network()
+    cache = CachedTeacherLogits(network, batches, tmp_path)
+    everything = torch.arange(3000)
+    assert cache.files.sums.all()
+    computed = TeacherLogits(network, batches)(everything)
+    assert torch.equal(cache(everything), computed.half().float())
+
+
 DAMAGE = {  # to 8,000 bytes of logits and their checksums, of ten classes: 400 rows
     "a page of zeros": ("logits.bin", 0, 4096, lambda part: bytes(len(part))),
+    "NaN": ("logits.bin", 2000, 2002, lambda part: b"\x00\x7e"),
     "one bit": ("logits.bin", 7001, 7002, lambda part: bytes([part[0] ^ 1])),
     "two rows exchanged": ("logits.bin", 2000, 2040, lambda part: part[20:] + part[:20]),
+    "two classes exchanged": ("logits.bin", 2000, 2004, lambda part: part[2:] + part[:2]),
+    "a bit of a checksum": ("checksums.bin", 400, 401, lambda part: bytes([part[0] ^ 128])),
     "checksums of zeros": ("checksums.bin", 0, 1600, lambda part: bytes(len(part))),
 }
 

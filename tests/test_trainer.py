@@ -2,6 +2,7 @@
 import itertools
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,16 +13,22 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from sortkd.methods import create_method
+from sortkd.train.augmentation import Batches, draw_views
 from sortkd.train.batches import teacher_blocks
 from sortkd.train.checkpoints import Checkpoint, fingerprint
 from sortkd.train.cuda_graphs import CapturedStep
 from sortkd.train.devices import Ranks, create_fabric
-from sortkd.train.augmentation import Batches, draw_views
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.train.trainer import (
-    Learner, Recipe, Student, evaluate, train, train_together,
+    Learner,
+    Recipe,
+    Student,
+    evaluate,
+    train,
+    train_epoch,
+    train_together,
 )
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
@@ -382,3 +389,24 @@ def test_refusals(batches, fabric):
     for name, value in (("device", "tpu"), ("precision", "float16")):
         with pytest.raises(ValueError, match=name):
             create_fabric(**{name: value})
+
+
+def test_streams_of_students_together(monkeypatch, batches, fabric):
+    "Each step is queued on its student's stream; the next batch waits for all of them."
+    log = []
+
+    @contextmanager
+    def on_stream(stream):
+        log.append(f"{stream} begins")
+        yield
+        log.append(f"{stream} queued")
+
+    trainer = "sortkd.train.trainer"
+    monkeypatch.setattr(f"{trainer}.on_stream", on_stream)
+    monkeypatch.setattr(f"{trainer}.wait_for", lambda stream: log.append(f"wait for {stream}"))
+    recipe = replace(RECIPE, batch_size=75)
+    learners = [Learner(Student(network(8), CE, recipe), fabric) for _ in "ab"]
+    for learner, learner.stream in zip(learners, "ab"):
+        learner.start_epoch(1)
+    train_epoch(learners, batches, None, 1)
+    assert log == 2 * ["a begins", "a queued", "b begins", "b queued", "wait for a", "wait for b"]

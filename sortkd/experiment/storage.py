@@ -62,6 +62,10 @@ def _write_whole(file, line: bytes) -> None:
     os.fsync(file.fileno())
 
 # %% ../../nbs/3_experiment/34_storage.ipynb #bda2ef34
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     """The number and the value of each line of a file that is not blank; for a line that is not
     JSON the value is None. `FileNotFoundError` if `path` is not a file.
@@ -72,7 +76,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    yield number, json.loads(line, parse_constant=_refuse)
                 except (ValueError, RecursionError):  # nested without end
                     yield number, None
 
