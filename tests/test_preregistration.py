@@ -110,12 +110,14 @@ def test_the_machine_does_not_count():
     runs = pd.concat([runs_of(SORTING), runs_of(BASELINE)], ignore_index=True)
     on_cpu = (runs.method == "ce") | (runs.seed > 12)
     other = runs.assign(device=np.where(on_cpu, "cpu", "cuda"))
-    effects = [planned_effects(SORTING, PLANS, each) for each in (other, runs)]
-    pd.testing.assert_frame_equal(*effects)
+    by_seed = other.assign(precision=np.where(runs.seed > 12, "float32", "bfloat16"))
+    effects = [planned_effects(SORTING, PLANS, each) for each in (by_seed, other, runs)]
+    pd.testing.assert_frame_equal(*effects[:2])
+    pd.testing.assert_frame_equal(*effects[1:])
     assert (mark_planned(other, PLANS)["plan"] != "").all()
     assert describe_plans(PLANS, other).set_index("plan").exist["baseline"] == 6
     with pytest.raises(ValueError, match="precision"):
-        planned_effects(SORTING, PLANS, other.assign(precision=other.device))
+        planned_effects(SORTING, PLANS, runs.assign(precision=runs.method))
 
 
 def test_an_effect_is_shown_when_its_look_is_reached():

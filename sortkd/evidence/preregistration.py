@@ -192,7 +192,9 @@ def _comparisons(
     beside = [known[choice("beside", name, list(known))] for name in plan.beside]
     cells = pd.concat([planned_cells(each, runs) for each in (plan, *beside)])
     found = runs[runs["run_id"].isin(cells["run_id"])].assign(device="")  # of whatever device
-    found = select(found)
+    for _, own in found.groupby("seed"):
+        select(own)
+    found = select(found.assign(precision=""))
     for name in plan.all_comparisons:
         planned = len(_seeds(cells, name))
         looks = {min(look.after, planned) for look in plan.looks if not look.may}
