@@ -137,9 +137,10 @@ def test_special_values_on_every_way(seed, shape, share, rank, ignoring):
 @st.composite
 def kept(draw, outside=False):
     "A row with many ties, its `k` highest classes in any order, a target in or `outside` the list."
+    step = draw(st.sampled_from([0.125, 1.0, 8.0]))  # of the values
     count = draw(st.integers(2, 9))
     values = draw(st.lists(st.integers(-2, 3), min_size=count, max_size=count))
-    logits = torch.tensor(values, dtype=torch.float32)
+    logits = step * torch.tensor(values, dtype=torch.float32)
     k = draw(st.integers(1, count - 1 if outside else count))
     ranked = logits.argsort(descending=True, stable=True)  # ties by class index
     classes = ranked[:k][torch.tensor(draw(st.permutations(range(k))))]
