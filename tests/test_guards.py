@@ -1,16 +1,18 @@
-"What would otherwise give wrong numbers, or hang, without a word: folders, images, weights."
+"What would otherwise give wrong numbers, or hang, without a word: folders, images, weights, YAML."
 import os
 import warnings
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sortkd.experiment.grid import read_grid
 from sortkd.fronts.cards import model_card
 from sortkd.train.image_files import list_image_files, to_rgb
 from sortkd.train.networks import create_model
-from sortkd.train.teachers import load_weights
+from sortkd.train.teachers import load_weights, read_checkpoint
 
 
 @pytest.fixture
@@ -35,11 +37,14 @@ def test_what_people_do_not_mean_does_not_count(folder):
         assert list_image_files(folder)["train_files"] == found["train_files"]
 
 
-def test_links_are_followed_and_nested_folders_refused(folder):
-    (folder / "train" / "cat" / "again.png").symlink_to(folder / "train" / "cat" / "1.png")
-    assert len(list_image_files(folder)["train_files"]) == 3
-    (folder / "train" / "loop").symlink_to(folder / "train")
-    with pytest.raises(ValueError, match="within a class folder"):
+@pytest.mark.parametrize("make", [
+    lambda train: (train / "cat" / "again.png").symlink_to(train / "cat" / "1.png"),
+    lambda train: (train / "loop").symlink_to(train),
+    lambda train: (train / "cat" / "more").mkdir(),
+])
+def test_links_and_nested_folders_are_refused(folder, make):
+    make(folder / "train")
+    with pytest.raises(ValueError, match="is a link|within a class folder"):
         list_image_files(folder)
 
 
@@ -59,6 +64,23 @@ def test_weights_that_no_training_gives(name, value):
     weights[name] = torch.full_like(weights[name], value, dtype=torch.float64)
     with pytest.raises(ValueError, match=name):
         load_weights(model, weights)
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path):
+    torch.save({"weight": torch.zeros(1000)}, tmp_path / "plain.pth")
+    with (zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+          zipfile.ZipFile(tmp_path / "small.pth", "w", zipfile.ZIP_DEFLATED) as small):
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    assert read_checkpoint(tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match="small.pth cannot be read as weights"):
+        read_checkpoint(tmp_path / "small.pth")
+
+
+def test_aliases_of_yaml_are_refused(tmp_path):
+    (tmp_path / "grid.yaml").write_text("a: &a [x, x]\npairs: [*a, *a]\n")
+    with pytest.raises(ValueError, match="alias"):
+        read_grid(tmp_path / "grid.yaml")
 
 
 @pytest.mark.parametrize("name", ["torchvision:googlenet", "torchvision:inception_v3"])

@@ -111,11 +111,20 @@ def make_grid(settings: Mapping, plugin: str = "") -> Grid:
         results_dir=str(folder_path("results_dir", settings["results_dir"])),
     )
 
+# %% ../../nbs/3_experiment/42_grid.ipynb #b002fa29
+class _Loader(yaml.SafeLoader):
+    "YAML without aliases (`*name`), of which a few lines can stand for more than memory holds."
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError(f"it has the alias *{self.peek_event().anchor}; write it out")
+        return super().compose_node(parent, index)
+
 # %% ../../nbs/3_experiment/42_grid.ipynb #9326f51b
 def read_yaml(path: Path) -> dict:
     "The names and values in a YAML file; `ValueError` for another."
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):

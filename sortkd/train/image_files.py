@@ -79,10 +79,14 @@ _SYSTEM = (".", "@", "__MACOSX", "$RECYCLE", "System Volume", "lost+found", "Thu
 
 # %% ../../nbs/2_train/13_image_files.ipynb #7db0057f
 def _entries(folder: str | Path) -> Iterator[os.DirEntry]:
-    "What is in `folder`, by name, without hidden names. Links are followed."
+    "What is in `folder`, by name, without hidden names. `ValueError` for a link."
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.name.startswith(_SYSTEM):
-            yield entry
+        if entry.name.startswith(_SYSTEM):
+            continue
+        if entry.is_symlink():
+            raise ValueError(f"{entry.path} is a link, whose images could be counted twice. Put a "
+                             "copy of what it leads to in its place, or remove it.")
+        yield entry
 
 # %% ../../nbs/2_train/13_image_files.ipynb #bb438784
 def _list_split(folder: Path, left_out: list[str]) -> dict[str, list[str]]:
@@ -117,8 +121,8 @@ def list_image_files(root: Path) -> dict[str, Any]:
     `ImageFolderData`.
 
     FileNotFoundError or NotADirectoryError if a folder, its classes or the images of a class are
-    not there, ValueError for two splits with different classes, and for folders within class
-    folders. A warning says how many files are left out.
+    not there, ValueError for two splits with different classes, for links, and for folders within
+    class folders. A warning says how many files are left out.
     """
     test = "val" if (root / "val").exists() or not (root / "test").exists() else "test"
     fields, left_out = dict[str, Any](), list[str]()

@@ -14,6 +14,7 @@ import os
 import re
 import tarfile
 import urllib.request
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -60,6 +61,10 @@ _REPLACED = (
 # %% ../../nbs/2_train/14_teachers.ipynb #addae668
 def _load_plain(path: Path) -> Any:
     "The content of a PyTorch file, read without running code from it."
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()):
+                raise ValueError("it is compressed, as PyTorch's files are not")
     with torch.serialization.safe_globals([(_Replaced, name) for name in _REPLACED]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
