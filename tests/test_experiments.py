@@ -200,6 +200,11 @@ def test_without_room_the_logits_are_computed(folder, tmp_path, capsys):
     assert "are not cached" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto is paper on a GPU")
+def test_without_a_gpu_the_preset_is_quick(folder, tmp_path):
+    assert small(folder, preset="auto", results_dir=tmp_path).preset_name == "quick"
+
+
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_method(folder, tmp_path, which):
     "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole."
@@ -211,7 +216,8 @@ def test_every_method(folder, tmp_path, which):
     assert [check_record(record)["method"]["name"] for record in records] == names
     for record in records:
         losses, method = record["curve"]["train_loss"], record["method"]
-        if method["name"] in ("ce", "kd"):  # six steps; that every loss falls is tested with the methods
+        # six steps, in which smooth's first losses may rise; that every loss falls is tested with the methods
+        if method["objective"] in ("ce", "kd") and method["repair"] != "smooth":
             assert min(losses[1:]) < losses[0], (method["name"], losses)
         objective = OBJECTIVES[method["objective"]]
         lr = min(0.05, objective.lr) * (0.01 if "mlkd" in method["name"] else 1)

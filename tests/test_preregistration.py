@@ -116,8 +116,9 @@ def test_the_machine_does_not_count():
     pd.testing.assert_frame_equal(*effects[1:])
     assert (mark_planned(other, PLANS)["plan"] != "").all()
     assert describe_plans(PLANS, other).set_index("plan").exist["baseline"] == 6
-    with pytest.raises(ValueError, match="precision"):
-        planned_effects(SORTING, PLANS, runs.assign(precision=runs.method))
+    for within_a_seed in (other.device, runs.method):
+        with pytest.raises(ValueError, match="precision"):
+            planned_effects(SORTING, PLANS, other.assign(precision=within_a_seed))
 
 
 def test_an_effect_is_shown_when_its_look_is_reached():
