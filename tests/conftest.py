@@ -1,7 +1,8 @@
-"What all tests share: where the data is, and one thread, so that small networks do not wait for each other."
+"What tests share: data, small networks and servers; and one thread, so that they do not wait."
 import functools
 import http.server
 import os
+import resource
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ from sortkd.train.cifar import has_cifar100
 from sortkd.methods import list_methods
 from sortkd.train.augmentation import seeded_generator
 from sortkd.train.devices import Ranks
+from sortkd.train.networks import create_model
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
 
 # Tests change the folder they run in; the data stays where it is.
 if "SORTKD_DATA" in os.environ:
@@ -32,23 +35,33 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture
-def patient():
-    "A block that fails when it has computed for more than so many seconds, on however busy a machine."
-    def give_up(number, frame):
-        raise TimeoutError("this takes too long")
+@contextmanager
+def full_disk(size):
+    "A block in which no file may grow beyond `size` bytes."
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
 
-    @contextmanager
-    def limit(seconds):
-        before = signal.signal(signal.SIGPROF, give_up)
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.signal(signal.SIGPROF, before)
 
-    return limit
+def raises(error):
+    def callback(*arguments, **options):
+        raise error
+    return callback
+
+
+def seeded_network(name="resnet8", num_classes=10, seed=0):
+    torch.manual_seed(seed)
+    return create_model(name, num_classes)
+
+
+@pytest.fixture(scope="session")
+def weights():
+    return seeded_network().state_dict()
 
 
 def at_once(work, count):
@@ -66,8 +79,7 @@ class Host(http.server.SimpleHTTPRequestHandler):
     "Serves a folder; /cut/NAME announces more than it sends."
     asked: list[str] = []
 
-    def log_message(self, *_):
-        pass
+    def log_message(self, *_): ...
 
     def do_GET(self):
         self.asked.append(self.path)

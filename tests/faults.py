@@ -1,7 +1,6 @@
 """Experiments that are broken on purpose, and what must hold afterwards.
 
-A small real experiment (digits, two methods, two seeds, a checkpoint after every epoch) is broken again and again while it
-runs:
+A small real experiment (digits, two methods, two seeds, a checkpoint an epoch) is broken often:
 
 - SIGKILL at random moments; before any change that it makes to a file, and again while it resumes; with half of a file, of a
   record or of the cache's rows written; while it trains a teacher; of one of two processes that do the same, or fill one cache;
@@ -49,15 +48,10 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.res
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     ["sortkd.experiment.run", "sortkd.fronts.commands", "lightning_fabric.strategies", "sklearn.datasets", "sklearn.model_selection",
-     "safetensors.torch", "faults"]
-)
+     "safetensors.torch", "faults"])
 
 
-# What a broken process does to itself, before it starts.
-
-
-def no_fault(folder):
-    pass
+def no_fault(folder): ...
 
 
 def _before_changes_of_files(folder, react):
@@ -74,7 +68,6 @@ def _before_changes_of_files(folder, react):
 
 
 def killed_at_file_event(number, folder):
-    "SIGKILL before the `number`-th change of a file."
     events = itertools.count(1)
     _before_changes_of_files(folder, lambda path: next(events) == number and os.kill(os.getpid(), signal.SIGKILL))
 
@@ -100,7 +93,6 @@ def killed_in_half_a_file(pattern, folder):
 def killed_in_half_a_record(number, folder):
     "SIGKILL when half of the line of the `number`-th record is written."
     import io
-
     import sortkd.experiment.storage as records
     count = 0
 
@@ -134,7 +126,6 @@ def killed_in_the_cache(when, folder):
 
 
 def full_disk(size, folder):
-    "No file may grow beyond `size` bytes."
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -153,27 +144,18 @@ def bound_by_permissions(folder):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-# Running an experiment in a process of its own.
-
-
-def _keep_every_epoch():
-    "A checkpoint after every epoch, of teachers and of students."
-    from sortkd.train.checkpoints import Checkpoint
-    Checkpoint.seconds = 0
-
-
 def _process(settings, break_it, log, folder, as_command):
     with open(log, "w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
         import torch
-
         from sortkd.experiment.run import run_experiment
         from sortkd.fronts.commands import run
         from sortkd.experiment.setup import prepare_experiment
         from sortkd.experiment.pairs import PRESETS
+        from sortkd.train.checkpoints import Checkpoint
         torch.set_num_threads(1)
         quick = PRESETS["quick", "digits"]  # a teacher that has to be trained is trained for a few steps
         PRESETS["quick", "digits"] = replace(quick, teacher_train_size=50, teacher_recipe=quick.teacher_recipe.shortened(3))
-        _keep_every_epoch()
+        Checkpoint.seconds = 0  # after every epoch, of teachers and of students
         break_it(folder)
         if as_command:
             sys.exit(run([f"--{name.replace('_', '-')}" + f"={value}" * (value is not True) for name, value in settings.items()] + ["--quiet"]))
@@ -240,9 +222,6 @@ class Victim:
         return False
 
 
-# What must hold.
-
-
 HALF_A_RECORD = "killed with half a record written"
 
 
@@ -304,11 +283,9 @@ class Tally:
 
 class Harness:
     "A folder with the teacher, the experiment that nobody breaks, and how long it takes."
-
     def __init__(self, folder: Path, seed: int = 0):
         import torch
         from safetensors.torch import save_file
-
         from sortkd.train.networks import create_model
         self.folder, self.random, self.tally, self.number = Path(folder), random.Random(seed), Tally(), 0
         torch.manual_seed(0)
@@ -322,9 +299,7 @@ class Harness:
         self.file_events = counter.stat().st_size
 
     def unbroken_run(self, **changes) -> list[dict]:
-        """The records of the experiment when nobody breaks it, with checksums of its weights in `kept`; how long it took is
-        in `self.seconds`.
-        """
+        "Records of the experiment that nobody breaks, with checksums of weights; it is timed, too."
         from sortkd.experiment.storage import read_records
         name = str(changes)
         if name not in self.unbroken:
@@ -357,9 +332,7 @@ class Harness:
             kills -= count
 
     def kill_at_file_events(self, places: int, at_once: int = 2):
-        """At `places`, evenly spread over all the changes that an experiment makes to files; and what goes on from there
-        is killed again before one of its first changes, `at_once` times in all.
-        """
+        "At `places` spread over all changes of files, and again soon, `at_once` times in all."
         kind = "killed before a change of a file"
         for number in sorted({round(1 + index * (self.file_events - 1) / max(1, places - 1)) for index in range(places)}):
             victim, count = self.victim(), 1
@@ -396,7 +369,6 @@ class Harness:
         self._broken(full, partial(full_disk_at, "logits.bin"), 1, words, self.victim(cache="full"))
 
     def take_permissions(self):
-        "Nothing in the results may be changed."
         kind, victim = "read-only folder", self.victim()
         process = victim.start()
         self.tally.expect(kind, victim.wait_for("quick.jsonl", process), "there was no first record")
@@ -414,7 +386,6 @@ class Harness:
         self.tally.finish(victim, self.reference, kind)
 
     def send_signals(self, times: int):
-        "Asked to end, at random moments."
         for number in range(times):
             name, status = (("SIGTERM", 143), ("SIGINT", 130))[number % 2]
             kind = f"{name} to sortkd-run"
@@ -471,13 +442,10 @@ def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
         partial(harness.kill_at_random, kills // 3),
         partial(harness.kill_at_random, kills // 6, **OTHER_CELLS),
         partial(harness.kill_at_file_events, min(kills // 3, harness.file_events)),
-        harness.kill_in_half_a_file,
-        partial(harness.fill_the_disk, max(3, kills // 25)),
-        harness.take_permissions,
-        partial(harness.send_signals, max(2, kills // 25)),
+        harness.kill_in_half_a_file, partial(harness.fill_the_disk, max(3, kills // 25)),
+        harness.take_permissions, partial(harness.send_signals, max(2, kills // 25)),
         partial(harness.run_two_at_once, max(2, kills // 50)),
-        partial(harness.kill_teachers, max(3, kills // 40)),
-    ]
+        partial(harness.kill_teachers, max(3, kills // 40))]
     for stage in stages:
         known = len(tally.damage)
         try:
@@ -487,9 +455,7 @@ def break_everything(folder: Path, kills: int, seed: int) -> tuple[Tally, dict]:
         print(f"{sum(tally.faults.values())} faults after {time.monotonic() - started:.0f} s", *tally.damage[known:], sep="\n", flush=True)
     return tally, {
         "faults": dict(tally.faults), "runs": dict(tally.runs), "harm": dict(tally.harm),
-        "file_events": harness.file_events,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+        "file_events": harness.file_events, "seconds": round(time.monotonic() - started, 1)}
 
 
 def main():

@@ -1,6 +1,4 @@
-"""Every method on logits that are masked, of half precision or of a vocabulary's size, and on
-targets of every integer type: the table of chapter 02, and tests of tests/test_methods.py.
-"""
+"Every method on masked, half and wide logits and on all integers: chapter 02, and test_methods."
 import torch
 
 from sortkd.methods import OBJECTIVES, create_method, list_methods
@@ -14,15 +12,13 @@ CASES = {  # who is masked, the dtype of logits, that of the target, the number 
     "float16": ("", torch.float16, torch.int64, 9),
     "bfloat16": ("", torch.bfloat16, torch.int64, 9),
     **{f"target {str(each)[6:]}": ("", torch.float32, each, 9) for each in INTEGERS},
-    "50,257 classes": ("", torch.float16, torch.int64, 50257),
-}
+    "50,257 classes": ("", torch.float16, torch.int64, 50257)}
 NO_LIMIT = ["normkd", "lskd", "lskd_dkd", "lskd_mlkd", "luminet"]  # -inf has no mean
 INFINITE = ["revision"]  # a squared distance of logits
 OUTCOMES = {  # the loss and its gradients
     "right": "those of float64, with a mask of -1e30 for the limit of ever lower ones",
     "∞": "infinite, like the limit", "NaN": "there is no limit",
-    "finite": "LDRLD leaves out other classes that one network excludes altogether",
-}
+    "finite": "LDRLD leaves out other classes that one network excludes altogether"}
 
 
 def example(case):

@@ -1,6 +1,4 @@
-"""Mistakes that users make, and damaged files: an answer within seconds, which is a result or one
-line that names what is wrong.
-"""
+"Mistakes and damaged files get a result within seconds, or one line that names what is wrong."
 import functools
 import json
 import subprocess
@@ -10,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EVERY_METHOD
+from conftest import EVERY_METHOD, raises, seeded_network
 from safetensors.torch import save_file
+from synthetic import changed
 from test_data import toy_data
 
-import sortkd.experiment.run
-import sortkd.experiment.setup
 from sortkd.experiment.parameters import Parameters
 from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
@@ -31,8 +28,6 @@ from sortkd.train.trainer import Recipe, train
 SMALL = {"pair": "resnet20:resnet8", "preset": "quick", "dataset": "digits", "epochs": 1,
          "train_size": 200, "test_size": 100, "device": "cpu"}
 
-# The parameters of an experiment
-
 WRONG = {
     "pair": [None, "", "r56", "resnet8:", "resnet8:resnet9", "timm:resnet8", "kd\nce"],
     "methods": [None, "", "kd,", "kd+fix", "kd+sort+sort", "kd(", "kd(a=1)", "kd(temperature=)", "kd,kd",
@@ -45,8 +40,7 @@ WRONG = {
         None, 3, "", "FOLDER/file", "FOLDER/file/inside", "FOLDER/link", "FOLDER/loop"]),
     "teacher": [None, 3], "plan": ["FOLDER/absent", "FOLDER/folder"],
     "plugin": ["FOLDER/absent", "FOLDER/file"],
-    **dict.fromkeys(("deterministic", "compile", "again"), [None, 1, "yes"]),
-}
+    **dict.fromkeys(("deterministic", "compile", "again"), [None, 1, "yes"])}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +54,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SORTKD_DATA", str(folder / "no data"))
         load = functools.lru_cache(load_data)
-        patch.setattr(sortkd.experiment.setup, "load_data", load)
+        patch.setattr("sortkd.experiment.setup.load_data", load)
         patch.chdir(folder)
         create_fabric("cpu")  # its import takes seconds, and is not the answer's
         yield folder
@@ -89,9 +83,6 @@ def test_wrong_values_of_parameters(place, name):
     assert everything_in(place) == there, "planning has written"
 
 
-# The commands
-
-
 def one_line(command, arguments, capsys):
     "What the command says of a mistake: one line, and exit status 1, or argparse's usage and 2."
     try:
@@ -104,31 +95,21 @@ def one_line(command, arguments, capsys):
     return error
 
 
-def stop(*_):
-    raise RuntimeError("this would run")
+stop = raises(RuntimeError("this would run"))
 
 
 @pytest.mark.parametrize("value", ["", "kd\nce", "-1"])
-def test_bad_values_for_commands(place, value, capsys, monkeypatch):
-    monkeypatch.setattr(sortkd.experiment.run, "run_experiment", stop)
+def test_bad_values_for_commands(place, value, weights, capsys, monkeypatch):
+    monkeypatch.setattr("sortkd.experiment.run.run_experiment", stop)
     given = SMALL | {"results_dir": place / "r", "teachers_dir": place / "t"}
     for name in ("pair", "methods", "preset", "epochs", "results_dir"):
         one_line(run, [f"--{key.replace('_', '-')}={each}"
                        for key, each in (given | {name: value}).items()], capsys)
     one_line(evaluate_command, ["--", value], capsys)
-    weights, known = create_model("resnet8", 10).state_dict(), {"architecture": "resnet8"}
-    path = save_teacher(place.with_name("eval") / "a.safetensors", weights, known)
+    file, known = place.with_name("eval") / "a.safetensors", {"architecture": "resnet8"}
+    path = save_teacher(file, weights, known)
     for name in ("architecture", "dataset", "device", "precision"):
         one_line(evaluate_command, [str(path), f"--{name}={value}"], capsys)
-
-
-# Checkpoints
-
-
-@pytest.fixture(scope="module")
-def weights():
-    torch.manual_seed(0)
-    return create_model("resnet8", 10).state_dict()
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
@@ -162,9 +143,6 @@ def test_texts_of_teachers(tmp_path, weights):
     save_file(weights, tmp_path / "odd.safetensors", {"sortkd": "{"})
     with pytest.raises(ValueError, match="odd.safetensors"):
         find_teacher("resnet8", load_digits(), tmp_path, 1, {})
-
-
-# Logits
 
 
 def some_logits(rows=6, classes=5):
@@ -216,8 +194,7 @@ def test_losses_of_odd_shapes_and_dtypes(name):
         ("target holds 5", student, teacher, target + 1),
         ("target holds -100", student, teacher, target.masked_fill(target == 0, -100)),
         ("class indices", student, teacher, target.float()),
-        (r"\(3,\)", student, teacher, target[:3]),
-    ]
+        (r"\(3,\)", student, teacher, target[:3])]
     if create_method(name).uses_teacher:
         refused += [
             ("floating-point", student, teacher.long(), target),
@@ -238,13 +215,9 @@ def test_losses_of_odd_shapes_and_dtypes(name):
     assert followed.grad.isfinite().all() and torch.equal(loss.detach(), expected)
 
 
-REPAIRED = ["sort", "swap", "revise", "mft", "smooth", "skip"]
-
-
-@pytest.mark.parametrize("name", REPAIRED)
+@pytest.mark.parametrize("name", ["sort", "swap", "revise", "mft", "smooth", "skip"])
 @pytest.mark.parametrize("label", range(3))
 def test_repairs_of_rows_that_are_not_finite(name, label):
-    "What chapters 00 and 01 promise of rows that hold NaN or an infinity."
     inf, nan = torch.inf, torch.nan
     rows = torch.tensor([[1, nan, 2], [nan, nan, nan], [inf, 1, 2], [-inf, 1, 2],
                          [-inf, -inf, -inf], [inf, inf, inf], [inf, -inf, 0]])
@@ -263,14 +236,11 @@ def test_repairs_of_rows_that_are_not_finite(name, label):
             assert after[label] >= after.max() and not after.isnan().any()
 
 
-# Records that are to be repeated
-
 @pytest.fixture(scope="module")
 def recorded(place):
     "A real record, of a student of an untrained teacher, and the options to repeat it."
-    torch.manual_seed(0)
     folder = place.with_name("recorded")
-    weights, known = create_model("resnet20", 10).state_dict(), {"architecture": "resnet20"}
+    weights, known = seeded_network("resnet20").state_dict(), {"architecture": "resnet20"}
     teacher = save_teacher(folder / "resnet20.safetensors", weights, known | {"dataset": "digits"})
     plan = prepare_experiment(**SMALL, methods="kd+sort", teacher=str(teacher),
                            teachers_dir=str(folder), results_dir=str(folder / "results"))
@@ -279,14 +249,9 @@ def recorded(place):
         "--quiet", f"--teachers-dir={folder}", f"--results-dir={folder / 'again'}", "--from-record"]
 
 
-def changed(record, path, value):
-    name, _, rest = path.partition(".")
-    return record | {name: changed(record[name], rest, value) if rest else value}
-
-
 def test_records_with_other_values(tmp_path, recorded, monkeypatch, capsys):
     "Each field that a repetition needs, as what it should not be: one line, or the repetition."
-    monkeypatch.setattr(sortkd.experiment.run, "run_experiment", stop)
+    monkeypatch.setattr("sortkd.experiment.run.run_experiment", stop)
     record, options = recorded
     path = tmp_path / "records.jsonl"
     for field in ("run_id", "pair", "method.name", "seed", "preset", "recipe.epochs", "data.name",

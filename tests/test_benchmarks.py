@@ -2,11 +2,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import ROOT
 
 from sortkd.train.images import load_digits
 from sortkd.methods import create_method
@@ -14,7 +14,7 @@ from sortkd.train.networks import create_model
 from sortkd.sorting import sort_logits
 from sortkd.train.trainer import Recipe
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu_first  # noqa: E402
 import speed  # noqa: E402
@@ -89,7 +89,6 @@ def test_tokens_with_sorting_stand_beside_the_same_without(capsys):
 
 
 def test_what_runs_first_on_a_gpu_is_rehearsed(monkeypatch, tmp_path):
-    "A part that fails is named, and the next one runs."
     file, parts = tmp_path / "found.json", ("sorting", "steps", "same_bits")
     monkeypatch.setitem(gpu_first.PARTS, "steps", Mock(side_effect=RuntimeError("no such kernel")))
     monkeypatch.setattr(sys, "argv", ["", "--cpu", "--parts", *parts, "--output", str(file)])

@@ -3,16 +3,15 @@ import ast
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 
 from sortkd.fronts.cards import model_card
 from sortkd.train.teachers import load_teacher, read_checkpoint, save_teacher
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("teachers/*.safetensors"), *ROOT.glob("results/students/*.safetensors")])
 
 
@@ -29,11 +28,10 @@ def test_kept_weights_have_their_card(path):
 
 HOSTILE = ('x"); import os; os.system("touch planted") #`\n```\n# head\n---\n'
            "| <img src=x> [a](http://x) **b** $f$ \x1b[2J \u202e")
-KNOWN = {
-    "architecture": "resnet8", "dataset": "cifar100", "top1": 60.0, "train_top1": 61.0,
-    "train_images": 50_000, "seed": 0, "epochs": 30, "method": "kd", "preset": "short",
-    "precision": "float32", "run_id": "r", "commit": "c", "data_checksum": "d",
-    "recipe": {"lr": 0.1}, "command": "sortkd-run", "note": "a note"}
+KNOWN = {"architecture": "resnet8", "dataset": "cifar100", "top1": 60.0, "train_top1": 61.0,
+         "train_images": 50_000, "seed": 0, "epochs": 30, "method": "kd", "preset": "short",
+         "precision": "float32", "run_id": "r", "commit": "c", "data_checksum": "d",
+         "recipe": {"lr": 0.1}, "command": "sortkd-run", "note": "a note"}
 NUMBERS = ("top1", "train_top1", "train_images", "epochs")
 
 
@@ -41,7 +39,6 @@ NUMBERS = ("top1", "train_top1", "train_images", "epochs")
 def test_texts_of_a_card_are_text(tmp_path, name):
     "Whatever the file says, the page has our blocks, our link and our statements, and no others."
     import mistune
-
     hostile = {HOSTILE: HOSTILE} if name == "recipe" else HOSTILE
     known = KNOWN | ({name: hostile} if name in KNOWN else {})
     file = 'a"b `c` [d](e).safetensors' if name == "the file" else "a.safetensors"
@@ -63,16 +60,12 @@ def test_texts_of_a_card_are_text(tmp_path, name):
     assert len(code.body) == 6 and values == {known["architecture"], known["dataset"], file}
 
 
-# The Hub
-
-
 @pytest.fixture
 def hub():
     return pytest.importorskip("sortkd.fronts.hub", reason="huggingface_hub is not installed")
 
 
 def test_to_the_hub_and_back(hub, tmp_path, monkeypatch):
-    "A folder stands in for the Hub."
     from huggingface_hub import HfApi, hub_mixin
 
     class Repository(str):

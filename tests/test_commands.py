@@ -2,10 +2,10 @@
 import ast
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, raises, seeded_network
 from papermill import inspect_notebook
 
 from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS
@@ -16,16 +16,13 @@ from sortkd.methods import OBJECTIVES, REPAIRS
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
+NOTEBOOK = ROOT / "nbs" / "run_experiment.ipynb"
 SMALL = ("--pair resnet20:resnet8 --dataset digits --preset quick --epochs 1 --train-size 200 "
          "--test-size 100 --device cpu --quiet").split()
 
 
 def folders_in(tmp_path, results="results"):
     return [f"--teachers-dir={tmp_path / 'teachers'}", f"--results-dir={tmp_path / results}"]
-
-
-# The parameters in the notebook, and in --help
 
 
 def test_the_notebook_has_the_parameters_of_the_dataclass():
@@ -50,9 +47,6 @@ def test_the_help_names_every_pair_objective_and_repair():
     assert set(re.findall(r"\+([a-z]+)", repairs)) == set(REPAIRS) - {"none"}
 
 
-# What the commands do
-
-
 TWO = [*SMALL, "--methods", "kd,kd+sort", "--seeds", "3"]
 
 
@@ -70,10 +64,13 @@ def test_run_and_eval(ran, capsys):
     assert "This is a quick run" in shown and "0 of 2 records appended" in shown
     records = read_records(ran / "results" / "quick.jsonl")
     assert [(each["seed"], each["method"]["name"]) for each in records] == [(3, "kd"), (3, "kd+sort")]
-    plan = Path(__file__).parents[1] / "results" / "plans" / "sorting.yaml"
-    assert "minus" in shown and run([*TWO, *folders_in(ran), "--plan", str(plan)]) == 0
+    plan = ROOT / "results" / "plans" / "sorting.yaml"
+    assert "minus" in shown
+    planned = [each for each in TWO if each != "--quiet"] + ["--plan", str(plan)]
+    assert run([*planned, *folders_in(ran, "planned")]) == 0
     shown = capsys.readouterr().out
-    assert "belong to a plan" in shown and "minus" not in shown, "it waits for its look"
+    assert "epoch 1/1" in shown and "belong to a plan" in shown
+    assert not {"minus", "loss", "top-1"} & {*shown.split()}, "they wait for their look"
     teacher, = (ran / "teachers").rglob("*.safetensors")
     quality = evaluate_checkpoint(teacher, device="cpu")
     assert quality["images"] == 360 and quality["top1"] <= quality["top5"] <= 100
@@ -85,8 +82,7 @@ def test_run_and_eval(ran, capsys):
 
 def test_eval_agrees_with_arithmetic(tmp_path):
     "On a checkpoint laid out as the published ones are, with the state dict under `model`."
-    torch.manual_seed(0)
-    network = create_model("resnet8", 10).eval()
+    network = seeded_network().eval()
     with torch.no_grad():
         network.classifier_layer.weight.mul_(0.01)
     path = tmp_path / "ckpt_epoch_240.pth"
@@ -120,21 +116,17 @@ def test_from_record(ran, tmp_path, capsys):
     assert run([*again, str(changed)]) == 3 and "weights differ" in capsys.readouterr().out
     assert len(read_records(path)) == len(read_records(ran / "repeated/quick.jsonl")) == 2
     for arguments, words in (
-        ([str(path)], "2 records"), ([f"{path}:nobody"], "0 records"),
-        ([f"{path}x"], "quick.jsonlx"), ([str(changed), "--epochs", "5"], "record says epochs"),
-    ):
+            ([str(path)], "2 records"), ([f"{path}:nobody"], "0 records"),
+            ([f"{path}x"], "quick.jsonlx"),
+            ([str(changed), "--epochs", "5"], "record says epochs")):
         assert run([*again, *arguments]) == 1
         assert words in capsys.readouterr().err
-
-
-# Mistakes
 
 
 @pytest.mark.parametrize("command, arguments, words", [
     (run, ["--epoch", "3"], "Did you mean '--epochs'"), (run, ["--epochs", "three"], "three"),
     (run, ["--method=kd"], "Did you mean '--methods'"), (run, ["kd"], "unrecognized"),
-    (evaluate_command, ["a.pth", "--arch=resnet8"], "--arch"),
-])
+    (evaluate_command, ["a.pth", "--arch=resnet8"], "--arch")])
 def test_options_are_not_abbreviated(command, arguments, words, capsys):
     with pytest.raises(SystemExit, match="2"):
         command(arguments)
@@ -158,8 +150,6 @@ def test_the_calibration_error_has_fifteen_bins():
 
 
 def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path):
-    def interrupt(*arguments, **settings):
-        raise KeyboardInterrupt
-    monkeypatch.setattr("sortkd.experiment.run.run_experiment", interrupt)
+    monkeypatch.setattr("sortkd.experiment.run.run_experiment", raises(KeyboardInterrupt))
     assert run([*SMALL, *folders_in(tmp_path)]) == 130
     assert "give the same command again" in capsys.readouterr().err

@@ -1,5 +1,4 @@
 "The training loss of every method, for logits of any shape."
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,13 +9,8 @@ from sortkd.losses import dist_loss, dkd_loss, kd_loss
 from sortkd.methods import OBJECTIVES
 
 CLASSES = 5
-
-
-def name_of(parameter):
-    return parameter if isinstance(parameter, str) else parameter.values[0]
-
-
-METHODS = [each for each in EVERY_METHOD if not create_method(name_of(each)).strong_views]
+METHODS = [each for each in EVERY_METHOD if not create_method(
+    each if isinstance(each, str) else each.values[0]).strong_views]
 
 
 @pytest.fixture
@@ -48,8 +42,7 @@ def test_loss_is_the_method_by_hand(logits):
         ("dist+sort", 3): cross_entropy + dist_loss(student, repaired),
         ("dkd+sort", 5): cross_entropy + 5 / 20 * dkd_loss(student, repaired, target),
         ("dkd+sort", 20): cross_entropy + dkd_loss(student, repaired, target),
-        ("ce", None): cross_entropy,
-    }
+        ("ce", None): cross_entropy}
     for (method, epoch), value in expected.items():
         torch.testing.assert_close(DistillationLoss(method)(*logits, epoch), value)
     assert len({round(value.item(), 5) for value in expected.values()}) == len(expected)
@@ -85,12 +78,9 @@ def test_gradients_reach_the_student_and_a_learned_temperature_only(logits):
     assert not list(DistillationLoss("kd+sort").parameters())
 
 
-@pytest.mark.parametrize(
-    ("method", "changes"),
-    [("dkd+sort", {}), ("lskd_dkd", {}), ("ctkd", {}), ("kd", {"warmup_epochs": 3})],
-)
-def test_a_method_that_changes_with_the_epoch_must_know_it(logits, method, changes):
-    loss = DistillationLoss(method, **changes)
+@pytest.mark.parametrize("method", ["dkd+sort", "lskd_dkd", "ctkd", "kd(warmup_epochs=3)"])
+def test_a_method_that_changes_with_the_epoch_must_know_it(logits, method):
+    loss = DistillationLoss(method)
     with pytest.raises(ValueError, match="changes from epoch to epoch"):
         loss(*logits)
     # The gradient of a learned temperature changes, not the value.
@@ -99,18 +89,14 @@ def test_a_method_that_changes_with_the_epoch_must_know_it(logits, method, chang
         loss(*logits, epoch=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda student, teacher, target: ({}, teacher, target), TypeError, "of type dict"),
-        (lambda student, teacher, target: (student.long(), teacher, target), TypeError, "int64"),
-        (lambda student, teacher, target: (student, None, target), TypeError, "teacher_logits"),
-        (lambda student, teacher, target: (student, teacher[:, :4], target), ValueError, "classes"),
-        (lambda student, teacher, target: (student, teacher, target[:7]), ValueError, "has shape"),
-        (lambda student, teacher, target: (student, teacher, student), TypeError, "class indices"),
-        (lambda student, teacher, target: (student, teacher, target - 99), ValueError, "holds"),
-    ],
-)
+@pytest.mark.parametrize(("change", "error", "message"), [
+    (lambda student, teacher, target: ({}, teacher, target), TypeError, "of type dict"),
+    (lambda student, teacher, target: (student.long(), teacher, target), TypeError, "int64"),
+    (lambda student, teacher, target: (student, None, target), TypeError, "teacher_logits"),
+    (lambda student, teacher, target: (student, teacher[:, :4], target), ValueError, "classes"),
+    (lambda student, teacher, target: (student, teacher, target[:7]), ValueError, "has shape"),
+    (lambda student, teacher, target: (student, teacher, student), TypeError, "class indices"),
+    (lambda student, teacher, target: (student, teacher, target - 99), ValueError, "holds")])
 def test_bad_input_is_named(logits, change, error, message):
     for method in ("kd", "kd+sort"):
         with pytest.raises(error, match=message):
@@ -126,9 +112,6 @@ def test_bad_settings_are_refused(logits):
     for count in (0, -3, float("nan")):
         with pytest.raises(ValueError, match="num_items must be greater than 0"):
             DistillationLoss()(*logits, num_items=count)
-
-
-# ---- Rows that do not count ----
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -176,9 +159,6 @@ def test_no_target_of_a_narrow_type_is_taken_for_padding():
         assert torch.equal(loss(student, teacher, target.to(dtype)), loss(student, teacher, target))
 
 
-# ---- Parts of a batch ----
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_of_unequal_parts_add_up_to_that_of_the_whole(method):
     "In value and gradient, also of a learned temperature; a method that relates rows has no parts."
@@ -188,10 +168,10 @@ def test_losses_of_unequal_parts_add_up_to_that_of_the_whole(method):
     target[0, :2] = target[2:, 1:] = -100  # 14 rows count in one half and 2 in the other
     mean, halves = DistillationLoss(method).double(), [slice(0, 2), slice(2, 4)]
     if OBJECTIVES[mean.method.objective].relates_rows:
-        with pytest.raises(ValueError, match="relates the rows"):
-            mean(student, teacher, target, 3, num_items=16)
-        with pytest.raises(ValueError, match="relates the rows"):
-            DistillationLoss(method, reduction="sum")
+        for refused in (lambda: mean(student, teacher, target, 3, num_items=16),
+                        lambda: DistillationLoss(method, reduction="sum")):
+            with pytest.raises(ValueError, match="relates the rows"):
+                refused()
         return
 
     def sum_of_parts(loss, **named):

@@ -30,24 +30,20 @@ IMAGES, TEST_IMAGES, EPOCHS = 130, 61, 2  # one of three processes has no part i
 def create_network(seed: int) -> nn.Module:
     "Small, with BatchNorm: what processes have to say to each other is what takes time."
     torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-    )
+    return nn.Sequential(nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+                         nn.Conv2d(16, 32, 3, 2, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
 def short_run(name: str, fabric, checkpoint: Path, callbacks=()):
     "The outcome of a method; the gradients of `dist` are large."
     batches = Batches(load_digits().subset(train_size=IMAGES, test_size=TEST_IMAGES))
     method = create_method(name, **({"kd_weight": 0.02} if "dist" in name else {}))
-    return train(
-        create_network(1), batches, method, Recipe(lr=0.005).shortened(EPOCHS), fabric, seed=2,
-        teacher=create_network(0), checkpoint=checkpoint, callbacks=callbacks)
+    return train(create_network(1), batches, method, Recipe(lr=0.005).shortened(EPOCHS), fabric,
+                 seed=2, teacher=create_network(0), checkpoint=checkpoint, callbacks=callbacks)
 
 
 def run_all(folder: Path) -> None:
-    "A short run of each method."
     torch.set_num_threads(1)
     fabric, curves = create_fabric("cpu", "float32"), {}
     for name in METHODS:
@@ -149,11 +145,10 @@ def command(folder: Path, options: list[str]) -> None:
 
 
 def by_torchrun(folder: Path, options: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--no-python", "sortkd-run", *options],
-        capture_output=True, text=True, timeout=300, cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", "--no-python", "sortkd-run", *options],
+                          capture_output=True, text=True, timeout=300, cwd=folder,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "said-0").write_text(done.stdout)
 
@@ -174,7 +169,6 @@ def test_an_experiment_of_two_processes_is_recorded_once(tmp_path, launcher, mon
         ("kd", 2), ("kd+sort", 2)]
     teacher, = (tmp_path / "teachers" / "local").glob("*.safetensors")
     assert len(list((tmp_path / "results" / "runs").glob("*/*/last.safetensors"))) == 2
-
     monkeypatch.chdir(tmp_path)
     assert run([*options, "--teacher", str(teacher), "--results-dir", "alone", "--quiet"]) == 0
     for ours, record in zip(read_records(tmp_path / "alone" / "quick.jsonl"), records):

@@ -2,41 +2,41 @@
 import dataclasses
 import fcntl
 import json
-import resource
 import subprocess
 import sys
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import QUICK_METHODS, needs_cifar100, save_sample_folder
+from conftest import (
+    QUICK_METHODS, ROOT, full_disk, needs_cifar100, save_sample_folder, seeded_network)
 
 from sortkd.evidence.plots import conclude, summarize
 from sortkd.evidence.results import load_results
 from sortkd.experiment.one_run import prepare_run
-from sortkd.experiment.pairs import PAIRS, method_for, published_recipe, recipe_for
-from sortkd.experiment.record import compare_runs
+from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS, method_for, published_recipe, recipe_for
+from sortkd.experiment.record import check_record, compare_runs
 from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.storage import append_record, read_lines, read_records
-from sortkd.methods import create_method
+from sortkd.methods import OBJECTIVES, create_method, list_methods
 from sortkd.train.augmentation import Batches
 from sortkd.train.devices import create_fabric
 from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
-from sortkd.train.teachers import read_checkpoint, weights_checksum
+from sortkd.train.teachers import read_checkpoint, save_teacher, weights_checksum
 from sortkd.train.trainer import Outcome, Recipe, train, train_together
 from sortkd.utils.files import save_atomically
 
-NOTEBOOK = Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb"
-SMALL = {
-    "pair": "resnet20:resnet8", "methods": "kd,kd+sort", "preset": "quick", "dataset": "digits",
-    "epochs": 2, "train_size": 100, "test_size": 60,
-}
+NOTEBOOK = ROOT / "nbs" / "run_experiment.ipynb"
+SMALL = {"pair": "resnet20:resnet8", "methods": "kd,kd+sort", "preset": "quick",
+         "dataset": "digits", "epochs": 2, "train_size": 100, "test_size": 60}
+PUBLISHED = {"pair": "r56_r20", "preset": "paper", "dataset": "cifar100", "epochs": 0,
+             "train_size": 0, "test_size": 0}
 run = partial(run_experiment, progress=False)
 
 
@@ -53,10 +53,6 @@ def names(records):
     return [record["method"]["name"] for record in records]
 
 
-def weights(records):
-    return [record["result"]["student_sha256"] for record in records]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "Shared, so that the teacher is trained once."
@@ -67,7 +63,7 @@ def test_the_notebook_through_papermill(folder):
     import papermill
     results = folder / "papermill"
     folders = {"results_dir": str(results), "teachers_dir": str(folder / "teachers")}
-    changes = {"methods": "kd,kd+sort,dkd+swap", "seeds": "0,1", "progress": False}
+    changes = {"methods": "kd,kd+sort,dkd+swap", "seeds": "0,1", "epochs": 1, "progress": False}
     parameters, out = SMALL | folders | changes, folder / "out.ipynb"
     notebook = papermill.execute_notebook(NOTEBOOK, out, parameters, progress_bar=False)
     shown = [cell.outputs for cell in notebook.cells if cell.cell_type == "code" and cell.outputs]
@@ -96,15 +92,13 @@ def test_a_result_is_of_the_last_epoch_and_of_the_best(folder, tmp_path, monkeyp
     monkeypatch.setattr("sortkd.experiment.one_run.train_together", train_and_change)
     record, = run_new(folder, methods="kd", results_dir=tmp_path).records
     result, outcome = record["result"], outcomes[0]
-    expected = {
-        "last_top1": 50.0, "best_top1": 60.0, "best_epoch": 1, "training_rows": 200,
-        "last_test_loss": outcome.curve[1]["test_loss"], "teacher_wrong_rows": 50,
-        "changed_rows": 5, "student_sha256": weights_checksum(outcome.last_weights),
-    }
+    expected = {"last_top1": 50.0, "best_top1": 60.0, "best_epoch": 1, "training_rows": 200,
+                "last_test_loss": outcome.curve[1]["test_loss"], "teacher_wrong_rows": 50,
+                "changed_rows": 5, "student_sha256": weights_checksum(outcome.last_weights)}
     assert {name: result[name] for name in expected} == expected
-    for name, weights in (("last", outcome.last_weights), ("best", outcome.best_weights)):
+    for name, kept in (("last", outcome.last_weights), ("best", outcome.best_weights)):
         path, = tmp_path.rglob(f"{name}.safetensors")
-        assert weights_checksum(read_checkpoint(path)[0]) == weights_checksum(weights)
+        assert weights_checksum(read_checkpoint(path)[0]) == weights_checksum(kept)
 
 
 def test_a_writer_waits_for_another(tmp_path):
@@ -121,11 +115,9 @@ def test_a_writer_waits_for_another(tmp_path):
 
 def test_the_result_in_words():
     def record(name, seed, top1):
-        return {
-            "pair": "a", "teacher": "t", "student": "s", "seed": seed,
-            "data": {"test_images": 400, "classes": 10}, "result": {"last_top1": top1},
-            "method": {"name": name, "objective": "kd", "repair": "none"},
-        }
+        return {"pair": "a", "teacher": "t", "student": "s", "seed": seed,
+                "data": {"test_images": 400, "classes": 10}, "result": {"last_top1": top1},
+                "method": {"name": name, "objective": "kd", "repair": "none"}}
 
     top1s = {"ce": 50.0, "kd": 52.0, "kd+sort": 53.0}
     records = [record(name, seed, top1s[name] + seed) for name in top1s for seed in (0, 1)]
@@ -149,8 +141,8 @@ def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeyp
     "At the published length, where MLKD has 480 epochs and KD has 240."
     def untrained(students, *arguments, **options):
         row = {"test_top1": 10.0, "test_loss": 1.0, "teacher_wrong_rows": images // 2, "changed_rows": 0}
-        curves = [[{"epoch": number, **row} for number in range(1, each.recipe.epochs + 1)] for each in students]
-        return [Outcome(curve, each.model.state_dict(), each.model.state_dict()) for curve, each in zip(curves, students)]
+        return [Outcome([{"epoch": number, **row} for number in range(1, each.recipe.epochs + 1)],
+                        each.model.state_dict(), each.model.state_dict()) for each in students]
 
     run_new(folder, methods="kd", epochs=1)  # trains the teacher, if no other test has
     plan = small(folder, methods="kd,mlkd", train_size=0, test_size=0, results_dir=tmp_path)
@@ -161,13 +153,11 @@ def test_rows_are_counted_of_methods_that_train_longer(folder, tmp_path, monkeyp
     assert {summarize([record])["teacher wrong"].item() for record in records} == {"50.0%"}
 
 
-PUBLISHED = {"pair": "r56_r20", "preset": "paper", "dataset": "cifar100", "epochs": 0, "train_size": 0, "test_size": 0}
 @pytest.mark.parametrize("changes,full", [
     ({}, True), ({"epochs": 240}, True), ({"train_size": 400, "test_size": 100}, True), ({"methods": "ce,mlkd"}, True),
     ({"epochs": 239}, False), ({"epochs": 480, "methods": "mlkd"}, False), ({"train_size": 399}, False),
     ({"test_size": 99}, False), ({"recipe": "lr=0.1"}, False), ({"recipe": "weight_decay=0"}, False),
-    ({"preset": "short", "epochs": 240, "train_size": 400}, False), ({"preset": "quick"}, False),
-])
+    ({"preset": "short", "epochs": 240, "train_size": 400}, False), ({"preset": "quick"}, False)])
 def test_a_changed_recipe_is_not_called_the_published_one(folder, monkeypatch, changes, full):
     "On images that say that they are all of CIFAR-100; nor is a pair or a number of one's own."
     data = dataclasses.replace(load_digits().subset(400, 100), name="cifar100")
@@ -184,7 +174,8 @@ def test_kept_and_computed_teacher_logits(folder, tmp_path):
              for cache in ("auto", "full", "off")}
     kinds = {cache: [record["teacher_logits"] for record in records] for cache, records in found.items()}
     assert kinds == {"auto": [None, "cached"], "full": [None, "cached"], "off": [None, "computed"]}
-    auto, full, off = map(weights, found.values())
+    auto, full, off = ([record["result"]["student_sha256"] for record in records]
+                       for records in found.values())
     assert auto == full and auto[0] == off[0] and auto[1] != off[1]
     auto, off = found["auto"][1], found["off"][1]
     assert auto["curve"]["train_loss"] == pytest.approx(off["curve"]["train_loss"], rel=0.01)
@@ -208,8 +199,6 @@ def test_without_a_gpu_the_preset_is_quick(folder, tmp_path):
 @pytest.mark.parametrize("which", ["some", pytest.param("all", marks=pytest.mark.slow)])
 def test_every_method(folder, tmp_path, which):
     "All objectives by themselves and all repairs with kd, or all combinations that make sense: the record is whole."
-    from sortkd.experiment.record import check_record
-    from sortkd.methods import OBJECTIVES, list_methods
     names = QUICK_METHODS if which == "some" else list_methods()
     experiment = small(folder, methods=",".join(names), epochs=3, train_size=128, cache="full", results_dir=tmp_path)
     records = run(experiment).records
@@ -270,13 +259,10 @@ def test_without_a_teacher(folder, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     "Images laid out like ImageNet, and a teacher for each pair that has not learned anything."
-    from sortkd.experiment.pairs import IMAGENET_PAIRS
-    from sortkd.train.teachers import save_teacher
     root = tmp_path_factory.mktemp("photographs")
     save_sample_folder(root / "imagenet", train=5, test=2)
     for name, pair in IMAGENET_PAIRS.items():
-        torch.manual_seed(0)
-        save_teacher(root / f"{name}.safetensors", create_model(pair.teacher, 4).state_dict(), {})
+        save_teacher(root / f"{name}.safetensors", seeded_network(pair.teacher, 4).state_dict(), {})
     return root
 
 
@@ -310,12 +296,7 @@ def test_the_imagenet_recipe_is_the_papers(photographs, monkeypatch):
 
 def stop_in(times):
     "A callback that interrupts when it is called for the `times`-th time, as Ctrl-C would."
-    told = iter(range(1, 100))
-
-    def callback(row):
-        if next(told) == times:
-            raise KeyboardInterrupt
-    return callback
+    return Mock(side_effect=[*[None] * (times - 1), KeyboardInterrupt])
 
 
 def test_an_interrupted_command_takes_what_it_has_recorded(folder, tmp_path):
@@ -360,20 +341,16 @@ def test_the_first_start_survives_every_way_of_continuing(folder, tmp_path):
 def test_a_full_disk_leaves_the_records_as_they_were(tmp_path):
     file = tmp_path / "records.jsonl"
     append_record(file, {"number": 1})
-    before, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    before = file.read_bytes()
+    with full_disk(1000):
         with pytest.raises(OSError, match="as it was.*give the same command again"):
             append_record(file, {"filling": "x" * 5000})
         with pytest.raises(OSError, match="kept.txt could not be written.*Free space"):
             save_atomically(tmp_path / "kept.txt", lambda path: path.write_text("x" * 5000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
 
 
 def test_on_a_gpu_runs_of_several_seeds_are_taught_together(folder, tmp_path, monkeypatch):
-    "Their numbers are those of each alone."
     shared = {"methods": "kd,kd+sort", "seeds": "0,1,2", "epochs": 1}
     alone = small(folder, **shared, results_dir=tmp_path / "alone")
     together = small(folder, **shared, results_dir=tmp_path / "together")
@@ -451,11 +428,11 @@ def test_a_compiled_run_says_so(folder, tmp_path, monkeypatch):
 @pytest.mark.cuda
 def test_deterministic_on_a_gpu(folder, tmp_path):
     experiment = small(folder, methods="kd,dkd+sort", device="cuda", deterministic=True, results_dir=tmp_path)
-    one, two = (run(experiment).records for _ in range(2))
+    one, two = run(experiment).records, run(experiment).records
     assert not any(map(compare_runs, one, two)) and one[0]["deterministic"] is True
 
 
-NUMBERS = [  # pair, method, what it is trained with: LSKD's logs, SLD's code, MLKD's logs
+@pytest.mark.parametrize("pair,name,numbers", [  # of LSKD's logs, SLD's code, MLKD's logs
     ("r56_r20", "lskd_dkd", dict(temperature=3, kd_weight=18, beta=2)),
     ("wrn40_2_wrn16_2", "lskd_dkd", dict(temperature=2, kd_weight=12, beta=2)),
     ("vgg13_mv2", "lskd_dkd", dict(temperature=3, kd_weight=9, beta=2)),
@@ -470,11 +447,7 @@ NUMBERS = [  # pair, method, what it is trained with: LSKD's logs, SLD's code, M
     ("r32x4_shuv1", "sld", dict(lr=0.009)), ("wrn40_2_shuv1", "sld+sort", dict(lr=0.01)),
     ("r50_mv2", "sld", dict(lr=0.008)),
     ("wrn40_2_wrn16_2", "dkd", dict(beta=6, kd_weight=1, temperature=4, lr=0.05)),
-    ("r56_r20", "ctkd_dkd", dict(beta=2)), ("r32x4_r8x4", "ctkd_dkd", dict(beta=2)),
-]
-
-
-@pytest.mark.parametrize("pair,name,numbers", NUMBERS)
+    ("r56_r20", "ctkd_dkd", dict(beta=2)), ("r32x4_r8x4", "ctkd_dkd", dict(beta=2))])
 def test_numbers_of_a_pair(pair, name, numbers):
     method = method_for(name, PAIRS[pair])
     recipe = recipe_for(method, PAIRS[pair], published_recipe(PAIRS[pair]), True)
@@ -527,10 +500,11 @@ def test_every_pair_takes_a_step(pair):
 @needs_cifar100
 def test_real_cifar100(tmp_path):
     "The documented CIFAR-100 command, much smaller."
-    experiment = small(tmp_path, pair="r56_r20", dataset="cifar100", epochs=1, train_size=150)
+    experiment = small(
+        tmp_path, pair="r56_r20", dataset="cifar100", epochs=1, train_size=64, test_size=50)
     records = run(experiment).records
     data = records[0]["data"]
-    assert (data["full_checksum"], data["train_images"]) == (experiment.full_data.checksum, 150)
+    assert (data["full_checksum"], data["train_images"]) == (experiment.full_data.checksum, 64)
     assert records[1]["result"]["changed_rows"] == records[1]["result"]["teacher_wrong_rows"] > 0
 
 

@@ -1,5 +1,4 @@
 "The page to look instead of read, in a real browser: it is clicked and dragged, and its numbers are Python's."
-
 import base64
 import io
 import hashlib
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import needs_cifar100
+from conftest import ROOT, needs_cifar100
 from PIL import Image
 from synthetic import synthetic_record
 
@@ -25,7 +24,6 @@ from sortkd.sorting import sort_logits, swap_logits
 from sortkd.evidence.statistics import compare, t_half_width
 from sortkd.train.teachers import load_teacher
 
-ROOT = Path(__file__).parents[1]
 EXPLORER, RESULTS = ROOT / "site" / "explorer", ROOT / "results"
 PAGE = json.loads((EXPLORER / "examples.json").read_text())
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -55,7 +53,6 @@ def browser():
     if not (CHROMIUM and CHROMEDRIVER):
         pytest.skip("chromium and chromedriver are not installed")
     from selenium import webdriver
-
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1200,1000", "--force-prefers-reduced-motion"):
@@ -68,7 +65,6 @@ def browser():
 
 def show(browser, page: Path, chosen: str = "") -> None:
     from selenium.webdriver.support.wait import WebDriverWait
-
     address = (page / "index.html").as_uri() + chosen
     browser.get(address)  # which on a busy machine can come back before the scripts have run
     whole = "return document.readyState === 'complete' && location.href === arguments[0]"
@@ -86,12 +82,12 @@ def number(text: str) -> float:
 
 def choose(browser, name: str, value: str) -> None:
     from selenium.webdriver.support.select import Select
-
     Select(browser.find_element("name", name)).select_by_value(value)
 
 
 def checked(browser, name: str) -> list[str]:
-    return [box.get_attribute("value") for box in browser.find_elements("name", name) if box.is_selected()]
+    boxes = "[...document.getElementsByName(arguments[0])].filter(box => box.checked)"
+    return browser.execute_script(f"return {boxes}.map(box => box.value)", name)
 
 
 def check_distributions(browser, which: int) -> None:
@@ -141,11 +137,9 @@ def check_curves(browser, runs, methods: list[str]) -> None:
 
 def test_the_page_says_what_python_says(browser, tmp_path):
     from selenium.webdriver import Keys
-
     build = runpy.run_path(str(EXPLORER / "build.py"))["build"]
     build(tmp_path / "page")
     show(browser, tmp_path / "page")
-
     for which in (0, 20):  # second; deep down
         check_distributions(browser, which)
     slider = browser.find_element("id", "temperature")
@@ -168,7 +162,6 @@ def test_the_page_says_what_python_says(browser, tmp_path):
     assert sorted(number(row[2]) for row in rows(browser, "runs")[1:]) == pytest.approx(sorted(shown["last_top1"]), abs=0.0051)
     drawn = "return document.getElementById('curves').data.filter(each => each.mode === 'lines').length"
     assert browser.execute_script(drawn) == len(shown) + 3
-
     effect = compare(select(runs, preset="short", pair="r56_r20", method=["kd", "kd+sort"]), "kd+sort", "kd").iloc[0]
     told = (f"{effect['mean']:+.2f} points (n = {effect.seeds}, 95 % interval {effect.low:+.2f} to {effect.high:+.2f}), {effect.verdict}. not planned")
     for first, second in (("kd+sort", "kd"), ("kd", "kd+sort")):
@@ -176,7 +169,6 @@ def test_the_page_says_what_python_says(browser, tmp_path):
         assert browser.find_element("id", "verdicts").text == f"KD + sort minus KD: {told.replace('-', '−')}"
     choose(browser, "first", "kd+sort")
     assert browser.find_element("id", "verdicts").text == "Choose two different methods."
-
     address = browser.current_url
     settings = [checked(browser, name) for name in ("image", "method", "runs")]
     show(browser, tmp_path / "page", "?" + address.partition("?")[2])

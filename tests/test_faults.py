@@ -1,7 +1,4 @@
-"""A small part of faults.py: nothing that an experiment can be told to bear loses, doubles or damages a run.
-
-The slow tests break more of the same.
-"""
+"A small part of faults.py, and more in the slow tests: no fault loses, doubles or damages a run."
 import sys
 
 import pytest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import needs_cifar100
+from conftest import ROOT, needs_cifar100
 from synthetic import synthetic_record
 
 from sortkd.experiment import slices
@@ -20,24 +20,16 @@ from sortkd.experiment.record import compare_runs
 from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.slices import (
-    describe_state,
-    experiments_of,
-    forecast,
-    main,
-    read_state,
-    run_slice,
-)
+    describe_state, experiments_of, forecast, main, read_state, run_slice)
 from sortkd.experiment.storage import append_record, read_records
 from sortkd.experiment.teacher import existing_teacher
 from sortkd.train.networks import create_model
 from sortkd.train.teachers import save_teacher
 
 PAIR = "resnet20:resnet8"
-SETTINGS = {
-    "pairs": [PAIR], "methods": ["kd", "kd+sort"], "seeds": 2, "preset": "quick",
-    "options": {"dataset": "digits", "epochs": 3, "train_size": 200, "test_size": 100,
-                "device": "cpu", "precision": "float32", "cache": "off"},
-}
+SETTINGS = {"pairs": [PAIR], "methods": ["kd", "kd+sort"], "seeds": 2, "preset": "quick",
+            "options": {"dataset": "digits", "epochs": 3, "train_size": 200, "test_size": 100,
+                        "device": "cpu", "precision": "float32", "cache": "off"}}
 
 
 def places_in(folder):
@@ -48,17 +40,13 @@ def grid_in(folder, **changes):
     return make_grid({**SETTINGS, **places_in(folder), **changes})
 
 
-# The grid
-
-
 @pytest.mark.parametrize(("change", "said"), [
     ({"seed": 1}, "a key of the grid is 'seed'.*Did you mean 'seeds'"),
     ({"pairs": ["r56_r2"]}, "pair is 'r56_r2'.*r56_r20"), ({"methods": ["kd+sorted"]}, "sort"),
     ({"methods": ["kd", "kd"]}, "methods is"), ({"seeds": 0}, "seeds is 0"),
     ({"seeds": "all"}, "seeds is 'all'"), ({"preset": "full"}, "preset is 'full'"),
     ({"options": 5}, "options is 5"), ({"options": {"epoch": 1}}, "an option is 'epoch'.*epochs"),
-    ({"options": {"teachers_dir": "x"}}, "an option is 'teachers_dir'"),
-])
+    ({"options": {"teachers_dir": "x"}}, "an option is 'teachers_dir'")])
 def test_mistakes_in_a_grid_are_named(change, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         grid_in(tmp_path, **change)
@@ -66,10 +54,8 @@ def test_mistakes_in_a_grid_are_named(change, said, tmp_path):
 
 @pytest.mark.parametrize("text", [
     "a: [", "- 1", "pairs: paper", "!!python/object/apply:os.system [touch planted]",
-    "pairs: [r56_r20]\nmethods: [kd]\nseeds: 1\npreset: quick\noptions: {epochs: many}",
-])
+    "pairs: [r56_r20]\nmethods: [kd]\nseeds: 1\npreset: quick\noptions: {epochs: many}"])
 def test_files_that_are_no_grid(text, tmp_path, monkeypatch, capsys):
-    "One line that says so, and nothing written."
     monkeypatch.chdir(tmp_path)
     Path("grid.yaml").write_text(text)
     assert main(["grid.yaml"]) == 1 and main(["absent.yaml"]) == 1
@@ -79,9 +65,6 @@ def test_files_that_are_no_grid(text, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["grid.yaml", "--budget=25"])  # nanoseconds
     assert "such as 25m" in capsys.readouterr().err
-
-
-# What is missing, and what it costs
 
 
 def state_of(grid):
@@ -148,9 +131,6 @@ def test_cells_recorded_with_other_settings_do_not_count(taught, tmp_path):
         assert not state_of(grid)["finished"].any()
 
 
-# A slice
-
-
 def test_a_slice_ends_in_time(tmp_path, monkeypatch):
     grid = grid_in(tmp_path)
     experiments = experiments_of(grid)
@@ -160,9 +140,7 @@ def test_a_slice_ends_in_time(tmp_path, monkeypatch):
     assert 0.8 < time.monotonic() - start < 10 and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
-def test_cells_of_a_pair_are_trained_together_and_an_error_does_not_end_the_slice(
-    taught, monkeypatch, capsys
-):
+def test_cells_of_a_pair_train_together_and_an_error_ends_no_slice(taught, monkeypatch, capsys):
     asked, grid = [], taught[0]
 
     def fail(experiment, progress):
@@ -178,9 +156,6 @@ def test_cells_of_a_pair_are_trained_together_and_an_error_does_not_end_the_slic
         assert errors == [f"{PAIR}: FloatingPointError: the loss is nan"] * len(seeds)
         assert capsys.readouterr().err.splitlines() == errors
         assert asked == [(each, ["kd", "kd+sort"]) for each in seeds]
-
-
-# Cut into pieces
 
 
 def records_in(folder):
@@ -208,9 +183,7 @@ def assert_same(ours, uncut):
         assert teachers[0] == teachers[1]
 
 
-def test_cut_after_every_epoch_and_moved_the_numbers_are_those_of_an_uncut_run(
-    uncut, tmp_path, monkeypatch
-):
+def test_cut_after_every_epoch_and_moved_the_numbers_stay(uncut, tmp_path, monkeypatch):
     def one_epoch(experiment, progress):
         def cut(row):
             raise slices._TimeIsUp
@@ -240,7 +213,7 @@ def test_cut_after_every_epoch_and_moved_the_numbers_are_those_of_an_uncut_run(
 
 @needs_cifar100
 def test_a_plan_shows_no_result_before_its_look(monkeypatch, capsys):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     assert main(["results/plans/few_steps.yaml", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "0 of 180 cells are missing" in shown and "SD" not in shown
@@ -249,8 +222,8 @@ def test_a_plan_shows_no_result_before_its_look(monkeypatch, capsys):
 @pytest.mark.slow
 def test_killed_in_the_middle_nothing_is_lost(uncut, tmp_path):
     runs, grid = tmp_path / "results" / "runs", grid_in(tmp_path, seeds=1)
-    settings = {**SETTINGS, "seeds": 1, **places_in(tmp_path)}
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "grid.yaml").write_text(
+        yaml.safe_dump({**SETTINGS, "seeds": 1, **places_in(tmp_path)}))
     program = "import sys; from sortkd.experiment.slices import main; sys.exit(main())"
     command = [sys.executable, "-c", program, tmp_path / "grid.yaml"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,

@@ -40,8 +40,7 @@ def test_what_people_do_not_mean_does_not_count(folder):
 @pytest.mark.parametrize("make", [
     lambda train: (train / "cat" / "again.png").symlink_to(train / "cat" / "1.png"),
     lambda train: (train / "loop").symlink_to(train),
-    lambda train: (train / "cat" / "more").mkdir(),
-])
+    lambda train: (train / "cat" / "more").mkdir()])
 def test_links_and_nested_folders_are_refused(folder, make):
     make(folder / "train")
     with pytest.raises(ValueError, match="is a link|within a class folder"):
@@ -56,8 +55,7 @@ def test_hidden_colours_of_transparent_pixels_do_not_show():
 
 @pytest.mark.parametrize(("name", "value"), [
     ("bn1.running_var", -1.0), ("bn1.running_var", 1e300), ("bn1.num_batches_tracked", 0.5),
-    ("conv1.weight", torch.nan),
-])
+    ("conv1.weight", torch.nan)])
 def test_weights_that_no_training_gives(name, value):
     model = create_model("resnet8", 10)
     weights = {key: each.clone() for key, each in model.state_dict().items()}
@@ -91,7 +89,6 @@ def test_networks_with_helpers_give_logits_in_training(name):
 
 def test_a_card_of_malformed_text_is_one_clear_error(tmp_path):
     from safetensors.torch import save_file
-
     text = '{"architecture": "resnet8", "dataset": "cifar100", "epochs": "many", "top1": []}'
     save_file({"weight": torch.zeros(1)}, tmp_path / "bad.safetensors", {"sortkd": text})
     with pytest.raises(ValueError, match="bad.safetensors"):

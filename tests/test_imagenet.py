@@ -8,8 +8,7 @@ from torchvision.transforms import v2
 
 from sortkd.train.augmentation import batch_bounds, seeded_generator
 from sortkd.train.image_files import (
-    IMAGENET_RECIPE, ImageFolderBatches, load_image_folder, read_image, to_rgb,
-)
+    IMAGENET_RECIPE, ImageFolderBatches, load_image_folder, read_image, to_rgb)
 from sortkd.train.trainer import Recipe
 
 @pytest.fixture(scope="module")
@@ -28,17 +27,7 @@ def folder(tmp_path):
     return save_sample_folder(tmp_path / "imagenet", train=2, test=1)
 
 
-def opened(path):
-    with Image.open(path) as image:
-        image.load()
-        return image
-
-
-# Crops and batches
-
-
 def epoch_of(data, seed=0, epoch=1, workers=0, device="cpu"):
-    "The images and targets of each batch."
     batches = ImageFolderBatches(data, device, workers=workers)
     return [each[:2] for each in batches.train(7, seed, epoch)]
 
@@ -63,9 +52,10 @@ def test_training_batches(data):
         v2.RandomResizedCrop(32), v2.RandomHorizontalFlip(), v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
     for image, number in zip(torch.cat([images for images, _ in batches]), order.tolist()):
-        with torch.random.fork_rng(devices=[]):
+        path = data.root / data.train_files[number]
+        with torch.random.fork_rng(devices=[]), Image.open(path) as photograph:
             torch.manual_seed(seeded_generator("image view", 5, 2, number).initial_seed())
-            expected = transform(opened(data.root / data.train_files[number]))
+            expected = transform(photograph)
         torch.testing.assert_close(image, expected, atol=1e-6, rtol=0)
 
 
@@ -110,8 +100,7 @@ def test_every_mode_becomes_rgb_or_is_refused(mode):
 
 @pytest.mark.parametrize("name, mode, about", [
     ("grey16.png", "I;16", {}), ("grey16.tif", "I;16", {}), ("grey16.pgm", "I;16", {}),
-    ("photo.jpg", "L", {}), ("printed.jpg", "CMYK", {}), ("turned.jpg", "RGB", {}),
-])
+    ("photo.jpg", "L", {}), ("printed.jpg", "CMYK", {}), ("turned.jpg", "RGB", {})])
 def test_files_of_odd_modes(tmp_path, name, mode, about):
     image = grey_levels(mode, [0, 100, 255])
     if name == "turned.jpg":

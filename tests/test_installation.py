@@ -7,17 +7,14 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from sortkd.utils.checks import EXPERIMENT_PACKAGES, need_experiments
-
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def settings():
@@ -111,8 +108,7 @@ def test_what_is_imported_is_required(settings):
     assert all({each.lower() for each in providers[name]} & required for name in foreign)
 
 
-BASE = ["", ".sorting", ".losses", ".methods", ".distillation",
-        ".utils.checks", ".utils.files"]
+BASE = ["", ".sorting", ".losses", ".methods", ".distillation", ".utils.checks", ".utils.files"]
 # A package that is not installed: neither found nor imported.
 BLOCKED = f"""
 import importlib, sys

@@ -4,18 +4,19 @@ import json
 import math
 import random
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 from sortkd import DistillationLoss, sort_logits
 from sortkd.evidence.statistics import compare
 
 pytest.importorskip("tokenizers")
-PATH = Path(__file__).parents[1] / "examples" / "language_model.py"
-STUDY = runpy.run_path(str(PATH))
+STUDY = runpy.run_path(str(ROOT / "examples" / "language_model.py"))
 METHODS = STUDY["METHODS"]
+FILE = ROOT / "results" / "tokens" / "runs.jsonl"
+RUNS = [json.loads(line) for line in FILE.read_text().splitlines()]
 SMALL = STUDY["settings"] | {
     "vocabulary": 80, "context": 16, "head_width": 8, "teacher_width": 16, "teacher_layers": 1,
     "teacher_steps": 12, "teacher_batch": 4, "student_width": 8, "student_layers": 1,
@@ -23,7 +24,6 @@ SMALL = STUDY["settings"] | {
 
 
 def made_up_verses(count=200):
-    "Sentences of a few words, of which some are more frequent."
     words = "and the earth heaven light day night was good deep face".split()
     draw, weights = random.Random(0), range(1, len(words) + 1)
     return [" ".join(draw.choices(words, weights, k=8)) + "." for _ in range(count)]
@@ -87,7 +87,6 @@ def test_a_batch_by_hand(teacher, tokens, method):
         logits, told = student(inputs).double(), 3 * teacher(inputs).double()
     made, changed = STUDY["lessons"](told, target, METHODS, SMALL["first"])
     loss = STUDY["create_loss"](method, SMALL)(logits, made[method], target)
-
     losses, moved = [], 0
     for row, above, right in zip(*(each.flatten(0, 1).tolist() for each in (logits, told)),
                                  target.flatten().tolist()):
@@ -141,7 +140,6 @@ def test_the_same_numbers_twice_and_no_run_twice(teacher, tokens, tmp_path):
         STUDY["run"](teacher, tokens, SMALL, (0, 1), METHODS, parts, known)
         assert len(parts.read_text().splitlines()) == 8
     assert records(once) == records(parts)
-
     first = records(once)[0, "kd"]
     losses = {each["test"]["loss"] for each in records(once).values()}
     assert len(losses) == 8 and list(first["validation_loss"]) == ["3", "6"]
@@ -150,21 +148,18 @@ def test_the_same_numbers_twice_and_no_run_twice(teacher, tokens, tmp_path):
 
 
 def test_the_teacher_of_the_study_is_the_one_that_its_records_name():
-    root = Path(__file__).parents[1]
-    content = (root / "teachers" / "tokens" / "teacher.safetensors").read_bytes()
-    records = map(json.loads, (root / "results" / "tokens" / "runs.jsonl").read_text().splitlines())
-    assert {each["teacher_sha256"] for each in records} == {hashlib.sha256(content).hexdigest()}
+    content = (ROOT / "teachers" / "tokens" / "teacher.safetensors").read_bytes()
+    assert {each["teacher_sha256"] for each in RUNS} == {hashlib.sha256(content).hexdigest()}
     assert len(content) <= 16e6
 
 
 def test_the_answer_that_readers_see_is_what_the_records_say():
-    root, scores = PATH.parents[1], {}
-    for line in (root / "results" / "tokens" / "runs.jsonl").read_text().splitlines():
-        run = json.loads(line)
+    scores = {}
+    for run in RUNS:
         scores.setdefault(run["method"], {})[run["seed"]] = -run["test"]["loss"]
     assert {method: sorted(each) for method, each in scores.items()} == dict.fromkeys(METHODS, [*range(8)])
     scores = {method: [each[seed] for seed in range(8)] for method, each in scores.items()}
-    page = (root / "results" / "README.md").read_text().partition("### A small language model")[2]
+    page = (ROOT / "results" / "README.md").read_text().partition("### A small language model")[2]
     for first, second in (("kd+sort", "kd"), ("kd+sort10", "kd"), ("kd", "ce")):
         row, = compare(scores, first, second, smallest_effect=0.05).itertuples()
         shown = f"8 of 8 | {row.mean:+.4f} | {row.low:+.4f} to {row.high:+.4f} | {row.verdict}"

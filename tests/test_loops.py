@@ -1,5 +1,4 @@
 "Sorting in the loops of torchdistill, timm, Lightning and ModelOpt: what chapters do not show."
-
 import copy
 import io
 from types import SimpleNamespace
@@ -24,7 +23,6 @@ CLASSES, BATCH = 5, 16
 
 class Network(nn.Module):
     "Small, with batch normalization, whose mode shows in its logits."
-
     def __init__(self, seed):
         super().__init__()
         torch.manual_seed(seed)
@@ -48,9 +46,6 @@ def largest_difference(first, second):
     return torch.sub(*weights).abs().max().item()
 
 
-# ---- The teacher ----
-
-
 def test_frozen_teacher_follows_copies_and_is_not_saved(data):
     images, original, file = data.tensors[0], FrozenTeacher(Network(0)), io.BytesIO()
     clone = copy.deepcopy(original)
@@ -65,11 +60,8 @@ def test_frozen_teacher_follows_copies_and_is_not_saved(data):
     assert whole.to("meta")[1].network.classifier.weight.is_meta
 
 
-# ---- torchdistill ----
-
 CONFIG = """
 sortkd: !import_call {key: 'sortkd.loops.torchdistill.register_torchdistill'}
-
 num_epochs: 2
 train_data_loader:
   dataset_id: 'data'
@@ -102,11 +94,8 @@ def make_box(tmp_path, data):
             config = config.replace(old, new)
         path, cpu = tmp_path / "config.yaml", torch.device("cpu")
         path.write_text(config)
-        networks = Network(0), Network(1)
         return get_distillation_box(
-            *networks, {"data": data}, load_yaml_file(path), cpu, None, False, 1
-        )
-
+            Network(0), Network(1), {"data": data}, load_yaml_file(path), cpu, None, False, 1)
     return make
 
 
@@ -131,14 +120,12 @@ def test_torchdistill_settings_weights_and_places(make_box, data):
     expected = (F.cross_entropy(student, target) + 1 / 20 * distillation).item()
     box = make_box(("method: 'kd+sort'", "method: 'dkd+sort', beta: 2.0"))
     assert train_box(box)[0] == pytest.approx(expected, rel=1e-5)
-
     hooks = "forward_hook: {input: [], output: ['classifier']}"
     places = "student_module_path: 'classifier', teacher_module_path: 'classifier'"
     box = make_box(
         ("requires_grad: False", f"requires_grad: False, {hooks}"),
         ("student: {", f"student: {{{hooks}, "), ("weight: 1.0", "weight: 3.0"),
-        ("'kd+sort'", f"'kd+sort', ce_weight: 0.0, {places}"),
-    )
+        ("'kd+sort'", f"'kd+sort', ce_weight: 0.0, {places}"))
     expected = 3 * 0.9 * kd_loss(student / 3, sort_logits(teacher / 3, target), 4.0)
     assert train_box(box)[0] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -177,28 +164,22 @@ def test_torchdistill_accumulates_gradients_of_a_sum(make_box, data):
     assert largest_difference(box.student_model, Network(1)) > 1e-3
 
 
-# ---- timm ----
-
-
 @pytest.fixture
 def make_task():
     import timm
     from timm.task import LogitDistillationTask
 
-    class DistillationTask(DistillationTaskMixin, LogitDistillationTask):
-        pass
+    class DistillationTask(DistillationTaskMixin, LogitDistillationTask): ...
 
     def make(method="kd+sort", **named):
         torch.manual_seed(0)
         student, teacher = (
-            timm.create_model("test_vit", img_size=32, num_classes=5) for _ in range(2)
-        )
+            timm.create_model("test_vit", img_size=32, num_classes=5) for _ in range(2))
         teacher.pretrained_cfg = {"mean": (0.4,) * 3, "std": (0.2,) * 3}
         with torch.no_grad():
             teacher.head.weight.mul_(50)
         loss = DistillationLoss(method)
         return DistillationTask(student, teacher, distillation_loss=loss, verbose=False, **named)
-
     return make
 
 
@@ -242,12 +223,8 @@ def test_timm_accumulates_gradients(make_task):
         parts(images[part], target[part])["loss"].backward()
     gradients, others = (
         torch.cat([each.grad.flatten() for each in task.trainable_module.parameters()])
-        for task in (whole, parts)
-    )
+        for task in (whole, parts))
     assert (gradients - others).norm() < 1e-5 * gradients.norm()
-
-
-# ---- Lightning ----
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -266,9 +243,6 @@ def test_lightning_learns_a_temperature(data, tmp_path):
     ).fit(module, DataLoader(data, BATCH))
     (after,) = module.distillation_loss.parameters()
     assert after != before
-
-
-# ---- NVIDIA ModelOpt ----
 
 
 @pytest.mark.slow  # the import takes ten seconds; not in [dev]: pip install nvidia-modelopt

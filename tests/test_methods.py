@@ -9,31 +9,14 @@ import torch
 import torch.nn.functional as F
 from conftest import EVERY_METHOD
 from special_logits import CASES, INFINITE, NO_LIMIT, outcome
-from test_losses import (
-    GOLDENS,
-    SORTED,
-    STRONG_STUDENT,
-    STRONG_TEACHER,
-    STUDENT,
-    TARGET,
-    TEACHER,
-    cases,
-)
+from test_losses import (GOLDENS, SORTED, STRONG_STUDENT, STRONG_TEACHER, STUDENT, SUMS_OVER_ROWS,
+                         TARGET, TEACHER, cases)
 
 from sortkd.experiment.pairs import IMAGENET_PAIRS, PAIRS, method_for
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.losses import dkd_loss, kd_loss
-from sortkd.methods import (
-    OBJECTIVES,
-    REPAIRS,
-    LearnedTemperature,
-    create_method,
-    curriculum_factor,
-    list_methods,
-    numbers_of,
-    range_of,
-    try_out,
-)
+from sortkd.methods import (OBJECTIVES, REPAIRS, LearnedTemperature, create_method,
+                            curriculum_factor, list_methods, numbers_of, range_of, try_out)
 from sortkd.repairs import revise_logits, skip_logits, smooth_logits
 from sortkd.sorting import swap_logits
 
@@ -99,8 +82,7 @@ def test_sld_lets_the_student_teach_only_after_epoch_150():
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("mlkd", "strong"), ("sld+sort", "strong"), ("ctkd", "create_temperature"),
-])
+    ("mlkd", "strong"), ("sld+sort", "strong"), ("ctkd", "create_temperature")])
 def test_what_a_method_asks_for_is_not_forgotten(name, words):
     method = create_method(name)
     assert method.strong_views == (words == "strong") == (method.create_temperature() is None)
@@ -136,20 +118,16 @@ PAPERS = {  # weights of cross-entropy and term, warm-up, settings
     "dkd": (1, 1, 20, {"alpha": 1.0, "beta": 8.0, "temperature": 4.0}),
     "rld": (1, 1, 20, {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "target_temperature": 1.0}),
     "nkd": (1, 1, 0, {"gamma": 3.5, "temperature": 3.0}),
-    "ttm": (1, 45, 0, {"exponent": 0.1}),
-    "wttm": (1, 4, 0, {"exponent": 0.2}),
-    "normkd": (0.1, 0.9, 0, {"scale": 2.0}),
-    "wsld": (1, 2.25, 0, {"temperature": 4.0}),
-    "lskd": (0.1, 9, 0, {"temperature": 2.0}),
+    "ttm": (1, 45, 0, {"exponent": 0.1}), "wttm": (1, 4, 0, {"exponent": 0.2}),
+    "normkd": (0.1, 0.9, 0, {"scale": 2.0}), "wsld": (1, 2.25, 0, {"temperature": 4.0}),
+    "lskd": (0.1, 9, 0, {"temperature": 2.0}), "pld": (0, 1, 0, {"temperature": 4.0}),
     "lskd_dkd": (1, 9, 20, {"alpha": 1.0, "beta": 8.0, "temperature": 2.0}),
     "ctkd": (0.1, 0.9, 0, {"start": 1.0, "end": 20.0, "curriculum_epochs": 10}),
     "ctkd_dkd": (1, 1, 0, {"alpha": 1.0, "beta": 2.0, "start": 1.0, "end": 20.0,
                            "curriculum_epochs": 10}),
-    "mlkd": (0.1, 0.9, 0, {"temperature": 4.0}),
-    "lskd_mlkd": (0.1, 9, 0, {"temperature": 2.0}),
-    "sld": (0.1, 0.9, 0, {"student_teaches_after": 150}),
+    "mlkd": (0.1, 0.9, 0, {"temperature": 4.0}), "lskd_mlkd": (0.1, 9, 0, {"temperature": 2.0}),
+    "sld": (0.1, 0.9, 0, {"student_teaches_after": 150}), "ce": (1, 0, 0, {}),
     "dist": (1, 1, 0, {"inter_weight": 2.0, "intra_weight": 2.0, "temperature": 4.0}),
-    "pld": (0, 1, 0, {"temperature": 4.0}),
     "rc": (1, 1, 0, {"temperature": 4.0, "rc_weight": 0.1}),
     "revision": (0, 1, 0, {"logit_weight": 4.0, "prob_weight": 1.0, "eta": 0.8}),
     "ldrld": (1, 1, 0, {"alpha": 10.5, "beta": 7.0, "k": 7, "temperature": 4.0}),
@@ -157,9 +135,7 @@ PAPERS = {  # weights of cross-entropy and term, warm-up, settings
     "ikl": (1, 1, 20, {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "weight_temperature": 100.0}),
     "crld": (1, 1, 0, {"temperature": 4.0, "confidence": 0.9, "strong_confidence": 0.2,
                        "within_weight": 2.0, "across_weight": 0.5}),
-    "abkd": (1, 1, 0, {"alpha": 0.8, "beta": 0.3, "temperature": 1.0}),
-    "ce": (1, 0, 0, {}),
-}
+    "abkd": (1, 1, 0, {"alpha": 0.8, "beta": 0.3, "temperature": 1.0})}
 
 
 def test_the_numbers_of_the_papers():
@@ -178,9 +154,6 @@ def test_the_numbers_of_the_papers():
         assert [each.settings for each in methods] == [
             {"alpha": 1, "beta": beta, "temperature": 1, "target_temperature": 1},
             {"gamma": 1.5, "temperature": 1}, {"scale": 1}, {"temperature": 2}]
-
-
-SUMS_OVER_ROWS = [name for name, each in OBJECTIVES.items() if each.term and not each.relates_rows]
 
 
 @pytest.mark.parametrize("objective", SUMS_OVER_ROWS)
@@ -221,8 +194,7 @@ def test_list_of_methods():
     (" dkd( beta = 2.0, alpha=1.5 ) + revise(eta=0.9)", "dkd(alpha=1.5,beta=2)+revise(eta=0.9)",
      {"alpha": 1.5, "beta": 2.0, "temperature": 4.0}, {"eta": 0.9}),
     ("sld(student_teaches_after=3)+swap", "sld(student_teaches_after=3)",
-     {"student_teaches_after": 3}, {}),
-])
+     {"student_teaches_after": 3}, {})])
 def test_numbers_of_one_s_own(written, name, settings, of_repair):
     "One spelling for each method, which names it again; numbers in the name count more."
     method = create_method(written)
@@ -235,8 +207,7 @@ def test_numbers_of_one_s_own(written, name, settings, of_repair):
 @pytest.mark.parametrize(("objective", "temperature"), [
     ("kd", 4.0), ("kd(temperature=2)", 2.0), ("rld", 4.0), ("nkd", 3.0), ("ttm", 10.0),
     ("lskd", 2.0), ("wttm(exponent=0.25)", 4.0), ("mlkd", 4.0), ("ctkd", 1.0), ("sld", 1.0),
-    ("normkd", 1.0),
-])
+    ("normkd", 1.0)])
 def test_repairs_mix_at_the_objectives_temperature(objective, temperature):
     "LoCa, MFT and smoothing do; label revision mixes at 1; a number of one's own counts more."
     def assert_repaired(repair, expected):
@@ -253,11 +224,9 @@ def test_repairs_mix_at_the_objectives_temperature(objective, temperature):
 def test_records_of_label_revision_are_those_of_before():
     "Neither its settings nor its numbers changed when it learned other temperatures."
     method = create_method("kd+revise")
-    assert method.as_record() == {
-        "name": "kd+revise", "repair": "revise", "objective": "kd", "ce_weight": 0.1,
-        "kd_weight": 0.9, "warmup_epochs": 0, "standardize": False,
-        "settings": {"temperature": 4.0},
-    }
+    assert method.as_record() == {"name": "kd+revise", "repair": "revise", "objective": "kd",
+                                  "ce_weight": 0.1, "kd_weight": 0.9, "warmup_epochs": 0,
+                                  "standardize": False, "settings": {"temperature": 4.0}}
     other = create_method("kd+revise(temperature=4)").as_record()
     assert other["repair_settings"] == {"temperature": 4.0} and other["name"] != method.name
 
@@ -269,19 +238,16 @@ def test_own_numbers_reach_the_loss_and_the_repair():
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("kd+sorted", "Did you mean 'kd+sort'"),
-    ("ce+sort", "no teacher"),
-    ("dist+skip", "relates the rows"),
+    ("kd+sorted", "Did you mean 'kd+sort'"), ("ce+sort", "no teacher"),
+    ("dist+skip", "relates the rows"), ("kd(temperature=0)", "temperature must be greater than 0"),
     ("kd(temp=2)", "kd has no setting temp; it has ce_weight, kd_weight, warmup_epochs, temp"),
     ("kd(temperature=warm)", "a finite number from 0 to 100000, but it is 'warm'"),
-    ("kd(temperature=0)", "temperature must be greater than 0"),
     ("kd+revise(eta=1)", "eta must lie between 0 and 1"),
     ("kd+smooth(confidence=0.005)", "confidence must lie between 1 / 100 and 1"),
     ("dkd(warmup_epochs=2.5)", "warmup_epochs of dkd must be a whole number from 0 to 100000"),
     ("kd(temperature=4,temperature=5)", "temperature is given twice"),
     ("kd+sort(eta=1)", "sort has no setting eta; it has none"),
-    *((name, "give objectives (ce, kd") for name in ("+kd", "kd+", "kd(temp", "kd+sort+sort")),
-])
+    *((name, "give objectives (ce, kd") for name in ("+kd", "kd+", "kd(temp", "kd+sort+sort"))])
 def test_methods_that_do_not_exist(name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         create_method(name)

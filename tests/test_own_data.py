@@ -1,12 +1,15 @@
 "Data of one's own: folders, CIFAR-10, two splits; and experiments on them."
 import json
+import os
 import shutil
 from dataclasses import replace
 
 import numpy
 import pytest
 import torch
+from conftest import raises
 from PIL import Image
+from test_data import random_images
 from torchvision.datasets import FakeData
 
 from sortkd.experiment.one_run import prepare_run
@@ -17,7 +20,6 @@ from sortkd.experiment.run import run_experiment
 from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.storage import read_records
 from sortkd.fronts.commands import evaluate_command, run
-from sortkd.train.augmentation import seeded_generator
 from sortkd.train.image_files import ImageFolderData
 from sortkd.train.images import ImageData, channel_statistics, load_data, load_folder
 from sortkd.train.networks import create_model
@@ -25,9 +27,7 @@ from sortkd.train.teachers import find_teacher, save_teacher
 
 
 def noise(count, size=32):
-    generator = seeded_generator("noise", count, size)
-    shape = (count, size, size, 3)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).numpy()
+    return random_images(count, size, "noise").numpy()
 
 
 def save_images(folder, count=4, size=32, kind="png"):
@@ -38,14 +38,10 @@ def save_images(folder, count=4, size=32, kind="png"):
 
 @pytest.fixture
 def birds(tmp_path):
-    "Two classes, four training and two test images of each."
     for name in ("owl", "wren"):
         save_images(tmp_path / "birds" / "train" / name)
         save_images(tmp_path / "birds" / "test" / name, 2)
     return tmp_path / "birds"
-
-
-# Folders
 
 
 def test_a_folder_of_small_squares_is_in_memory(birds):
@@ -88,11 +84,6 @@ def test_what_a_folder_holds_besides_images(birds):
     assert load_folder(birds).checksum == checksum, "capitals do not matter"
 
 
-def half_an_image(folder):
-    path = folder / "test" / "owl" / "1.png"
-    path.write_bytes(path.read_bytes()[:500])
-
-
 @pytest.mark.parametrize("spoil, words", [
     (shutil.rmtree, "birds/train: .*expected in train/CLASS/"),
     (lambda root: shutil.rmtree(root / "test"), "birds/val: .*test/CLASS/"),
@@ -104,16 +95,13 @@ def half_an_image(folder):
      "/train: .*Not a directory"),
     (lambda root: [shutil.rmtree(root / "test"), (root / "test").mkdir(),
                    (root / "test" / "1.png").touch()], "/test: .*any class folder"),
-    (half_an_image, "1.png cannot be read as an image"),
-])
+    (lambda root: os.truncate(root / "test" / "owl" / "1.png", 500),
+     "1.png cannot be read as an image")])
 def test_spoiled_folders_get_one_line(birds, spoil, words):
     spoil(birds)
     with pytest.raises((ValueError, OSError), match=words) as error:
         load_folder(birds)
     assert "\n" not in str(error.value)
-
-
-# Published sets
 
 
 def test_cifar10(monkeypatch):
@@ -124,9 +112,6 @@ def test_cifar10(monkeypatch):
     data = load_data("cifar10")
     assert (data.name, data.num_classes, data.pad, data.flip) == ("cifar10", 4, 4, True)
     assert (data.mean, data.std) == channel_statistics(data.train_images)
-
-
-# Any two splits
 
 
 def test_splits_of_hugging_face():
@@ -141,8 +126,7 @@ def test_splits_of_hugging_face():
 
 
 @pytest.mark.parametrize("image, label", [
-    ("image", "label"), ("img", "fine_label"), ("pixel_values", "y"), ("images", "targets"),
-])
+    ("image", "label"), ("img", "fine_label"), ("pixel_values", "y"), ("images", "targets")])
 def test_columns_that_are_known(image, label):
     more = {"coarse_label": 0} if label == "fine_label" else {"id": 7}
     labels = [0, 1, 0, 1]
@@ -154,7 +138,6 @@ def test_columns_that_are_known(image, label):
 
 class Named(list):
     "Pairs of image and label that know the names of their classes, as a split of torchvision does."
-
     def __init__(self, labels, classes):
         super().__init__(zip(noise(len(labels)), labels))
         self.classes = classes
@@ -178,14 +161,10 @@ def test_names_of_classes():
     ([(Image.new("F", (8, 8)), 0)], "mode F has no fixed range"),
     ([(noise(1)[0], 0.5)], "'float' object"), ([(torch.zeros(3, 32, 32), 0)], "Cannot handle this"),
     ([(noise(1)[0], 0), (noise(1, 30)[0], 1)], "must have the same shape"),
-    ([(noise(1)[0][:, :20], 0)] * 2, r"train_images is .*\(2, 32, 20, 3\)"),
-])
+    ([(noise(1)[0][:, :20], 0)] * 2, r"train_images is .*\(2, 32, 20, 3\)")])
 def test_splits_that_do_not_fit(examples, words):
     with pytest.raises(ValueError, match=words):
         ImageData.from_splits(examples, examples)
-
-
-# Experiments
 
 
 SMALL = {"pair": "resnet14:resnet8", "methods": "kd,kd+sort", "preset": "quick", "epochs": 1,
@@ -193,7 +172,6 @@ SMALL = {"pair": "resnet14:resnet8", "methods": "kd,kd+sort", "preset": "quick",
 
 
 def small(tmp_path, results="results", **changes):
-    "An experiment whose files lie in `tmp_path`."
     places = {"teachers_dir": str(tmp_path / "teachers"), "results_dir": str(tmp_path / results)}
     return prepare_experiment(**SMALL | {"methods": "kd"} | places | changes)
 
@@ -210,7 +188,6 @@ def test_an_experiment_on_a_folder_and_its_repetition(birds, tmp_path, capsys, m
     assert str(tmp_path) not in json.dumps(records), "a path may be private"
     with pytest.raises(RecordError, match="data.std"):
         check_record(records[0] | {"data": data | {"std": [0.1]}})
-
     birds.rename(tmp_path / "moved")
     source = f"--from-record=results/quick.jsonl:{records[1]['run_id']}"
     assert run([source]) == 1 and "say where they are" in capsys.readouterr().err
@@ -265,11 +242,8 @@ def test_an_interrupted_experiment_on_a_folder_continues(birds, tmp_path):
         return small(tmp_path, name, methods="kd+sort", epochs=2, dataset=f"folder:{birds}")
 
     straight, = run_experiment(plan("straight"), progress=False).records
-    def interrupt(row):
-        raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(plan("broken"), progress=False, callbacks=[interrupt])
+        run_experiment(plan("broken"), progress=False, callbacks=[raises(KeyboardInterrupt)])
     assert list((tmp_path / "broken").rglob("checkpoint.pt")), "one of two epochs is trained"
     continued, = run_experiment(plan("broken"), progress=False).records
     assert compare_runs(straight, continued) == []
@@ -288,10 +262,9 @@ def test_the_published_recipe_on_other_data(birds, tmp_path, monkeypatch):
         run = prepare_run(each, each.methods[0], 0, "cached", about)
         assert run.facts["recipe"]["epochs"] == 480, "MLKD's own length, on any data"
         assert not run.facts["full_recipe"]
-        record = {**run.facts,
-                  "machine": {"threads": 1}}
-        repeated = prepare_repetition(record, dataset=f"folder:{birds}",
-                                   results_dir=str(tmp_path / "results"))
+        record = {**run.facts, "machine": {"threads": 1}}
+        repeated = prepare_repetition(
+            record, dataset=f"folder:{birds}", results_dir=str(tmp_path / "results"))
         assert repeated.recipe_for(repeated.methods[0]) == each.recipe_for(each.methods[0])
 
 

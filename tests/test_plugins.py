@@ -1,7 +1,7 @@
 "Own repairs, objectives, networks and data: in records, repetitions and grids."
-
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +10,7 @@ import yaml
 
 from sortkd.experiment import plugins
 from sortkd.experiment.plugins import (
-    load_plugin, register_data, register_objective, register_repair,
-)
+    load_plugin, register_data, register_objective, register_repair)
 from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.run import run_experiment
 from sortkd.experiment.record import check_record
@@ -19,7 +18,7 @@ from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.slices import main
 from sortkd.fronts.commands import evaluate_command, run
 from sortkd.methods import create_method
-from sortkd.train.images import ImageData, load_digits
+from sortkd.train.images import load_digits
 
 SOURCE = '''
 import torch
@@ -80,7 +79,6 @@ def flags(**values):
 
 @pytest.mark.parametrize("through", ["command", pytest.param("grid", marks=pytest.mark.slow)])
 def test_in_records_and_repeated(mine, tmp_path, places, through, capsys):
-    "Whole records of three methods, each repeated from its record."
     if through == "command":
         values = {**SIZES, **places, "plugin": str(mine)}
         assert run(["--pair=tiny:tiny", f"--methods={','.join(METHODS)}", *flags(**values)]) == 0
@@ -124,13 +122,9 @@ def test_a_run_that_uses_no_plugin_stays_the_same_run(mine, places):
 
 def test_in_a_session(tmp_path, places):
     "A function of a notebook is recorded by its source's checksum; its cell may be executed again."
-    digits = load_digits()
-
     @register_data("pixels")
     def pixels():
-        return ImageData(
-            "pixels", digits.train_images, digits.train_targets, digits.test_images,
-            digits.test_targets, digits.class_names, digits.mean, digits.std, pad=2, flip=False)
+        return replace(load_digits(), name="pixels")
 
     def twice(logits, target, factor=2.0):
         return factor * logits
@@ -161,8 +155,7 @@ REPAIR, OBJECTIVE = "register_repair('new')", "register_objective('new')"
     (f"{REPAIR}(lambda logits, target: logits[:, 1:])", r"a finite tensor of shape \(6, 5\)"),
     (f"{REPAIR}(lambda logits, target: logits / 0)", "must return a finite tensor"),
     (f"{OBJECTIVE}(lambda s, t, y: s - t)", r"must return a finite tensor of shape \(\)"),
-    (f"{OBJECTIVE}(lambda s, t, y: t.mean())", "has no gradient"),
-])
+    (f"{OBJECTIVE}(lambda s, t, y: t.mean())", "has no gradient")])
 def test_refused(mine, content, message):
     mine.write_text(f"from sortkd.experiment.plugins import *\n{content}")
     with pytest.raises(ValueError, match=message) as refusal:

@@ -1,5 +1,4 @@
 "Plans are read, matched with their runs, and were committed before these."
-
 import dataclasses
 import functools
 import hashlib
@@ -17,10 +16,8 @@ from msgspec.structs import replace
 from scipy.stats import ttest_1samp
 
 from sortkd.evidence.answers import compare_plans, effects_on_images, find_answers, give_advice
-from sortkd.evidence.preregistration import (
-    Look, describe_looks, describe_plans, mark_planned, planned_cells, planned_effects, read_plan,
-    read_plans,
-)
+from sortkd.evidence.preregistration import (Look, describe_looks, describe_plans, mark_planned,
+                                             planned_cells, planned_effects, read_plan, read_plans)
 from sortkd.evidence.results import load_results
 
 ROOT = Path(__file__).parents[1]
@@ -240,8 +237,7 @@ def test_nothing_is_chosen_in_silence():
     ({"smallest_effect": "large"}, "smallest_effect"), ({"looks": [{"when": 5}]}, r"looks\[0\]"),
     ({"looks": [{"after": 1, "at": "all"}]}, ">= 2.*after"),
     ({"looks": [{"after": 5, "at": "all", "mya": "seeds"}]}, "unknown field `mya`"),
-    ({"options": {}}, "does not name its teacher"),
-])
+    ({"options": {}}, "does not name its teacher")])
 def test_what_a_plan_lacks_is_named(change, said, tmp_path):
     settings = yaml.safe_load((ROOT / "results" / "plans" / "sorting.yaml").read_text())
     for name, value in change.items():

@@ -1,5 +1,4 @@
 "What a record says of the code and of the plan that made it."
-
 import hashlib
 import shutil
 import subprocess

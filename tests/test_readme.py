@@ -3,11 +3,11 @@ import re
 import shlex
 from glob import glob
 from importlib.metadata import entry_points
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import ROOT, seeded_network
 from PIL import Image
 from torch import nn
 
@@ -15,10 +15,9 @@ import sortkd
 from sortkd.evidence.statistics import compare
 from sortkd.methods import REPAIRS
 from sortkd.tokens import LinearDistillationLoss
-from sortkd.train.networks import create_model
 from sortkd.train.teachers import load_teacher, save_teacher
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 NEXT = README.partition("## What next")[2].partition("\n## ")[0]
 LINES = re.findall(r"(?m)^\|.*\| `([^`]+)` \|$", NEXT)
 COMMANDS = [each for each in LINES if each.startswith("sortkd-")]
@@ -43,7 +42,6 @@ options: {dataset: 'folder:birds', epochs: 1}
 
 
 def call(line, extra=()):
-    "The command of `line`, as its entry point calls it."
     name, *arguments = shlex.split(line)
     command, = entry_points(group="console_scripts", name=name)
     expanded = [path for each in arguments for path in (glob(each) if "*" in each else [each])]
@@ -55,11 +53,11 @@ def call(line, extra=()):
 def folder(tmp_path_factory):
     "What the lines name: images, a teacher, a plugin, a grid and records."
     folder = tmp_path_factory.mktemp("elsewhere")
-    for number in range(36):
+    for number in range(18):
         path = folder / "birds" / ("train", "val")[number % 3 == 0] / "auk owl".split()[number % 2]
         path.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((32, 32), 9 * number).convert("RGB").save(path / f"{number}.png")
-    save_teacher(folder / "teacher.safetensors", create_model("resnet20", 2).state_dict(),
+        Image.effect_noise((16, 16), 9 * number).convert("RGB").save(path / f"{number}.png")
+    save_teacher(folder / "teacher.safetensors", seeded_network("resnet20", 2).state_dict(),
                  {"architecture": "resnet20", "dataset": "folder:birds"})
     (folder / "mine.py").write_text(PLUGIN)
     (folder / "grid.yaml").write_text(GRID)

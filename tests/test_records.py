@@ -1,56 +1,35 @@
 "What a record must say, and how files of records survive damage."
-import copy
 import math
-from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from synthetic import synthetic_record
+from conftest import ROOT
+from synthetic import changed, synthetic_record
 
 from sortkd.evidence.results import load_results
 from sortkd.experiment.record import RecordError, check_record, parse_record, run_key
 from sortkd.experiment.storage import append_record, read_lines, read_records
 
-ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "results" / name for name in ("paper.jsonl", "short.jsonl", "repeated/short.jsonl")]
+REQUIRED = """
+    schema run_id started finished parameters pair teacher student method method.name method.repair
+    method.objective seed preset full_recipe recipe recipe.epochs recipe.batch_size recipe.lr device
+    precision teacher_logits data data.name data.checksum data.full_checksum data.train_images
+    data.test_images data.classes about_teacher about_teacher.architecture about_teacher.source
+    about_teacher.file about_teacher.weights_sha256 about_teacher.training about_teacher.top1
+    machine machine.threads curve result result.last_top1""".split()
 
 
-def changed(record, path, value):
-    "`record` with the value at a dotted path replaced; removed if it is `...`."
-    record = copy.deepcopy(record)
-    *way, last = path.split(".")
-    part = record
-    for name in way:
-        part = part[name]
-    part[last] = value
-    if value is ...:
-        del part[last]
-    return record
-
-
-REQUIRED = [
-    "schema", "run_id", "started", "finished", "parameters", "pair", "teacher", "student", "method", "method.name",
-    "method.repair", "method.objective", "seed", "preset", "full_recipe", "recipe", "recipe.epochs",
-    "recipe.batch_size", "recipe.lr", "device", "precision", "teacher_logits", "data", "data.name", "data.checksum",
-    "data.full_checksum", "data.train_images", "data.test_images", "data.classes", "about_teacher",
-    "about_teacher.architecture", "about_teacher.source", "about_teacher.file", "about_teacher.weights_sha256",
-    "about_teacher.training", "about_teacher.top1", "machine", "machine.threads", "curve", "result",
-    "result.last_top1",
-]
-
-
-@pytest.mark.parametrize("path", REQUIRED)
-def test_every_missing_field_is_named(path):
-    with pytest.raises(RecordError, match=f"record .*`{path.rpartition('.')[2]}`"):
-        check_record(changed(synthetic_record(), path, ...))
-
-
-@pytest.mark.parametrize("path", [
-    "curve.epoch", "curve.test_top1", "result.best_top1", "result.best_epoch",
-    "result.student_sha256",
-])
-def test_a_run_that_did_not_diverge_has_the_whole_result(path):
-    with pytest.raises(RecordError, match=path):
-        check_record(changed(synthetic_record(), path, ...))
+@pytest.mark.parametrize(("path", "value", "words"), [
+    *((path, ..., f"record .*`{path.rpartition('.')[2]}`") for path in REQUIRED),
+    *((path, ..., path) for path in (  # which only a run that diverged may lack
+        "curve.epoch", "curve.test_top1", "result.best_top1", "result.best_epoch",
+        "result.student_sha256")),
+    ("recipe.epochs", 4, "the number of epochs in curve"),
+    ("about_teacher", None, "that there is about_teacher is False, expected True")])
+def test_a_field_that_is_missing_or_disagrees_is_named(path, value, words):
+    with pytest.raises(RecordError, match=words):
+        check_record(changed(synthetic_record(), path, value))
 
 
 @pytest.mark.parametrize(("path", "value"), [
@@ -60,21 +39,11 @@ def test_a_run_that_did_not_diverge_has_the_whole_result(path):
     ("curve.test_top1", [1.0, None, 2.0]), ("pair", ""), ("machine.threads", 10**9), ("recipe.lr", -0.1),
     ("data.test_images", 10**15), ("result.training_rows", "many"), ("plugins", ["p.py"]), ("started", "soon"),
     ("curve.epoch", [1, 2, 2]), ("curve.more", [1.0]), ("result.last_top1", 69.0),
-    ("result.best_epoch", 1),
-])
+    ("result.best_epoch", 1)])
 def test_every_bad_value_is_named(path, value):
     with pytest.raises(RecordError, match="record synthetic-r56_r20-kd-seed0: ") as error:
         check_record(changed(synthetic_record(), path, value))
     assert path in str(error.value) and "xpected" in str(error.value)
-
-
-@pytest.mark.parametrize(("path", "value", "words"), [
-    ("recipe.epochs", 4, "the number of epochs in curve"),
-    ("about_teacher", None, "that there is about_teacher is False, expected True"),
-])
-def test_parts_that_disagree_are_found(path, value, words):
-    with pytest.raises(RecordError, match=words):
-        check_record(changed(synthetic_record(), path, value))
 
 
 @pytest.mark.parametrize("value", ["a text", None, [], 7, {}, {"run_id": []}, {"schema": 1}])
@@ -114,8 +83,7 @@ def test_the_records_of_this_project_are_whole_and_their_runs_keep_their_names(f
 LINES = {
     "lists": b"[" * 1_000_000, "deep record": b'{"run_id": ' + b"[" * 300 + b"]" * 300 + b"}", "nan": b'{"seed": NaN}',
     "digits": b'{"seed": ' + b"9" * 5000 + b"}", "beyond a float": b'{"recipe": {"lr": 1e400}}', "bytes": b"\xff\xfe",
-    "null": b"null", "cut": b'{"run_id": "a', "blank": b"",
-}
+    "null": b"null", "cut": b'{"run_id": "a', "blank": b""}
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -131,3 +99,11 @@ def test_a_damaged_line_hides_no_other(tmp_path, name):
         with pytest.warns(UserWarning, match="line 2, was left out"):
             assert len(read_records(file)) == 2
     assert len([*read_lines(file)]) == 2 + bool(LINES[name])
+
+
+def test_the_name_of_a_new_file_of_records_is_flushed_to_disk(tmp_path, monkeypatch):
+    flush = Mock()
+    monkeypatch.setattr("sortkd.experiment.storage.flush_folder", flush)
+    for number in range(2):
+        append_record(tmp_path / "new.jsonl", {"number": number})
+    flush.assert_called_once_with(tmp_path)

@@ -1,10 +1,8 @@
 "Repairs: the goldens, what each promises in every precision, special rows, and what is refused."
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from conftest import needs_cifar100
+from conftest import ROOT, needs_cifar100
 from special_logits import INTEGERS
 from test_losses import SORTED, STUDENT, TARGET, TEACHER
 from torch._subclasses import FakeTensorMode
@@ -18,7 +16,6 @@ from sortkd.train.augmentation import normalize
 from sortkd.train.images import load_cifar100
 from sortkd.train.teachers import load_teacher
 
-ROOT = Path(__file__).parent.parent
 GOLDENS = {name: torch.from_numpy(value).double()
            for name, value in np.load(ROOT / "tests" / "goldens" / "repairs.npz").items()}
 WRONG = TEACHER.argmax(1) != TARGET  # six of sixteen rows
@@ -29,23 +26,20 @@ def mft(logits, threshold, temperature):
     return revise_logits(logits, TARGET, 1 - threshold, temperature, right_rows=True)
 
 
-DISTRIBUTIONS = {
-    "revision_probs_eta0.8": (revise_logits(TEACHER, TARGET), 1),
-    "mft_all_probs_thr0.2_T1": (mft(TEACHER, 0.2, 1), 1),
-    "mft_all_probs_thr0.2_T4": (mft(TEACHER, 0.2, 4), 4),
-    "mft_all_probs_thr0.05_T4": (mft(TEACHER, 0.05, 4), 4),
-    "loca_probs_a0.95_T4": (revise_logits(TEACHER, TARGET, 0.95, 4), 4),
-    "ka_lsr_probs_c0.9_T1": (smooth_logits(TEACHER, TARGET), 1),
-    "ka_lsr_probs_c0.9_T4": (smooth_logits(TEACHER, TARGET, 0.9, 4), 4),
-    "ka_ps_probs_T4": (swap_logits(TEACHER, TARGET), 4),
-}
+DISTRIBUTIONS = {"revision_probs_eta0.8": (revise_logits(TEACHER, TARGET), 1),
+                 "mft_all_probs_thr0.2_T1": (mft(TEACHER, 0.2, 1), 1),
+                 "mft_all_probs_thr0.2_T4": (mft(TEACHER, 0.2, 4), 4),
+                 "mft_all_probs_thr0.05_T4": (mft(TEACHER, 0.05, 4), 4),
+                 "loca_probs_a0.95_T4": (revise_logits(TEACHER, TARGET, 0.95, 4), 4),
+                 "ka_lsr_probs_c0.9_T1": (smooth_logits(TEACHER, TARGET), 1),
+                 "ka_lsr_probs_c0.9_T4": (smooth_logits(TEACHER, TARGET, 0.9, 4), 4),
+                 "ka_ps_probs_T4": (swap_logits(TEACHER, TARGET), 4)}
 LOSSES = {
     "mft_all_thr0.2_T4": (mft(TEACHER, 0.2, 4), 4),
     "sort_mft_all_thr0.2_T4": (mft(SORTED, 0.2, 4), 4),
     "mft_wrong_thr0.1_T1": (revise_logits(TEACHER, TARGET, 0.9), 1),
     "loca_a0.95_T4": (revise_logits(TEACHER, TARGET, 0.95, 4), 4),
-    "ka_lsr_c0.9_kl_T4": (smooth_logits(TEACHER, TARGET, 0.9, 4), 4),
-}
+    "ka_lsr_c0.9_kl_T4": (smooth_logits(TEACHER, TARGET, 0.9, 4), 4)}
 
 
 def assert_golden(ours, name):
@@ -135,7 +129,6 @@ def test_where_there_is_no_room_above(name, temperature, dtype):
 
 
 def with_topk(values, target, ignore_index=-100):
-    "`sort_topk`, with insertion, of the ten highest."
     both = sort_topk(*values.topk(10), target, insert=True, ignore_index=ignore_index)
     return torch.cat([each.to(values.dtype) for each in both], 1)
 
@@ -223,12 +216,10 @@ def test_the_stored_outputs_are_the_networks():
     stored = np.load(ROOT / "nbs" / "assets" / "teacher_logits.npz")
     cifar, count = load_cifar100(download=False), 100
     assert np.array_equal(cifar.train_targets[: len(stored["target"])], stored["target"])
-    for name, file in {
-        "ResNet-56, 10 epochs": "teachers/resnet56-cifar100-10epochs",
-        "ResNet-20, 30 epochs": "teachers/resnet20-cifar100-30epochs",
-        "ResNet-20, 240 epochs": "teachers/resnet20-cifar100",
-        "student": "results/students/r56_r20-kd+sort-seed0",
-    }.items():
+    for name, file in {"ResNet-56, 10 epochs": "teachers/resnet56-cifar100-10epochs",
+                       "ResNet-20, 30 epochs": "teachers/resnet20-cifar100-30epochs",
+                       "ResNet-20, 240 epochs": "teachers/resnet20-cifar100",
+                       "student": "results/students/r56_r20-kd+sort-seed0"}.items():
         architecture = "resnet56" if "56" in name else "resnet20"
         network = load_teacher(ROOT / f"{file}.safetensors", architecture, 100).model
         with torch.inference_mode():
@@ -241,8 +232,7 @@ def test_the_stored_outputs_are_the_networks():
     (lambda: revise_logits(TEACHER, TARGET, temperature=0.0), "temperature must be"),
     (lambda: revise_logits(TEACHER, TARGET[:3]), r"\(3,\)"),
     (lambda: smooth_logits(TEACHER, TARGET, confidence=0.01), "between 1 / 100 and 1"),
-    (lambda: skip_logits(TEACHER, TARGET + 100), "target holds"),
-])
+    (lambda: skip_logits(TEACHER, TARGET + 100), "target holds")])
 def test_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()

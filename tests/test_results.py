@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from synthetic import synthetic_record, synthetic_records, write_lines
+from synthetic import changed, synthetic_record, synthetic_records, write_lines
 
 from sortkd.evidence.results import CIFAR100_CHECKSUM, load_results, select, select_paper
 from sortkd.evidence.statistics import paired_effects
@@ -16,30 +16,19 @@ from sortkd.experiment.setup import prepare_experiment
 from sortkd.experiment.storage import append_record, read_records, save_correct
 
 
-def changed(record, path, value):
-    "A copy of `record` with another value at the dotted `path`; `None` removes it."
-    copy = json.loads(json.dumps(record))
-    *parents, name = path.split(".")
-    place = copy
-    for each in parents:
-        place = place[each]
-    place[name] = value
-    if value is None:
-        del place[name]
-    return copy
-
-
 def load_lines(path, records, *more):
     return load_results(write_lines(path / "runs.jsonl", records, *more), synthetic=True)
 
 
-SMALL = {"preset": "quick", "dataset": "digits", "train_size": 100, "test_size": 50}
+def small(folder, **changes):
+    "A small experiment; its teacher is trained once for all tests."
+    return prepare_experiment(
+        pair="resnet20:resnet8", preset="quick", dataset="digits", train_size=100, test_size=50,
+        teachers_dir=f"{folder.parent}/teachers", results_dir=f"{folder}/results", **changes)
 
 
 def test_what_an_experiment_writes_is_valid(tmp_path):
-    folders = {"teachers_dir": f"{tmp_path}/teachers", "results_dir": f"{tmp_path}/results"}
-    experiment = prepare_experiment(
-        pair="resnet20:resnet8", methods="ce,kd+sort", epochs=2, **SMALL, **folders)
+    experiment = small(tmp_path, methods="ce,kd+sort", epochs=2)
     file = experiment.records_file
     alone, taught = map(check_record, run_experiment(experiment, progress=False).records)
     with pytest.raises(RecordError, match="about_teacher"):
@@ -51,7 +40,6 @@ def test_what_an_experiment_writes_is_valid(tmp_path):
     assert frame.changed_share[1] == frame.wrong_share[1] > 0 and frame.not_paper.notna().all()
     shares = [100 * correct.mean() for correct in frame.correct]
     assert shares == pytest.approx(frame.last_top1.tolist())
-
     bits = file.with_suffix(".correct") / f"{frame.correct_sha256[0]}.bits"
     bits.write_bytes(zlib.compress(bytes(7)))
     frame, left_out = load_results(file)
@@ -61,13 +49,10 @@ def test_what_an_experiment_writes_is_valid(tmp_path):
 
 
 def test_a_run_that_diverges_is_recorded_and_counts(tmp_path):
-    parameters = SMALL | {
-        "pair": "resnet20:resnet8", "methods": "ce,kd", "epochs": 3, "recipe": "lr=1e30",
-        "teachers_dir": f"{tmp_path}/teachers", "results_dir": f"{tmp_path}/results",
-    }
     for _ in range(2):  # and is not trained again
+        experiment = small(tmp_path, methods="ce,kd", epochs=3, recipe="lr=1e30")
         with pytest.raises(FloatingPointError, match="is (nan|inf) in epoch 1.*It is recorded"):
-            run_experiment(prepare_experiment(**parameters), progress=False)
+            run_experiment(experiment, progress=False)
         frame, left_out = load_results(tmp_path / "results" / "quick.jsonl")
         assert frame.diverged.tolist() == [True, True] and left_out.empty
     assert frame.last_top1.between(0, 40).all()
@@ -99,10 +84,8 @@ PRETENDERS = [  # records that look like a full run and are not; each with a wor
         ("teacher", "about_teacher.training", TRAINED | {"epochs": 10}),
         ("teacher", "about_teacher.training", TRAINED | {"train_images": 400}),
         ("teacher", "about_teacher.training", TRAINED | {"data_checksum": "4"}),
-        ("teacher", "about_teacher.file", "mine.pth"),
-        ("teacher", "about_teacher.source", "given"), ("teacher", "about_teacher.top1", 60.0),
-    ]),
-]
+        ("teacher", "about_teacher.file", "mine.pth"), ("teacher", "about_teacher.source", "given"),
+        ("teacher", "about_teacher.top1", 60.0)])]
 
 
 @pytest.mark.parametrize("reason, record", PRETENDERS)
@@ -127,17 +110,15 @@ def test_nothing_planted_reaches_a_table(tmp_path):
                for number, (_, each) in enumerate(PRETENDERS)]
     broken = [
         changed(first, "result.last_top1", math.nan) | {"seed": 200},
-        changed(first, "finished", None) | {"seed": 201},
+        changed(first, "finished", ...) | {"seed": 201},
         changed(first, "curve.test_top1", first["curve"]["test_top1"][:100]) | {"seed": 202},
-        changed(first, "synthetic", None) | {"seed": 203}, {"rows": []}, [1, 2], "text",
-    ]
+        changed(first, "synthetic", ...) | {"seed": 203}, {"rows": []}, [1, 2], "text"]
     cut = json.dumps(clean[1] | {"seed": 204})[:-40]
     dirty = tmp_path / "dirty"
     write_lines(tmp_path / "clean" / "paper.jsonl", clean)
     write_lines(dirty / "a.jsonl", [better, *foreign, *broken], f"{cut}\n", "\xff\n")
     write_lines(dirty / "paper.jsonl", clean, cut)
     write_lines(dirty / "quick.jsonl", [first | {"seed": 300}])
-
     frame, left_out = load_results(dirty, synthetic=True)
     both = load_results(tmp_path / "clean", synthetic=True)[0], frame
     one, two = map(select_paper, both)
@@ -156,8 +137,7 @@ def test_nothing_planted_reaches_a_table(tmp_path):
     ("data.checksum", "5" * 64, "data_checksum"), ("recipe.batch_size", 32, "recipe"),
     ("recipe.lr", 0.1, "lr"), ("preset", "other", "preset"), ("precision", "bfloat16", "precision"),
     ("about_teacher.weights_sha256", "6" * 64, "teacher_sha256"),
-    ("method.settings", {"beta": 1}, "method_settings"), ("data.train_images", 10, "train_images"),
-])
+    ("method.settings", {"beta": 1}, "method_settings"), ("data.train_images", 10, "train_images")])
 def test_mixed_runs_cannot_be_selected(path, value, column, tmp_path):
     other = changed(synthetic_record(seed=1), path, value)
     frame, _ = load_lines(tmp_path, [synthetic_record(), other])
@@ -186,6 +166,5 @@ def test_a_frame_says_what_its_record_says(tmp_path):
         "pair": "vgg13_vgg8", "teacher": "vgg13", "student": "vgg8", "method": "dkd+sort",
         "objective": "dkd", "repair": "sort", "seed": 4, "last_top1": 71.0, "best_top1": 71.5,
         "best_epoch": 7, "seconds": 12.0, "wrong_share": 0.25, "changed_share": 0.125, "epochs": 8,
-        "train_images": 1000, "test_images": 500, "precision": "float32",
-    }
+        "train_images": 1000, "test_images": 500, "precision": "float32"}
     assert {name: row[name] for name in expected} == expected

@@ -1,21 +1,18 @@
 """One run has one key, whoever asks: the command, the notebook, a grid, the workflow, and a repetition from its record."""
-
 import functools
 import itertools
 import shlex
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 import torch
 import yaml
-from conftest import save_sample_folder
+from conftest import ROOT, save_sample_folder
 from PIL import Image
 
-import sortkd.train.images
 from sortkd.fronts.commands import run
-from sortkd.train.images import ImageData
+from sortkd.train.images import ImageData, load_data
 from sortkd.train.cifar import has_cifar100
 from sortkd.train.image_files import load_image_folder
 from sortkd.experiment.setup import prepare_experiment
@@ -27,9 +24,9 @@ from sortkd.experiment.record import plain
 from sortkd.experiment.repeat import prepare_repetition
 from sortkd.experiment.one_run import prepare_run
 
-NOTEBOOK = nbformat.read(Path(__file__).parents[1] / "nbs" / "run_experiment.ipynb", 4)
+NOTEBOOK = nbformat.read(ROOT / "nbs" / "run_experiment.ipynb", 4)
 CELL, = [cell.source for cell in NOTEBOOK.cells if "parameters" in cell.metadata.get("tags", [])]
-SNAKEFILE = (Path(__file__).parents[1] / "workflow" / "Snakefile").read_text()
+SNAKEFILE = (ROOT / "workflow" / "Snakefile").read_text()
 TEACHER = {"architecture": "any", "source": "found", "file": "t.safetensors", "weights_sha256": "0" * 64, "training": {}, "top1": 50.0}
 PAIRS = ["r56_r20", "wrn40_2_shuv1", "resnet20:resnet8", "resnet8:ShuffleV2"]  # the papers', with other numbers, and own
 METHODS = ["ce", "kd+sort", "dkd", "ctkd(start=2)", "lskd_mlkd+swap", "rld", "sld"]
@@ -40,11 +37,9 @@ CASES = [  # preset, data, options
     ("quick", "folder", {}), ("short", "squares", {"compile": True}), ("paper", "squares", {}), ("paper", "folder", {"epochs": 24}),
     ("quick", "cifar100-mini", {}), ("quick", "auto", {"epochs": 2}), ("quick", "cifar100", {}), ("short", "auto", {}), ("short", "cifar100", {"epochs": 7}),
     ("paper", "cifar100", {}), ("paper", "auto", {"epochs": 60}), ("paper", "cifar100(train=0:5000)", {"deterministic": True}),
-    ("quick", "imagenet", {}), ("paper", "imagenet", {}), ("paper", "imagenet", {"epochs": 10}),
-]
+    ("quick", "imagenet", {}), ("paper", "imagenet", {}), ("paper", "imagenet", {"epochs": 10})]
 
-
-read = functools.cache(sortkd.train.images.load_data)
+read = functools.cache(load_data)
 subset = functools.cache(ImageData.subset)
 
 
@@ -71,8 +66,7 @@ def quick(monkeypatch, folders):
     monkeypatch.setattr(ImageData, "subset", lambda self, **sizes: subset(self, **sizes))
 
 
-class Planned(Exception):
-    pass
+class Planned(Exception): ...
 
 
 def by_command(arguments, monkeypatch):
@@ -94,7 +88,6 @@ def by_notebook(parameters):
 
 
 def by_workflow(grid, cell, monkeypatch):
-    "The arguments that the Snakefile gives to a cell's command."
     source = SNAKEFILE[SNAKEFILE.index("def arguments(wildcards)"):SNAKEFILE.index("wildcard_constraints:")]
     functions = {"KIND": "command", "SHARED": grid.shared, "shlex": shlex}
     exec(source, functions)

@@ -2,11 +2,10 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "site"))
 import check_links  # noqa: E402
 import stage  # noqa: E402
@@ -62,8 +61,7 @@ def test_readme_becomes_the_front_page_and_another(staged):
     ("nbs/00.ipynb", "../README.md#two-commands", "../using.md#two-commands", []),
     ("README.md", "results/plans/", "results/plans/index.md", ["results/plans/index.md"]),
     ("README.md", PLAN, PLAN, [PLAN]),
-    ("README.md", "https://arxiv.org/abs/2508.16544", "https://arxiv.org/abs/2508.16544", []),
-])
+    ("README.md", "https://arxiv.org/abs/2508.16544", "https://arxiv.org/abs/2508.16544", [])])
 def test_links_are_rewritten(page, link, expected, reached):
     rewritten = stage.rewrite_links(f"see [it]({link}).", page, FILES)
     assert rewritten == (f"see [it]({expected}).", reached)
@@ -74,20 +72,15 @@ def test_links_that_lead_nowhere_are_found(tmp_path):
     (tmp_path / "figure.png").touch()
     (tmp_path / "index.html").write_text(
         '<h1 id="top">x</h1> <a href="nbs/00.html#formula">1</a> <a href="#top">2</a> '
-        '<a href="https://arxiv.org">3</a> <img src="figure.png">'
-    )
+        '<a href="https://arxiv.org">3</a> <img src="figure.png">')
     (tmp_path / "nbs/00.html").write_text('<h2 id="formula">x</h2> <a href="../">1</a>')
     assert check_links.find_broken(tmp_path) == []
     (tmp_path / "nbs/01.html").write_text(
         '<a href="00.html#formulas">1</a> <a href="02.html">2</a> <a href="../../out.html">3</a> '
-        '<img src="../no.png"> <script src="https://cdn.org/a.js"></script>'
-    )
+        '<img src="../no.png"> <script src="https://cdn.org/a.js"></script>')
     (tmp_path / "site.css").write_text("@font-face { src: url('https://fonts.org/a.woff') }")
     assert check_links.find_broken(tmp_path) == [
-        "nbs/01.html: ../../out.html is not there",
-        "nbs/01.html: ../no.png is not there",
-        "nbs/01.html: 00.html#formulas has no such anchor",
-        "nbs/01.html: 02.html is not there",
+        "nbs/01.html: ../../out.html is not there", "nbs/01.html: ../no.png is not there",
+        "nbs/01.html: 00.html#formulas has no such anchor", "nbs/01.html: 02.html is not there",
         "nbs/01.html: https://cdn.org/a.js is loaded from another host",
-        "site.css: https://fonts.org/a.woff is loaded from another host",
-    ]
+        "site.css: https://fonts.org/a.woff is loaded from another host"]

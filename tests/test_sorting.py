@@ -1,5 +1,6 @@
 "The mechanism where the chapter does not look: devices, layouts, special values, top-k."
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,12 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 REPAIRS = [sort_logits, swap_logits]
 
 
-def whole_rows(logits, target, dim=1):
+def sorted_by(way, logits, target, dim=1):
     index, value, _, wrong = find_wrong_rows(logits, target, dim, -100)
-    return sort_whole_rows(logits, index, value, wrong, dim)
+    return way(logits, index, value, wrong, dim)
 
 
-def wrong_rows(logits, target, dim=1):
-    index, value, _, wrong = find_wrong_rows(logits, target, dim, -100)
-    return _sort_wrong_rows(logits, index, value, wrong, dim)
+whole_rows, wrong_rows = partial(sorted_by, sort_whole_rows), partial(sorted_by, _sort_wrong_rows)
 
 
 def two_full_sorts(logits, target):
@@ -37,8 +36,8 @@ def two_full_sorts(logits, target):
 def sort_one_row(row, label):
     if label == -100 or row.isnan().any():
         return row
-    ranking = row.argsort(descending=True, stable=True).tolist()
-    cycle = torch.tensor([label, *(each for each in ranking if row[each] > row[label])])
+    ranking = row.argsort(descending=True, stable=True)
+    cycle = torch.cat([torch.tensor([label]), ranking[row[ranking] > row[label]]])
     return row.scatter(0, cycle, row[cycle.roll(-1)])
 
 
@@ -74,8 +73,7 @@ def test_gradient_is_the_permutation(way):
     (torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64), -1, ValueError, "no classes"),
     (torch.zeros(3, 4).long(), torch.zeros(3).long(), -1, TypeError, "floating-point"),
     ([[1.0, 2.0]], torch.zeros(1, dtype=torch.int64), -1, TypeError, "list"),
-    (torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), -1, TypeError, "class indices"),
-])
+    (torch.zeros(3, 4), torch.zeros(3, dtype=torch.bool), -1, TypeError, "class indices")])
 def test_bad_input_is_named(repair, logits, target, dim, error, words):
     with pytest.raises(error, match=words):
         repair(logits, target, dim=dim)
@@ -86,8 +84,7 @@ def test_bad_input_is_named(repair, logits, target, dim, error, words):
 @pytest.mark.parametrize("rank", [2, 30, None])
 @pytest.mark.parametrize("shape,dim", [
     ((300, 10), 1), ((40, 1000), 1), ((120, 100), 1), ((6000,), 0), ((2, 30, 200), -1),
-    ((4, 50, 8, 8), 1),
-])
+    ((4, 50, 8, 8), 1)])
 def test_every_way_through_the_data_gives_the_same_bits(dtype, share, rank, shape, dim):
     "Few and many wrong rows and classes above the target: on both sides of each bound."
     generator = torch.Generator().manual_seed(3)
@@ -129,9 +126,6 @@ def test_special_values_on_every_way(seed, shape, share, rank, ignoring):
         assert torch.equal(bits(way(logits, target)), bits(expected))
     tracked = logits.clone().requires_grad_()
     assert torch.equal(bits(sort_logits(tracked, target).detach()), bits(expected))
-
-
-# Top-k
 
 
 @st.composite
@@ -220,8 +214,7 @@ def test_gradients_of_topk_and_one_graph():
     (lambda v, c, y: (v, c[:, :2], y), ValueError, r"shape of values.* shape \(2, 2\)"),
     (lambda v, c, y: (v, None, y), TypeError, "NoneType"),
     (lambda v, c, y: (v, c, y[:1]), ValueError, "target has shape"),
-    (lambda v, c, y: (v, c, y - 5), ValueError, "target holds -4"),
-])
+    (lambda v, c, y: (v, c, y - 5), ValueError, "target holds -4")])
 def test_bad_lists_are_named(change, error, message):
     with pytest.raises(error, match=message):
         sort_topk(*change(torch.ones(2, 3), torch.arange(6).view(2, 3), torch.tensor([1, 9])))

@@ -10,8 +10,7 @@ from scipy import special, stats
 
 from sortkd.evidence.statistics import (
     compare, crossed_interval, deviation_interval, pool_effects, seeds_needed, smallest_number,
-    t_half_width, t_test_power, verdict_probabilities, verdicts,
-)
+    t_half_width, t_test_power, verdict_probabilities, verdicts)
 
 MEASURED = (0.64, 0.68)  # standard deviations of differences, in the plans few_steps and sorting
 

@@ -1,13 +1,11 @@
-"""The structure of the package: which part may use which, and how large modules, functions and
-cells may be. All is read from the source, by `ast`; nothing is imported.
-"""
+"Which part may use which, and how large modules, functions and cells may be; nothing is imported."
 import ast
 import json
 import statistics
 from graphlib import TopologicalSorter
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from conftest import ROOT
+
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
            for path in sorted((ROOT / "sortkd").rglob("*.py"))
            if path.name not in ("__init__.py", "_modidx.py")}
@@ -72,10 +70,9 @@ def test_modules_functions_and_lines_are_short():
     functions = {f"{module}.{node.name}": node.end_lineno - node.lineno + 1
                  for module, tree in TREES.items() for node in ast.walk(tree)
                  if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
-    found = {
-        "modules over 450 lines": [name for name, size in sizes.items() if size > 450],
-        "functions over 60 lines": [name for name, size in functions.items() if size > 60],
-        "lines over 100 columns": [line for module in MODULES for line in long_lines(module)]}
+    found = {"modules over 450 lines": [name for name, size in sizes.items() if size > 450],
+             "functions over 60 lines": [name for name, size in functions.items() if size > 60],
+             "lines over 100 columns": [line for module in MODULES for line in long_lines(module)]}
     assert not any(found.values()), "\n".join(
         f"{len(each)} {title}: {', '.join(each[:30])}" for title, each in found.items())
 

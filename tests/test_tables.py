@@ -27,7 +27,6 @@ OURS = ("begin end centering caption label toprule midrule bottomrule cline mult
 @pytest.mark.parametrize("indexed", [True, False])
 def test_names_are_text_in_every_form_of_a_table(tmp_path, indexed):
     mistune = pytest.importorskip("mistune")
-
     table = pd.DataFrame({HOSTILE: [HOSTILE, "70.66"], "plain": ["1", "2"]})
     if indexed:
         names = [HOSTILE, "method"]
@@ -55,24 +54,19 @@ def test_a_table_has_a_name_and_rows(tmp_path, name):
 
 
 def test_a_table_holds_means_spreads_and_differences():
-    runs = pd.DataFrame({
-        "teacher": "vgg13", "student": "vgg8", "method": ["kd", "kd", "kd+sort"],
-        "last_top1": [70.0, 71.0, 72.0], "best_top1": [70.5, 72.5, 73.0],
-        "precision": ["float32", "float32", "bfloat16"],
-    })
+    runs = pd.DataFrame({"teacher": "vgg13", "student": "vgg8", "method": ["kd", "kd", "kd+sort"],
+                         "last_top1": [70.0, 71.0, 72.0], "best_top1": [70.5, 72.5, 73.0],
+                         "precision": ["float32", "float32", "bfloat16"]})
     reported = pd.DataFrame({"teacher": "vgg13", "student": "vgg8", "method": ["kd", "dkd"],
                              "top1": [72.98, 74.68], "top1_last": [math.nan, 74.1]})
     pairs = [("vgg13", "vgg8")]
     table = comparison_table(runs, reported, pairs, methods=("kd", "dkd"))
     assert table["vgg13 → vgg8"].to_dict() == {
-        ("KD", "reported, best"): "72.98",
-        ("KD", "ours, last"): "70.50 ± 0.71 (2)",
-        ("KD", "ours, best"): "71.50 ± 1.41 (2)",
-        ("KD", "difference, best"): "−1.48",
+        ("KD", "reported, best"): "72.98", ("KD", "ours, last"): "70.50 ± 0.71 (2)",
+        ("KD", "ours, best"): "71.50 ± 1.41 (2)", ("KD", "difference, best"): "−1.48",
         ("DKD", "reported, best"): "74.68 (last 74.10)",
         ("KD + sort", "ours, last"): "72.00 (1, bfloat16)",
-        ("KD + sort", "ours, best"): "73.00 (1, bfloat16)",
-    }
+        ("KD + sort", "ours, best"): "73.00 (1, bfloat16)"}
     table = comparison_table(runs.iloc[:0], reported, pairs)
     assert table.index.tolist() == [("KD", "reported, best"), ("DKD", "reported, best")]
 
@@ -88,8 +82,7 @@ def test_effects_are_listed():
     table = effect_table(effects)
     assert table.loc[("t0 → s", "KD + sort − KD")].to_dict() == {
         "seeds": "2", "effect": "+0.10", "95 % interval": "−1.17 to +1.37",
-        "verdict": "inconclusive", "better": "75%",
-    }
+        "verdict": "inconclusive", "better": "75%"}
     planned = effect_table(
         effects.assign(planned=6, images_low=-0.1, images_high=0.4, smallest_effect=0.5))
     row = planned.loc[("t2 → s", "KD + sort − KD")]
@@ -103,8 +96,7 @@ def test_a_summary_holds_means_and_spreads():
                for seed, top1, above in ((0, 70, 1), (1, 72, 3))]
     assert summarize(records).to_dict("index") == {"kd+sort": {
         "seeds": 2, "top-1 last (%)": "71.00 ± 1.41", "top-1 best (%)": "73.00 ± 2.83",
-        "time (s)": "3600", "teacher wrong": "10.0%", "changed": "10.0%",
-    }}
+        "time (s)": "3600", "teacher wrong": "10.0%", "changed": "10.0%"}}
     published = [synthetic_record(method=name, preset="paper") for name in ("kd", "mlkd")]
     assert len(summarize(published)) == 2, "each at its published length"
 
@@ -165,12 +157,10 @@ def test_the_command_shows_no_effect_before_its_look(tmp_path, capsys):
 
 def run_notebook(name, folder, **parameters):
     import papermill
-
     folders = {"results_dir": str(folder / "results"), "output_dir": str(folder / name)}
     notebook = papermill.execute_notebook(
         NOTEBOOKS / f"{name}.ipynb", folder / f"{name}.ipynb",
-        folders | {"synthetic": True} | parameters, progress_bar=False, cwd=NOTEBOOKS.parent,
-    )
+        folders | {"synthetic": True} | parameters, progress_bar=False, cwd=NOTEBOOKS.parent)
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
     text = "".join(str(output.get("text", "")) for output in outputs)
     return text, {path.name: path.read_bytes() for path in sorted((folder / name).iterdir())}
@@ -189,8 +179,7 @@ def synthetic_folder(tmp_path_factory):
         {"what": "sorting", "setting": "(64, 100)",
          "ms": {"two full sorts": [3.0, 2.9, 3.2], "sort_logits": [1.0, 0.9, 1.1]}},
         {"what": "epoch", "setting": "resnet56 to resnet20, batch 64",
-         "ms": {"usual, float32": [9.0, 8.0, 9.5], "ours, float32": [3.0, 2.0, 4.0]}},
-    ]
+         "ms": {"usual, float32": [9.0, 8.0, 9.5], "ours, float32": [3.0, 2.0, 4.0]}}]
     machines = [{"processor": "a processor"}, {"processor": "a processor", "gpu": "a GPU"}]
     speed = {"benchmark": "speed", "protocol": 2, "rows": rows}
     measurements = [speed | {"machine": each} for each in machines]

@@ -1,24 +1,18 @@
 "Cached logits are the teacher's, whatever happens to their files and whoever computes them."
 import os
-import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import full_disk, seeded_network
 from faults import context
 
 from sortkd.train.augmentation import Batches, draw_views
 from sortkd.train.images import load_digits
-from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.utils.files import exclusive
-
-
-def seeded_network(seed=0, name="resnet8"):
-    torch.manual_seed(seed)
-    return create_model(name, 10)
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +24,11 @@ def views(epoch=1, seed=0, count=120):
     return draw_views(count, 2, False, seed, epoch)
 
 
-class Counting:
-    "How many rows a network has seen."
-    def __init__(self, network):
-        self.rows = 0
-        network.register_forward_hook(self.add)
-
-    def add(self, network, arguments, output):
-        self.rows += len(output)
+def rows_seen_by(network):
+    "The number of rows of each batch that a network will see."
+    rows = []
+    network.register_forward_hook(lambda network, given, output: rows.append(len(output)))
+    return rows
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -66,7 +57,7 @@ def test_the_same_view_has_the_same_logits(batches, tmp_path, precision, flip):
 @pytest.mark.parametrize("name", ["resnet56", pytest.param("ResNet50", marks=pytest.mark.slow)])
 def test_a_views_logits_do_not_depend_on_its_company(batches, tmp_path, name, precision):
     "A run finds the same numbers in a cache that others have filled, view by view or many at once."
-    network = seeded_network(0, name)
+    network = seeded_network(name)
     together, alone = (CachedTeacherLogits(network, batches, tmp_path / each, precision)
                        for each in ("together", "alone"))
     rows = torch.arange(128)
@@ -101,10 +92,10 @@ def test_another_process_goes_on_where_a_killed_one_stopped(batches, tmp_path):
     killed.join()
     assert killed.exitcode == -signal.SIGKILL
     network = seeded_network()
-    cache, counting = CachedTeacherLogits(network, batches, tmp_path), Counting(network)
+    cache, seen = CachedTeacherLogits(network, batches, tmp_path), rows_seen_by(network)
     assert cache.files.sums.count_nonzero() == len(torch.cat([views(1), views(2)]).unique())
     found = [cache(views(epoch)) for epoch in (1, 2)]
-    assert counting.rows == 0
+    assert not seen
     for epoch, kept in enumerate(found, 1):
         assert torch.equal(kept, TeacherLogits(network, batches)(views(epoch)).half().float())
 
@@ -113,7 +104,7 @@ def test_one_process_fills_and_others_wait(batches, tmp_path, capfd):
     network, said = seeded_network(), ""
     first, second = (CachedTeacherLogits(each, batches, tmp_path)
                      for each in (seeded_network(), network))
-    counting = Counting(network)
+    seen = rows_seen_by(network)
     with ThreadPoolExecutor(1) as pool:
         with exclusive(first.folder / "fill.lock", "filling"):
             waiting = pool.submit(second.fill)
@@ -121,13 +112,13 @@ def test_one_process_fills_and_others_wait(batches, tmp_path, capfd):
                 said += capfd.readouterr().out
             first(torch.arange(3000))
         waiting.result()
-    assert "waiting for it" in said and counting.rows == 0 and second.files.sums.all()
+    assert "waiting for it" in said and not seen and second.files.sums.all()
 
 
 def test_other_teachers_images_and_arithmetic_have_other_caches(batches, tmp_path):
     def folder(seed=0, precision="float32", data=batches.data, **changes):
         changed = Batches(replace(data, **changes))
-        return CachedTeacherLogits(seeded_network(seed), changed, tmp_path, precision).folder
+        return CachedTeacherLogits(seeded_network(seed=seed), changed, tmp_path, precision).folder
 
     pixels = batches.data.train_images.clone()
     pixels[5, 3, 3, 1] += 1
@@ -153,9 +144,8 @@ def test_several_processes_fill_one_cache(batches, tmp_path):
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
-    network = seeded_network()
+    network, everything = seeded_network(), torch.arange(3000)
     cache = CachedTeacherLogits(network, batches, tmp_path)
-    everything = torch.arange(3000)
     assert cache.files.sums.all()
     computed = TeacherLogits(network, batches)(everything)
     assert torch.equal(cache(everything), computed.half().float())
@@ -168,8 +158,7 @@ DAMAGE = {  # to 8,000 bytes of logits and their checksums, of ten classes: 400 
     "two rows exchanged": ("logits.bin", 2000, 2040, lambda part: part[20:] + part[:20]),
     "two classes exchanged": ("logits.bin", 2000, 2004, lambda part: part[2:] + part[:2]),
     "a bit of a checksum": ("checksums.bin", 400, 401, lambda part: bytes([part[0] ^ 128])),
-    "checksums of zeros": ("checksums.bin", 0, 1600, lambda part: bytes(len(part))),
-}
+    "checksums of zeros": ("checksums.bin", 0, 1600, lambda part: bytes(len(part)))}
 
 
 @pytest.mark.parametrize("is_open", [False, True], ids=["before it is opened", "while it is open"])
@@ -207,15 +196,8 @@ def test_logits_beyond_half_precision_are_refused(batches, tmp_path):
 
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(batches, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-        with pytest.raises(OSError, match="0.00 GB.*cache=.off"):
-            CachedTeacherLogits(seeded_network(), batches, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, previous)
+    with full_disk(10_000), pytest.raises(OSError, match="0.00 GB.*cache=.off"):
+        CachedTeacherLogits(seeded_network(), batches, tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 

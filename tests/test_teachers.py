@@ -1,5 +1,6 @@
 "Checkpoints in other formats and with bad intent; which teacher a run finds, and who makes it."
 import argparse
+import functools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import needs_cifar100
+from conftest import ROOT, needs_cifar100, seeded_network
 from safetensors.torch import save_file
 from test_distributed import run_forked
 
@@ -16,25 +17,9 @@ from sortkd.train import teachers
 from sortkd.train.devices import create_fabric
 from sortkd.train.images import load_data, load_digits
 from sortkd.train.networks import create_model, list_models
-from sortkd.train.teachers import (
-    BUFFERS,
-    PUBLISHED_TOP1,
-    find_teacher,
-    load_teacher,
-    load_weights,
-    read_checkpoint,
-    save_teacher,
-    weights_checksum,
-)
+from sortkd.train.teachers import (BUFFERS, PUBLISHED_TOP1, find_teacher, load_teacher,
+                                   load_weights, read_checkpoint, save_teacher, weights_checksum)
 from sortkd.train.trainer import evaluate
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def weights():
-    torch.manual_seed(0)
-    return create_model("resnet8", 10).state_dict()
 
 
 def test_round_trip_names_the_same_weights(tmp_path, weights):
@@ -80,11 +65,10 @@ def test_where_a_state_dict_is_looked_for(tmp_path, weights, beside):
 
 def test_files_that_are_refused_say_how_to_save(tmp_path):
     for content, words in (
-        ({"model": torch.nn.Linear(2, 2)}, "would need to run code"),
-        ({"mine": {"a": torch.ones(2)}, "epoch": 3}, "found: .'mine', 'epoch'"),
-        (argparse.Namespace(model=1), "holds no state dict"),
-        ([1, 2], "holds no state dict.*found: <class 'list'>"),
-    ):
+            ({"model": torch.nn.Linear(2, 2)}, "would need to run code"),
+            ({"mine": {"a": torch.ones(2)}, "epoch": 3}, "found: .'mine', 'epoch'"),
+            (argparse.Namespace(model=1), "holds no state dict"),
+            ([1, 2], "holds no state dict.*found: <class 'list'>")):
         torch.save(content, tmp_path / "t.pth")
         with pytest.raises(ValueError, match=rf"{words}.*torch.save\({{'model'") as error:
             read_checkpoint(tmp_path / "t.pth")
@@ -96,8 +80,7 @@ RUNNING, COUNT = "bn1.running_var", "bn1.num_batches_tracked"
 
 @pytest.mark.parametrize("name, value, words", [
     ("fc.bias", torch.full((10,), 1e300, dtype=torch.float64), "fc.bias"),
-    (RUNNING, torch.full((16,), torch.nan), RUNNING),
-])
+    (RUNNING, torch.full((16,), torch.nan), RUNNING)])
 def test_numbers_are_checked_as_the_network_holds_them(tmp_path, weights, name, value, words):
     network = create_model("resnet8", 10)
     before = weights_checksum(network.state_dict())
@@ -163,10 +146,6 @@ def want_a_teacher(folder, job, jobs, words):
         name = "resnet56"
         object.__setattr__(digits, "name", "cifar100")
 
-    def network():
-        torch.manual_seed(0)
-        return create_model(name, 10)
-
     def fetch(folder):
         Path(f"fetched-{job}-{rank}").touch()
         time.sleep(0.5)
@@ -174,7 +153,7 @@ def want_a_teacher(folder, job, jobs, words):
             raise ConnectionError("no network.")
         path = folder / teachers._published_member(name)
         path.parent.mkdir(parents=True)
-        torch.save({"model": network().state_dict()}, path)
+        torch.save({"model": seeded_network(name).state_dict()}, path)
 
     def train():
         total = torch.ones(1)
@@ -182,7 +161,7 @@ def want_a_teacher(folder, job, jobs, words):
         Path(f"trained-{job}-{rank}").touch()
         while len(list(Path().glob("asked-?-?"))) < 2 * jobs:  # until the other job wants it
             time.sleep(0.02)
-        return network().state_dict(), {"top1": total.item()}
+        return seeded_network(name).state_dict(), {"top1": total.item()}
 
     teachers.fetch_published = fetch
     Path(f"asked-{job}-{rank}").touch()
@@ -194,8 +173,7 @@ def want_a_teacher(folder, job, jobs, words):
 
 @pytest.mark.parametrize("words, ends", [
     ((), {"trained": 2, "found": 2}),  # two jobs of two processes: one trains, the other finds
-    (("published",), {"fetched": 2}), (("published", "unreachable"), {"trained": 2}),
-])
+    (("published",), {"fetched": 2}), (("published", "unreachable"), {"trained": 2})])
 def test_processes_of_a_job_decide_together(tmp_path, monkeypatch, words, ends):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     jobs = 1 if words else 2
@@ -210,12 +188,11 @@ def test_processes_of_a_job_decide_together(tmp_path, monkeypatch, words, ends):
     assert len(list((tmp_path / "teachers").rglob("*.safetensors"))) == ("trained" in ends)
 
 
-# The teachers in the repository; those under `local` were made on this machine
-
+# Those under `local` were made on this machine, those under `tokens` are language models.
 FILES = sorted((ROOT / "teachers").rglob("*.safetensors"))
-# those under `tokens` are language models, see test_language_model.py
 KEPT = [path for path in FILES if not {"local", "tokens"} & {*path.parts}]
 each_kept = pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+read_once = functools.cache(load_data)
 
 
 # 1,000 test images have a standard error of at most 1.6 points. The file's own number was taken on
@@ -226,7 +203,7 @@ each_kept = pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
 @each_kept
 def test_kept_teachers_are_as_good_as_they_say(path, images, tolerance):
     _, text = read_checkpoint(path)
-    data = load_data(text["dataset"]).subset(test_size=images)
+    data = read_once(text["dataset"]).subset(test_size=images)
     fabric = create_fabric("cpu", "float32")
     network = load_teacher(path, text["architecture"], data.num_classes).model
     found = evaluate(network, data.batches(fabric.device), fabric).top1
@@ -236,13 +213,10 @@ def test_kept_teachers_are_as_good_as_they_say(path, images, tolerance):
 
 
 def test_a_network_whose_own_names_begin_like_a_wrappers(tmp_path, weights):
-    class Own(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = create_model("resnet8", 10)
+    network = torch.nn.ModuleDict({"model": create_model("resnet8", 10)})
     own = {f"model.{name}": value for name, value in weights.items()}
     path = save_teacher(tmp_path / "t.safetensors", own, {})
-    assert load_weights(Own(), read_checkpoint(path)[0]).state_dict().keys() == own.keys()
+    assert load_weights(network, read_checkpoint(path)[0]).state_dict().keys() == own.keys()
 
 
 @each_kept

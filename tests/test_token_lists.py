@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from sortkd import kd_loss
-from sortkd.token_lists import (
-    TokenLists, read_axolotl, read_distillkit, read_distillkit_raw, read_vllm, shifted_target,
-    topk_kd_loss)
+from sortkd.token_lists import (TokenLists, read_axolotl, read_distillkit, read_distillkit_raw,
+                                read_vllm, shifted_target, topk_kd_loss)
 
 GOLDENS = np.load(Path(__file__).parent / "goldens" / "distillkit.npz")
 CONFIGS = json.loads(str(GOLDENS["configs"]))
@@ -27,8 +26,6 @@ def teacher():
 
 @dataclass
 class Logprob:
-    "As vLLM's."
-
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
@@ -44,7 +41,6 @@ def vllm_entries():
 
 
 def pack(classes, bits):
-    "Tokens of `bits` bits in one row of bytes."
     digits = "".join(f"{each:0{bits}b}" for each in classes)
     return [int(digits[at:at + 8].ljust(8, "0"), 2) for at in range(0, len(digits), 8)]
 
@@ -90,11 +86,9 @@ def test_each_layout_gives_row_t_the_distribution_of_the_next_token():
             read_distillkit(compressed(kept), EXACT), range(last + 1), kept.values),
         "axolotl": (read_axolotl(unshifted), range(1, last), over_list),
         "axolotl at 2": (read_axolotl(axolotl(kept, 2), temperature=2), range(1, last), over_list),
-        "axolotl, shifted": (read_axolotl(shifted, shifted=True),
-                             range(1, last), over_list),
+        "axolotl, shifted": (read_axolotl(shifted, shifted=True), range(1, last), over_list),
         "vllm": (read_vllm(vllm_entries(), K), range(last), kept.values),
-        "vllm, json": (read_vllm(as_json, K), range(last), kept.values),
-    }
+        "vllm, json": (read_vllm(as_json, K), range(last), kept.values)}
     for name, (lists, rows, values) in read.items():
         assert lists.log_probs.dtype == torch.float32 and lists.classes.dtype == torch.int64, name
         assert lists.log_probs.shape == lists.classes.shape == (len(INPUT_IDS), K), name
@@ -106,19 +100,14 @@ def test_each_layout_gives_row_t_the_distribution_of_the_next_token():
         torch.testing.assert_close(lists.log_probs[has_list], values[has_list])
 
 
-def compare(lists, log_probs, classes):
-    "What we read, and what DistillKit reads."
-    expected, order = log_probs.float().sort(descending=True, stable=True)
-    torch.testing.assert_close(lists.log_probs, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(lists.classes, classes.long().gather(1, order))
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_distillkits_own_rows_are_read_as_it_reads_them(name):
     columns = ("compressed_logprobs", "bytepacked_indices", "log_probs", "classes")
     row = {key: torch.from_numpy(GOLDENS[f"{name}_{key}"]) for key in columns}
     lists = read_distillkit(row | {"input_ids": [0, 0, 0]}, CONFIGS[name])
-    compare(lists, row["log_probs"], row["classes"])
+    expected, order = row["log_probs"].float().sort(descending=True, stable=True)
+    torch.testing.assert_close(lists.log_probs, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(lists.classes, row["classes"].long().gather(1, order))
     one = {key: row[key][1:2].tolist() for key in columns[:2]}  # as Parquet gives it
     alone = read_distillkit(one | {"input_ids": [0]}, CONFIGS[name])
     assert torch.equal(alone.log_probs[0], lists.log_probs[1])
@@ -132,10 +121,9 @@ def test_rows_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             read_distillkit(row, EXACT | change)
     for row, message in (
-        ({"input_ids": [1], "top_values": [[-1.0]]}, "no column 'token_ids'; its columns are"),
-        (raw(kept) | {"input_ids": INPUT_IDS[1:]}, "7 lists, but only 6 input_ids"),
-        (raw(kept) | {"token_ids": kept.indices[:, :2]}, "do not belong together"),
-    ):
+            ({"input_ids": [1], "top_values": [[-1.0]]}, "no column 'token_ids'; its columns are"),
+            (raw(kept) | {"input_ids": INPUT_IDS[1:]}, "7 lists, but only 6 input_ids"),
+            (raw(kept) | {"token_ids": kept.indices[:, :2]}, "do not belong together")):
         with pytest.raises(ValueError, match=message):
             read_distillkit_raw(row)
     with pytest.raises(ValueError, match="target_mask has shape"):
@@ -248,11 +236,10 @@ def test_extreme_lists_and_students_have_finite_losses(dtype, tail):
 def test_what_the_loss_cannot_take_is_refused(rows):
     student, (values, classes) = rows[0], rows[1].log_softmax(-1).topk(6)
     for arguments, message in (
-        ((student, values, classes, "class", 2), "at temperature 2 the mass outside"),
-        ((student, values, classes, "uniform"), "tail must be 'class' or 'zero'"),
-        ((student[..., :10], values, classes), "vocabulary has only 10"),
-        ((student[:, 1:], values, classes), "lists need shapes"),
-        ((student, values, values), "classes must be integers"),
-    ):
+            ((student, values, classes, "class", 2), "at temperature 2 the mass outside"),
+            ((student, values, classes, "uniform"), "tail must be 'class' or 'zero'"),
+            ((student[..., :10], values, classes), "vocabulary has only 10"),
+            ((student[:, 1:], values, classes), "lists need shapes"),
+            ((student, values, values), "classes must be integers")):
         with pytest.raises((TypeError, ValueError), match=message):
             topk_kd_loss(*arguments)

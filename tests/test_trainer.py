@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUICK_METHODS
+from conftest import QUICK_METHODS, raises, seeded_network
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -22,18 +22,12 @@ from sortkd.train.images import load_digits
 from sortkd.train.networks import create_model
 from sortkd.train.teacher_logits import CachedTeacherLogits, TeacherLogits
 from sortkd.train.trainer import (
-    Learner,
-    Recipe,
-    Student,
-    evaluate,
-    train,
-    train_epoch,
-    train_together,
-)
+    Learner, Recipe, Student, evaluate, train, train_epoch, train_together)
 
 # 150 images: two batches of 64 and one of 22. The learning rate falls after epochs 2 and 3.
 RECIPE = Recipe(epochs=4, batch_size=64, lr=0.08, weight_decay=0.05, milestones=(2, 3))
 RATES = [0.08, 0.08, 0.08 * 0.1, 0.08 * 0.1**2]
+ONE_EPOCH = replace(RECIPE, epochs=1, batch_size=4, lr=0.01)  # 38 steps, the last of two images
 CE = create_method("ce")
 
 
@@ -48,8 +42,7 @@ def fabric():
 
 
 def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return create_model("resnet8", 10).to(memory_format=torch.channels_last)
+    return seeded_network(seed=seed).to(memory_format=torch.channels_last)
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +128,8 @@ def test_training_is_sgd_on_the_cross_entropy(batches, fabric):
     assert_same_weights(outcome.best_weights, weights[best])
 
 
-ONE_EPOCH = replace(RECIPE, epochs=1, batch_size=4, lr=0.01)  # 38 steps, the last of two images
-
-
 @pytest.mark.parametrize("name,recipe", [
-    ("kd", RECIPE), ("kd+sort", RECIPE), ("dkd+sort", RECIPE), ("kd+sort", ONE_EPOCH),
-])
+    ("kd", RECIPE), ("kd+sort", RECIPE), ("dkd+sort", RECIPE), ("kd+sort", ONE_EPOCH)])
 def test_distillation_is_sgd_on_the_methods_loss(batches, fabric, teacher, name, recipe):
     "The teacher sees the same images in evaluation mode, and its logits are repaired row by row."
     method, rates = create_method(name), RATES if recipe is RECIPE else [0.01]
@@ -260,21 +249,12 @@ def test_strongly_augmented_images_are_those_of_the_epoch(batches, fabric, teach
                 block.strong_teacher_logits, teacher(expected), rtol=1e-4, atol=1e-4)
 
 
-class Unplugged(Exception):
-    pass
-
-
-def raises(error):
-    def callback(*arguments):
-        raise error
-    return callback
+class Unplugged(Exception): ...
 
 
 @pytest.mark.parametrize("name", ["kd+sort", "ctkd"])
-def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
-    batches, fabric, teacher, tmp_path, monkeypatch, name,
-):
-    "Interrupted after an epoch, twice; only missing epochs are trained."
+def test_interrupted_after_epochs(batches, fabric, teacher, tmp_path, monkeypatch, name):
+    "A resumed run ends as if it had not been interrupted; only missing epochs are trained."
     monkeypatch.setattr(Checkpoint, "seconds", 0)
 
     def run(**more):
@@ -300,10 +280,8 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Unplugged])
-def test_an_interruption_keeps_the_last_whole_epoch(
-    monkeypatch, batches, fabric, teacher, tmp_path, error,
-):
-    "In the middle of an epoch, of the first of two students or the second, before a save is due."
+def test_interrupted_within_an_epoch(monkeypatch, batches, fabric, teacher, tmp_path, error):
+    "Of the first of two students or the second, before a save is due: whole epochs are kept."
     names = "ctkd", "kd+sort"
 
     def run(steps=math.inf):
@@ -361,18 +339,14 @@ def test_a_checkpoint_belongs_to_one_run(fabric, teacher, tmp_path):
     images = data.train_images.clone()
     images[0, 0, 0, 0] ^= 1
     content = checkpoint.read_bytes()
-    for other in (
+    others = [
         {"batches": Batches(replace(data, train_images=images))},
         {"batches": Batches(load_digits().subset(train_size=41, test_size=20))},
-        {"method": create_method("kd+sort")},
-        {"method": create_method("kd", kd_weight=0.5)},
-        {"recipe": replace(recipe, lr=0.04)},
-        {"seed": 1},
-        {"model": create_model("vgg8", 10)},
-        {"fabric": create_fabric("cpu", "bfloat16")},
-        {"teacher": CachedTeacherLogits(teacher, batches, tmp_path / "kept")},
-        {"context": "another teacher"},
-    ):
+        {"method": create_method("kd+sort")}, {"method": create_method("kd", kd_weight=0.5)},
+        {"recipe": replace(recipe, lr=0.04)}, {"seed": 1}, {"model": create_model("vgg8", 10)},
+        {"fabric": create_fabric("cpu", "bfloat16")}, {"context": "another teacher"},
+        {"teacher": CachedTeacherLogits(teacher, batches, tmp_path / "kept")}]
+    for other in others:
         with pytest.raises(ValueError, match="belongs to a run with other settings"):
             run(**other)
     assert checkpoint.read_bytes() == content

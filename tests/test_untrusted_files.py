@@ -1,6 +1,4 @@
-"""Planted attacks: files that would run code, leave their folder or lead elsewhere, and parameters
-that a shell would obey. And what keeps files whole: order of writing, and several processes.
-"""
+"Planted files, links and commands do no harm; and files stay whole, whoever else writes them."
 import ast
 import functools
 import io
@@ -19,10 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import at_once
+from conftest import ROOT, at_once, raises
 
 import sortkd.experiment.plugins
-import sortkd.train.teachers
 from sortkd.evidence.preregistration import read_plan
 from sortkd.experiment.slices import main
 from sortkd.experiment.storage import append_record, read_correct, save_correct
@@ -35,14 +32,11 @@ from sortkd.train.networks import create_model
 from sortkd.train.teachers import fetch_published, get_teacher, read_checkpoint, save_teacher
 from sortkd.utils.files import save_atomically
 
-ROOT = Path(__file__).parents[1]
 SMALL = {"pair": "resnet8:resnet8", "preset": "quick", "dataset": "digits", "methods": "kd+sort",
          "epochs": 2, "train_size": 200, "test_size": 100, "device": "cpu"}
 
 
 class CreatesFile:
-    "Unpickling an instance makes a file."
-
     def __init__(self, path):
         self.path = path
 
@@ -50,28 +44,17 @@ class CreatesFile:
         return os.system, (f"touch '{self.path}'",)
 
 
-def save_zip(content, path):
-    torch.save({"model": content}, path)
-
-
-def save_old(content, path):
-    torch.save({"model": content}, path, _use_new_zipfile_serialization=False)
-
-
 def save_plain(content, path):
-    path.write_bytes(pickle.dumps({"model": content}, protocol=2))
+    path.write_bytes(pickle.dumps(content, protocol=2))
 
 
-WAYS = [save_zip, save_old, save_plain]
+WAYS = [torch.save, functools.partial(torch.save, _use_new_zipfile_serialization=False), save_plain]
 
 
 @pytest.fixture(scope="module")
-def teacher_file(tmp_path_factory):
-    "A teacher that has learned nothing."
-    torch.manual_seed(0)
-    weights, known = create_model("resnet8", 10).state_dict(), {"architecture": "resnet8"}
+def teacher_file(tmp_path_factory, weights):
     path = tmp_path_factory.mktemp("given") / "resnet8.safetensors"
-    return save_teacher(path, weights, known | {"dataset": "digits"})
+    return save_teacher(path, weights, {"architecture": "resnet8", "dataset": "digits"})
 
 
 def small_run(folder, teacher_file, *callbacks):
@@ -86,14 +69,11 @@ def state_of(folder):
             path.read_bytes() if path.is_file() else None for path in Path(folder).rglob("*")}
 
 
-# Pickles
-
-
 @pytest.mark.parametrize("save", WAYS)
 @pytest.mark.parametrize("name", ["teacher.pth", "teacher.safetensors"])
 def test_a_checkpoint_that_would_run_code(tmp_path, save, name, capsys, monkeypatch):
     mark, path = tmp_path / "executed", tmp_path / name
-    save(CreatesFile(mark), path)
+    save({"model": CreatesFile(mark)}, path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
         read_checkpoint(path)
@@ -110,29 +90,22 @@ def test_a_checkpoint_that_would_run_code(tmp_path, save, name, capsys, monkeypa
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory, teacher_file):
     "The folders of a run that was stopped after its first epoch."
-    def stop(row):
-        raise KeyboardInterrupt
-
     folder = tmp_path_factory.mktemp("interrupted")
     with pytest.raises(KeyboardInterrupt):
-        small_run(folder, teacher_file, stop)
+        small_run(folder, teacher_file, raises(KeyboardInterrupt))
     assert len(list(folder.rglob("checkpoint.pt"))) == 1
     return folder
 
 
 @pytest.mark.parametrize("save", WAYS)
 def test_a_training_checkpoint_of_something_else(tmp_path, interrupted, teacher_file, save):
-    "It runs no code, and the message says what to do."
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     checkpoint, = tmp_path.rglob("checkpoint.pt")
-    save(CreatesFile(checkpoint.with_name("executed")), checkpoint)
+    save({"model": CreatesFile(checkpoint.with_name("executed"))}, checkpoint)
     with pytest.raises(ValueError, match="checkpoint.pt .*delete it to start the run again"):
         small_run(tmp_path, teacher_file)
     assert not checkpoint.with_name("executed").exists()
     assert not (tmp_path / "results" / "quick.jsonl").exists()
-
-
-# Downloads and archives
 
 
 def member(name, content=b"", kind=tarfile.REGTYPE, target=""):
@@ -141,8 +114,8 @@ def member(name, content=b"", kind=tarfile.REGTYPE, target=""):
     return info, content
 
 
-def make_archive(path, *members, mode="w"):
-    with tarfile.open(path, mode) as archive:
+def make_archive(path, *members):
+    with tarfile.open(path, "w") as archive:
         for info, content in members:
             archive.addfile(info, io.BytesIO(content))
     return path
@@ -182,15 +155,10 @@ def test_a_download_that_is_not_whole_leaves_nothing(tmp_path, web, way):
     assert not list((tmp_path / "teachers").rglob("*"))
 
 
-# Links
-
-LINKS = [
+@pytest.mark.parametrize("link", [
     "results", "results/runs", "results/teacher_logits", "results/quick.jsonl", "results/runs/RUN",
     "results/runs/RUN/checkpoint.pt", "results/runs/RUN/run.lock", "results/quick.correct",
-    "teachers", "teachers/local"]
-
-
-@pytest.mark.parametrize("link", LINKS)
+    "teachers", "teachers/local"])
 def test_links_in_the_folders_of_a_run(tmp_path, interrupted, teacher_file, link):
     "A results folder from somebody else: whatever in it leads elsewhere is refused."
     inside, outside = tmp_path / "inside", tmp_path / "outside"
@@ -213,20 +181,11 @@ def test_links_in_the_folders_of_a_run(tmp_path, interrupted, teacher_file, link
     assert state_of(outside) == before and path.is_symlink()
 
 
-def no_training():
-    pytest.fail("trained")
-
-
 def test_a_file_system_without_locks_is_found_before_any_work(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", raises(OSError(37, "No locks available")))
     with pytest.raises(ValueError, match="results_dir is .*No locks available.*name another folder"):
         prepare_experiment(**SMALL, results_dir=str(tmp_path / "r"), teachers_dir=str(tmp_path))
 
-
-# Grids and plans of others
 
 PLUGIN = """
 from pathlib import Path
@@ -244,10 +203,7 @@ PLAN = {"question": "?", "primary": None, "comparisons": [], "beside": [], "outc
 @pytest.mark.parametrize("beside", [False, True], ids=["grid", "config.yaml beside it"])
 def test_a_file_runs_no_plugin(tmp_path, monkeypatch, capsys, beside):
     "Not on a dry run either, nor in a plan; if the command line names it, it is loaded."
-    def fine(*_):
-        raise RuntimeError("fine")
-
-    monkeypatch.setattr("sortkd.experiment.slices.read_state", fine)
+    monkeypatch.setattr("sortkd.experiment.slices.read_state", raises(RuntimeError("fine")))
     plugin, mark, grid = (tmp_path / name for name in ("mine.py", "executed", "grid.yaml"))
     plugin.write_text(PLUGIN.format(mark=str(mark)))
     named = GRID | {"options": OPTIONS | {"plugin": str(plugin)}}
@@ -270,10 +226,9 @@ def test_the_workflows_shell_gets_names_and_no_commands(tmp_path):
     "Snakemake's command for the shell, in a shell where sortkd-run only says how it was called."
     pytest.importorskip("snakemake")
     results, teachers = "my $(touch planted) results; touch planted", "`touch planted`' x"
-    config = {
-        "results_dir": results, "teachers_dir": teachers, "cells_dir": "cells",
-        "pairs": ["r56_r20"], "methods": ["kd+sort"], "seeds": 1, "cell": "command",
-        "options": {"dataset": "digits", "cache_dir": "| touch planted", "device": "cpu"}}
+    config = {"results_dir": results, "teachers_dir": teachers, "cells_dir": "cells",
+              "pairs": ["r56_r20"], "methods": ["kd+sort"], "seeds": 1, "cell": "command",
+              "options": {"dataset": "digits", "cache_dir": "| touch planted", "device": "cpu"}}
     cell = "cells/quick/r56_r20/kd+sort/seed0.txt"
     said = subprocess.run(
         [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "workflow" / "Snakefile",
@@ -297,11 +252,8 @@ def test_the_workflows_shell_gets_names_and_no_commands(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"tools", "cells", results, ".snakemake"}
 
 
-# What is written, and where
-
 @pytest.mark.slow
 def test_nothing_is_written_outside_the_folders_that_were_named(tmp_path):
-    "By a whole run with its teacher's training."
     places = {name: tmp_path / name for name in ("work", "temporary", "home", "r", "t", "c")}
     for folder in list(places.values())[:3]:
         folder.mkdir()
@@ -345,9 +297,6 @@ def test_the_source_holds_nothing_that_runs_a_file(path):
                 assert keywords.get("weights_only") == "True", f"line {node.lineno}"
             if name.endswith("extractall"):
                 assert keywords.get("filter") == "'data'", f"line {node.lineno}"
-
-
-# In which order, and by several at once
 
 
 def test_content_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
@@ -423,4 +372,4 @@ def test_no_teacher_is_trained_that_cannot_be_kept(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "inside", Path("/proc/teachers")):
         with pytest.raises(OSError, match="Not a directory|No such file|not writable|exists"):
-            get_teacher("resnet8", load_digits(), folder, {}, no_training)
+            get_teacher("resnet8", load_digits(), folder, {}, raises(AssertionError("trained")))

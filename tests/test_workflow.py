@@ -54,7 +54,6 @@ def wait_for(condition, seconds=300):
 
 
 def lives_in(folder):
-    "Whether a process that works in `folder` is left."
     for process in psutil.process_iter():
         try:
             if process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(folder):
@@ -80,7 +79,6 @@ def output_of(folder, pair, seed, method):
 
 
 def outputs_of(folder):
-    "When each output was last written."
     cells = folder / "results" / "cells"
     return {path: path.stat().st_mtime_ns for path in cells.rglob("seed[0-9].txt")}
 
@@ -201,9 +199,8 @@ def test_papers_grid(profile, tmp_path):
                      options={}, cell="notebook")
     assert done.returncode == 0, done.stdout[-3000:]
     cells, teachers = paper_grid(), len({pair.teacher for pair in PAIRS.values()})
-    assert planned(done.stdout) == {
-        "cell": len(cells), "teacher": teachers, "grid": 1,
-        "total": len(cells) + teachers + 1}
+    assert planned(done.stdout) == {"cell": len(cells), "teacher": teachers, "grid": 1,
+                                    "total": len(cells) + teachers + 1}
     assert set(re.findall(r"Job \d+: (\w+), ([\w+]+), seed (\d+)", done.stdout)) == {
         (cell.pair, cell.method, str(cell.seed)) for cell in cells.itertuples()}
 
@@ -211,7 +208,6 @@ def test_papers_grid(profile, tmp_path):
 @pytest.mark.parametrize("profile", ["slurm", "kubernetes"])
 def test_profiles_name_options_that_exist(profile):
     from snakemake.cli import get_argument_parser
-
     settings = yaml.safe_load((WORKFLOW / "profiles" / profile / "config.yaml").read_text())
     actions = get_argument_parser()._actions
     known = {option.lstrip("-") for action in actions for option in action.option_strings}
