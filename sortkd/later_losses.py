@@ -164,7 +164,7 @@ def _over_rows(logits: Tensor) -> Tensor:
 def luminet_loss(
     student_logits: Tensor, teacher_logits: Tensor, alpha: float = 33.0, temperature: float = 4.0
 ) -> Tensor:
-    """LumiNet: alpha² · KL of softened logits that are standardised for each class over all rows of
+    """LumiNet: alpha² · KL of softened logits that are standardized for each class over all rows of
     the call, averaged over rows.
 
     `student_logits`, `teacher_logits`: one shape `(..., C)`. Returns a scalar in float32 or wider,

@@ -59,7 +59,7 @@ def target_index(logits: Tensor, target: Tensor, dim: int) -> Tensor:
 # %% ../nbs/1_method/00_sorting.ipynb #10000008
 def can_read(*tensors: Tensor) -> bool:
     """Whether a function may depend on the values of `tensors`: not on a GPU or the meta device,
-    and not while it is traced, vectorised or compiled.
+    and not while it is traced, vectorized or compiled.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode():
         return False  # the last: make_fx, fake tensors

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .earlier_losses import divergence
 from .repairs import check_positive, widened
 from .sorting import can_read, check_floating, class_indices, described
 
@@ -276,11 +277,10 @@ def topk_kd_loss(
     student = student.gather(-1, index) - student.logsumexp(-1, keepdim=True)  # log q
     teacher, missing = _teacher_on_list(
         log_probs, listed, None if tail == "class" else temperature)  # log p
-    probs = teacher.exp()
-    divergence = (probs * (teacher - student).masked_fill(probs == 0, 0)).sum(-1, keepdim=True)
+    rows = divergence(teacher, student).sum(-1, keepdim=True)
     if tail == "class":
-        divergence = divergence + missing.xlogy(missing) - missing * _log_outside(student, listed)
+        rows = rows + missing.xlogy(missing) - missing * _log_outside(student, listed)
     counts = listed.any(-1, keepdim=True)
     if num_items is None:
         num_items = counts.sum().clamp(min=1)
-    return torch.where(counts, divergence, 0).sum() / num_items * temperature**2
+    return torch.where(counts, rows, 0).sum() / num_items * temperature**2

@@ -166,7 +166,7 @@ def pair_for(name: str) -> Pair:
         check_model(student)
     except ValueError as error:
         raise ValueError(f"pair is {name!r:.100}: {error}") from error
-    small = student.lower().startswith(("mobilenet", "shuffle"))
+    small = student.rpartition(":")[2].lower().startswith(("mobilenet", "shuffle"))
     beta = float(OBJECTIVES["dkd"].settings["beta"])
     return Pair(teacher, student, beta, lr=0.01 if small else 0.05)
 

@@ -130,7 +130,7 @@ def register_objective(
 def register_model(name: str) -> Callable:
     """Make a function or class a network, part of a pair as `resnet56:NAME`.
 
-    `create(num_classes=…)` returns a freshly initialised module.
+    `create(num_classes=…)` returns a freshly initialized module.
     """
     return lambda function: _register("network", name, function, function)
 

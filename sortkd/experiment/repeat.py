@@ -40,7 +40,7 @@ def _file_with_weights(about: dict, folder: str | Path, classes: int) -> Path | 
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #52a5d026
 def _check_same(experiment: Experiment, record: dict) -> None:
-    "`ValueError`, naming the fields, if `experiment` would make another run than the recorded one."
+    "`ValueError`, naming the fields, if `experiment` would make a different run from the recorded one."
     about, data = record["about_teacher"], experiment.data
     if about and experiment.teacher_file is not None:
         found = load_teacher(experiment.teacher_file, about["architecture"], data.num_classes)
@@ -55,7 +55,7 @@ def _check_same(experiment: Experiment, record: dict) -> None:
     if changed := differences(facts, record):
         which = "; ".join(f"{name} is {now!r:.60} here and {then!r:.60} there"
                           for name, (now, then) in changed.items())
-        raise ValueError(f"this would be another run than the recorded one: {which}.")
+        raise ValueError(f"this would be a different run from the recorded one: {which}.")
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #0f2e0d8c
 def prepare_repetition(

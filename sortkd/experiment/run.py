@@ -65,9 +65,10 @@ class Results:
         return "No method used a teacher."
 
     def describe(self) -> str:
-        "How many records were appended to which file; the others had been recorded before."
+        "How many records were appended to which file, and whether their numbers wait for a plan."
+        waits = " They belong to a plan, which says when they are compared (chapter 54)."
         return (f"{self.appended} of {len(self.records)} records appended to "
-                f"{self.experiment.records_file}.")
+                f"{self.experiment.records_file}.{waits * bool(self.experiment.plan)}")
 
 # %% ../../nbs/3_experiment/39_run.ipynb #9c87b567
 def _meet_teacher(experiment: Experiment, teacher: Teacher, shared: Resources) -> float:

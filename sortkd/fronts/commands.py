@@ -71,9 +71,7 @@ def _run_experiment(given: dict, progress: bool) -> None:
     results = run_experiment(experiment, progress)
     if first:
         print(results.describe())
-    if first and experiment.plan:
-        print("These runs belong to a plan, which says when they are compared (chapter 54).")
-    elif first:
+    if first and not experiment.plan:
         print(summarize(results.records).to_string(),
               f"{conclude(results.records)} {results.describe_teacher()}", sep="\n")
 

@@ -92,8 +92,8 @@ def _add_groups(network, block, widths, repeats, first_stride, *settings):
         network.add_module(f"layer{number}", group)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #1a5c20e5
-def _initialise(network, linear_std=None):
-    "He initialisation of the convolutions; also of the classifier if `linear_std` is given."
+def _initialize(network, linear_std=None):
+    "He initialization of the convolutions; also of the classifier if `linear_std` is given."
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -149,7 +149,7 @@ class ResNet(Network):
         self.conv1, self.bn1 = _conv_norm(3, widths[0], 3)
         _add_groups(self, block, widths, repeats, 1, shortcut_name)
         self.add_module(classifier_name, Classifier(widths[-1], num_classes))
-        _initialise(self)
+        _initialize(self)
 
 # %% ../../nbs/2_train/10_architectures.ipynb #fb9fa7af
 class WideBlock(nn.Module):
@@ -179,7 +179,7 @@ class WideResNet(Network):
             self.add_module(f"block{number}", nn.Sequential(OrderedDict(layer=group)))
         self.bn1 = nn.BatchNorm2d(widths[-1])
         self.fc = Classifier(widths[-1], num_classes)
-        _initialise(self)
+        _initialize(self)
         nn.init.zeros_(self.fc.bias)
 
     def steps(self):
@@ -207,7 +207,7 @@ class VGG(Network):
                 channels = width
             self.add_module(f"block{number}", nn.Sequential(*layers))
         self.classifier = Classifier(channels, num_classes)
-        _initialise(self, linear_std=0.01)
+        _initialize(self, linear_std=0.01)
 
     def steps(self):
         return (self.block0, _halve, self.block1, _halve, self.block2, _halve, self.block3,
@@ -252,7 +252,7 @@ class MobileNetV2(Network):
                 _group(InvertedResidual, in_channels, channels, stride, repeat, expansion))
         self.conv2 = nn.Sequential(*_conv_norm_relu(channels, 1280, 1))
         self.classifier = nn.Sequential(Classifier(1280, num_classes))
-        _initialise(self, linear_std=0.01)
+        _initialize(self, linear_std=0.01)
 
     def steps(self):
         return self.conv1, *self.blocks, self.conv2

@@ -62,7 +62,7 @@ class Checkpoint:
             self.save()
 
     def save(self) -> None:
-        "Write what is kept. `OSError` if that is not possible; the file of before stays."
+        "Write what is kept. `OSError` if that is not possible; the previous file stays."
         if self.kept is None:
             return
         content = io.BytesIO()  # torch.save itself does not report a full disk as an OSError

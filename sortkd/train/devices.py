@@ -50,7 +50,7 @@ def _choose_kernels(deterministic: bool, precision: str) -> None:
     # A warning names an operation that has no such kernel. Max pooling without overlaps needs none,
     # but is named too.
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Filling is slow, and uninitialised memory is never read here.
+    # Filling is slow, and uninitialized memory is never read here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.allow_tf32 = precision != "float32"  # it rounds the factors to 10 bits

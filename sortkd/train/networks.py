@@ -69,7 +69,7 @@ def check_model(name: str) -> None:
 
 # %% ../../nbs/2_train/10a_networks.ipynb #64037603
 def create_model(name: str, num_classes: int = 100) -> nn.Module:
-    """A freshly initialised network from images (N, 3, height, width) to logits (N, `num_classes`).
+    """A freshly initialized network from images (N, 3, height, width) to logits (N, `num_classes`).
 
     `name`: one of `list_models()` for images of about 32x32, of `list_imagenet_models()` for about
     224x224, or `timm:NAME` or `torchvision:NAME` for a network of these libraries. Logits of the

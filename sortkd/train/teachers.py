@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tarfile
+import textwrap
 import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
@@ -163,8 +164,9 @@ def load_weights(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
+        reason = textwrap.shorten(one_line(error), 300, placeholder=" …")
         raise ValueError(f"{origin} is not a checkpoint of this network, trained on as many "
-                         f"classes: {one_line(error):.300}") from error
+                         f"classes: {reason}") from error
     return model
 
 # %% ../../nbs/2_train/14_teachers.ipynb #507fc9a1

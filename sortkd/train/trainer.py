@@ -324,7 +324,7 @@ def _run_epoch(
 # %% ../../nbs/2_train/16_trainer.ipynb #bcc59f79
 def _run_epochs(
     learners: Sequence[Learner], images: ImageBatches, teacher: TeacherLogits | None,
-    report: Progress,
+    report: Progress, show_results: bool,
 ) -> None:
     "All epochs that are missing."
     fabric, last = learners[0].fabric, report.total
@@ -337,7 +337,7 @@ def _run_epochs(
         rows = [each.outcome.last for each in learning]
         losses = ", ".join(f"{row['train_loss']:.3f}" for row in rows)
         scores = ", ".join(f"{row['test_top1']:.1f}" for row in rows)
-        report(epoch, f"loss {losses}, top-1 {scores} %")
+        report(epoch, f"loss {losses}, top-1 {scores} %" if show_results else "")
         for learner, row in zip(learning, rows) if fabric.is_global_zero else ():
             for callback in learner.student.callbacks:
                 callback(row)
@@ -345,11 +345,11 @@ def _run_epochs(
 # %% ../../nbs/2_train/16_trainer.ipynb #8c3fc0c3
 def train_together(
     students: Sequence[Student], batches: ImageBatches, fabric: "Fabric", *,
-    teacher: nn.Module | TeacherLogits | None = None, progress: str = "",
+    teacher: nn.Module | TeacherLogits | None = None, progress: str = "", show_results: bool = True,
 ) -> list[Outcome | Diverged]:
     """Train `students` side by side; return the outcome of each, or the error of one whose loss is
     not finite. As `train`; all recipes must have one batch size. Students of one seed share their
-    batches.
+    batches. `show_results`: whether lines of progress tell losses and accuracies.
     """
     sizes = {student.recipe.batch_size for student in students}
     if len(sizes) != 1:
@@ -371,7 +371,7 @@ def train_together(
     devices = [fabric.device] if fabric.device.type == "cuda" else []
     with torch.random.fork_rng(devices), side_stream(fabric.device):
         try:
-            _run_epochs(learners, batches, teacher, report)
+            _run_epochs(learners, batches, teacher, report, show_results)
         finally:
             for learner in learners:
                 if learner.checkpoint is not None:

@@ -41,8 +41,8 @@ class Progress:
             return
         self._last = now
         parts = [f"{self.unit} {round(done, 2):,}/{self.total:,}", details]
-        if done < self.total:
-            left = (now - self._began) / max(1, done - self.start) * (self.total - done)
+        if self.start < done < self.total:
+            left = (now - self._began) / (done - self.start) * (self.total - done)
             parts.append(f"{timedelta(seconds=round(left))} left")
         print(f"{self.title}: {', '.join(filter(None, parts))}", flush=True)
 
