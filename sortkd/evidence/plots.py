@@ -110,7 +110,8 @@ def conclude(records: Sequence[dict]) -> str:
 # %% ../../nbs/4_evidence/53_plots.ipynb #bea6e55a
 def _line_styles(names: Collection[str]) -> dict[str, dict]:
     other = {"color": "black", "linestyle": ":"}
-    looks = (LINES.get(name.partition("+")[2] or "none", other) for name in names)
+    looks = (other if name == "ce" else LINES.get(name.partition("+")[2] or "none", other)
+             for name in names)
     marked = zip(names, looks, "osD^vPX*" * 9)
     return {name: {**look, "marker": mark} for name, look, mark in marked}
 
@@ -144,5 +145,5 @@ def plot_curves(records: Sequence[dict]):
         axis.set(xlabel="epoch", ylabel=title)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False, loc="lower right")
+    axes[0].legend(frameon=False, loc="upper right")  # where no loss is
     return figure

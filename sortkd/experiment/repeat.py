@@ -40,7 +40,7 @@ def _file_with_weights(about: dict, folder: str | Path, classes: int) -> Path | 
 
 # %% ../../nbs/3_experiment/40_repeat.ipynb #52a5d026
 def _check_same(experiment: Experiment, record: dict) -> None:
-    "`ValueError`, naming the fields, if `experiment` would make a different run from the recorded one."
+    "`ValueError`, naming the fields, if `experiment` would not make the recorded run."
     about, data = record["about_teacher"], experiment.data
     if about and experiment.teacher_file is not None:
         found = load_teacher(experiment.teacher_file, about["architecture"], data.num_classes)
