@@ -311,7 +311,7 @@ def _train_and_record(
         [_student(experiment, run, [_noting(run, about), *shared.callbacks]) for run in runs],
         shared.batches, fabric, teacher=shared.teacher_logits,
         progress=title if shared.progress else "",
-        show_results=experiment.plan is None,  # a plan says when they are looked at
+        show_results=not experiment.plan,  # a plan says when they are looked at
     )
     for run, outcome in zip(runs, outcomes):
         records[run.folder] = _record(experiment, run, about, outcome, len(runs), fabric)
